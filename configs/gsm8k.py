@@ -1,0 +1,157 @@
+"""GRPO on GSM8K with Qwen2.5-7B-Instruct: the run of the verl quickstart. Every key there is stands here.
+
+    python -m grpo_jax.data.gsm8k --local_dir=data/gsm8k
+    hf download Qwen/Qwen2.5-7B-Instruct --local-dir models/Qwen2.5-7B-Instruct
+    python -m grpo_jax.train --config=configs/gsm8k.py
+
+As a smoke test, on any machine and with no model (a tiny random one is made; minutes on two CPU cores):
+
+    python -m grpo_jax.train --config=configs/gsm8k.py:smoke
+
+Any key can be overridden on the command line, as in `--config.algorithm.group_size=8`.
+The rules that the values must obey are checked in grpo_jax/config.py before a device is touched.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    """Returns the configuration; `variant` is "" (the real run) or "smoke"."""
+    config = config_dict.ConfigDict(
+        dict(
+            model=dict(
+                path="models/Qwen2.5-7B-Instruct",  # Hugging Face folder, or "random": made from random_model
+                dtype="bfloat16",  # of the computation: float32, bfloat16
+                param_dtype="float32",  # of the stored policy parameters and gradients: float32, bfloat16
+                remat="full",  # recomputed in the backward pass: none, dots (all but matmuls), full (layer)
+                scan_layers=True,  # True: one compiled layer, quick to compile; False: unrolled
+            ),
+            random_model=dict(  # read when model.path is "random": a Qwen2-shaped model, its own tokenizer
+                vocab_size=512,  # tokens, >= 260 (the bytes and the special tokens)
+                hidden_size=64,  # D
+                intermediate_size=192,  # F
+                num_layers=2,
+                num_heads=4,
+                num_kv_heads=2,  # divides num_heads
+            ),
+            data=dict(
+                train_files=("data/gsm8k/train.parquet",),  # Parquet in verl's schema; several are joined
+                val_files=("data/gsm8k/test.parquet",),
+                train_batch_size=256,  # P, prompts a step, >= 1
+                max_prompt_length=512,  # tokens, chat template included
+                max_response_length=512,  # tokens, >= 1
+                overlong_prompts="filter",  # longer prompts: filter, truncate (their left end is cut)
+                shuffle=True,  # anew each epoch, from trainer.seed
+            ),
+            arithmetic=dict(  # num_train > 0: word problems are generated, and data.*_files stay unread
+                num_train=0,  # problems
+                num_val=0,  # problems, none of them in the training set
+                num_sft=0,  # worked examples for the warm start, none of them in the validation set
+                difficulty=1,  # steps of a problem, 1 to 4
+                direct_share=0.0,  # share of worked examples that only state the answer, 0 to 1
+            ),
+            sft=dict(  # supervised warm start before GRPO
+                num_steps=0,  # updates; 0: none
+                train_files=(),  # Parquet with extra_info.answer as the response; arithmetic makes its own
+                batch_size=64,  # examples an update
+                learning_rate=1e-3,  # peak, > 0; warmed up over a tenth of the steps, then cosine to 0
+            ),
+            algorithm=dict(
+                adv_estimator="grpo",  # grpo, grpo_no_std (Dr. GRPO)
+                group_size=4,  # G, completions a prompt, >= 2
+                clip_low=0.2,  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 0 < clip_low < 1
+                clip_high=0.2,  # > 0
+                dual_clip=3.0,  # bound on the ratio where the advantage is negative, > 1; 0: off
+                loss_agg="token-mean",  # seq-mean-token-sum, seq-mean-token-mean, seq-mean-token-sum-norm
+                loss_norm=0.0,  # divisor of seq-mean-token-sum-norm, tokens; 0: data.max_response_length
+                kl_coef=0.001,  # >= 0; 0: no reference model is held
+                kl_estimator="k3",  # k1, k2, k3, abs
+                kl_in="loss",  # loss, reward
+                entropy_coef=0.0,  # >= 0, bonus for entropy
+            ),
+            optim=dict(  # AdamW
+                learning_rate=1e-6,  # peak, > 0
+                schedule="constant",  # constant, linear, cosine (to 0 over the run), after the warm-up
+                warmup_steps=0,  # updates, >= 0
+                beta1=0.9,  # [0, 1)
+                beta2=0.999,  # [0, 1)
+                weight_decay=0.01,  # >= 0
+                max_grad_norm=1.0,  # global norm, > 0
+            ),
+            actor=dict(
+                num_minibatches=1,  # updates a pass over the batch; divides P * G
+                num_epochs=1,  # passes over the batch
+                micro_batch_size_per_device=4,  # completions in memory at once on one data shard, >= 1
+                micro_batch_tokens_per_device=0,  # tokens instead; 0: the key above counts
+                logits_chunk_tokens=1024,  # tokens a device projects to the vocabulary at once, >= 1
+            ),
+            rollout=dict(
+                engine="local",  # local: the jitted JAX sampler
+                temperature=0.6,  # > 0
+                top_p=1.0,  # (0, 1]; below 1 the trainer's distribution differs from the sampled one
+                top_k=0,  # 0: off
+                batch_size=256,  # completions decoded at once, >= 1
+                stop_token_ids=(),  # ends a completion, beside the model's own EOS
+            ),
+            reward=dict(
+                function="gsm8k",  # gsm8k, gsm8k_flexible, math, or FILE.py:NAME (verl's compute_score arguments)
+                num_workers=2,  # processes, for math and FILE.py:NAME
+                timeout_s=10.0,  # seconds for one completion, > 0
+                on_error="stop",  # an exception, a NaN, a hang: stop, zero (counted, reward 0)
+            ),
+            mesh=dict(  # devices along each axis; one of them may be -1: all that are left
+                data=1,  # batch is split, parameters are copied
+                fsdp=-1,  # batch and parameters are split
+                tensor=1,  # heads, MLP and vocabulary are split
+            ),
+            eval=dict(
+                before_training=True,
+                every_epochs=1,  # 0: never
+                every_steps=0,  # 0: never
+                num_prompts=0,  # of the validation set; 0: all
+                temperature=0.0,  # 0: greedy
+                num_samples=1,  # completions a prompt; more need a temperature
+            ),
+            checkpoint=dict(
+                every_epochs=1,  # Orbax; 0: only at the end
+                every_steps=0,  # 0: never
+                max_to_keep=2,  # >= 1
+                hf_every_epochs=1,  # Hugging Face folder checkpoint-epoch-N; 0: only at the end
+                resume="auto",  # auto: go on if the workdir holds this config's run; force: whatever it holds
+            ),
+            logging=dict(
+                loggers=("console", "tensorboard"),  # metrics.jsonl and train.log are always written
+                project_name="grpo_jax",
+                experiment_name="gsm8k",  # workdir: outputs/PROJECT/EXPERIMENT
+                num_text_samples=3,  # completions to TensorBoard a step, >= 0
+                save_rollouts=False,  # every completion to rollouts/step-NNNNNN.jsonl
+            ),
+            trainer=dict(
+                total_epochs=3,  # >= 1
+                num_steps=0,  # stop after so many steps; 0: after total_epochs
+                seed=0,  # >= 0
+                max_nonfinite_updates=3,  # skipped in a row before the run stops, >= 1
+                flat_reward_steps=5,  # steps without any spread of rewards before the loud warning, >= 1
+            ),
+        )
+    )
+    if variant == "smoke":
+        _shrink(config)
+    elif variant:
+        raise ValueError(f"configs/gsm8k.py:{variant}: the only variant is 'smoke'")
+    return config
+
+
+def _shrink(config: config_dict.ConfigDict) -> None:
+    """The same loop on real GSM8K with a tiny random model: shows that it runs, learns nothing."""
+    config.model.path = "random"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.data.train_batch_size = 4
+    config.data.max_prompt_length = 256
+    config.data.max_response_length = 32
+    config.rollout.temperature = 1.0
+    config.eval.num_prompts = 16
+    config.trainer.total_epochs = 1
+    config.trainer.num_steps = 2
+    config.logging.experiment_name = "gsm8k-smoke"

@@ -1,0 +1,113 @@
+"""Orbax checkpoints: all that a run needs to go on as if it had never stopped.
+
+Parameters and optimizer state are separate items, so that `export` reads the parameters alone. Saving is
+asynchronous: the next step runs while the files are written.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from grpo_jax.config import ConfigError
+from grpo_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands; as small as JSON."""
+
+    global_step: int
+    """GRPO steps done; the seed of step s is made from `seed` and s, so this is the random state too."""
+    policy_version: int
+    seed: int
+    prompt_iterator: dict[str, Any]
+    hf_dtype: str
+    """In which the Hugging Face folders of this run are written."""
+
+
+class Checkpointer:
+    """Saves to and restores from DIR/STEP."""
+
+    def __init__(self, folder: Path, max_to_keep: int):
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves once a step; a second call for the same step does nothing."""
+        if self.latest_step == progress.global_step:
+            return
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        self._manager.save(
+            progress.global_step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(rest),
+                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+            ),
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
+        """Reads the latest checkpoint straight into its shards.
+
+        Args: abstract: `jax.ShapeDtypeStruct` with a sharding for every leaf.
+        """
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore(rest),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        state = TrainState(params=restored.params, **restored.optimizer)
+        return state, Progress(**restored.progress)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def abstract_like(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct` with shardings, the form in which Orbax wants to be told what to restore."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Resolves WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP to the latter, the latest step.
+
+    Raises: ConfigError: there is no checkpoint.
+    """
+    candidates = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if (candidates / "params").is_dir():
+        return candidates
+    steps = [int(p.name) for p in candidates.iterdir() if p.name.isdigit()] if candidates.is_dir() else []
+    if not steps:
+        raise ConfigError("--checkpoint", str(folder), "there is no checkpoint in this folder")
+    return candidates / str(max(steps))
+
+
+def load_for_export(step_folder: Path, abstract_params: Params) -> tuple[Params, Progress]:
+    """Reads the parameters and the progress of one checkpoint, and nothing else of it."""
+    with ocp.CheckpointManager(
+        step_folder.parent.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        restored = manager.restore(
+            int(step_folder.name),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_params), progress=ocp.args.JsonRestore()
+            ),
+        )
+    return restored.params, Progress(**restored.progress)

@@ -1,0 +1,146 @@
+"""GSM8K as prompt datasets: `train.parquet` (7,473 rows) and `test.parquet` (1,319) in verl's schema.
+
+    python -m grpo_jax.data.gsm8k --local_dir=data/gsm8k [--source=HUB_NAME_OR_FOLDER]
+
+A folder may hold the original `train.jsonl` and `test.jsonl`, or Parquet files as the hub has them
+(`main/train-00000-of-00001.parquet`). Both splits are read and checked before anything is written.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.cli import make_parser, one_line_errors
+from grpo_jax.config import ConfigError
+from grpo_jax.data.schema import write_rows
+
+HUB_NAME = "openai/gsm8k"
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'  # verl's, word for word
+SPLITS = ("train", "test")
+
+
+@one_line_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = make_parser("grpo_jax.data.gsm8k", __doc__)
+    parser.add_argument("--local_dir", required=True, help="folder for train.parquet and test.parquet")
+    parser.add_argument("--source", default=HUB_NAME, help=f"hub name or folder (default: {HUB_NAME})")
+    args = parser.parse_args(argv)
+
+    folder = find_source(args.source)
+    rows = {split: read_split(folder, split) for split in SPLITS}
+    for split in SPLITS:
+        path = Path(args.local_dir) / f"{split}.parquet"
+        try:
+            write_rows(path, rows[split])
+        except OSError as error:
+            raise ConfigError("--local_dir", args.local_dir, f"cannot be written to: {error}") from None
+        print(f"{path}: {len(rows[split])} rows")
+
+
+def find_source(source: str) -> Path:
+    """Returns the folder with the original files; downloads the Parquet files of a hub dataset.
+
+    Raises:
+        ConfigError: neither a folder nor a dataset that the hub gave us.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ConfigError("--source", source, "there is no such folder, and a hub name looks like OWNER/NAME")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(source, repo_type="dataset", allow_patterns=["main/*.parquet"])
+        )
+    except Exception as error:  # no network, a proxy, a wrong name, no disk: the way out is the same
+        reason = str(error).strip().partition("\n")[0]
+        rule = f"is no folder here and the hub did not give it ({reason}); pass --source=FOLDER"
+        raise ConfigError("--source", source, f"{rule} with train.jsonl and test.jsonl") from None
+
+
+def read_split(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Reads one split of the original data into rows of `schema.py`.
+
+    Raises:
+        ConfigError: the split is missing, or a line is malformed; names file and line.
+    """
+    rows: list[dict[str, Any]] = []
+    for place, example in _read_examples(folder, split):
+        try:
+            rows.append(to_row(example, split, len(rows)))
+        except ValueError as error:
+            raise ConfigError("--source", place, str(error)) from None
+    if not rows:
+        raise ConfigError("--source", str(folder), f"its {split} split is empty")
+    return rows
+
+
+def to_row(example: Any, split: str, index: int) -> dict[str, Any]:
+    """Turns {"question", "answer"} into the row that verl's GSM8K script writes.
+
+    Raises:
+        ValueError: a field is missing, or the answer does not end in "#### NUMBER".
+    """
+    if not isinstance(example, dict):
+        raise ValueError("must be an object with question and answer")
+    for field in ("question", "answer"):
+        if not isinstance(example.get(field), str) or not example[field].strip():
+            raise ValueError(f"{field} must be a string that is not empty")
+    question, answer = example["question"], example["answer"]
+    final = re.search(r"#### (-?[0-9.,]+)", answer)
+    if final is None:
+        raise ValueError('the answer has no "#### NUMBER"')
+    return {
+        "data_source": HUB_NAME,
+        "prompt": [{"role": "user", "content": f"{question} {INSTRUCTION}"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": final[1].replace(",", "")},
+        "extra_info": {"split": split, "index": index, "answer": answer, "question": question},
+    }
+
+
+def _read_examples(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """Yields ("FILE line N" or "FILE row N", the example as it stands there)."""
+    lines = folder / f"{split}.jsonl"
+    if lines.is_file():
+        yield from _read_jsonl(lines)
+        return
+    name = f"{split}-*.parquet"
+    files = sorted(folder.glob(f"main/{name}")) or sorted(folder.glob(name))
+    if not files:
+        rule = f"must hold {split}.jsonl, or main/{split}-00000-of-00001.parquet as the hub has it"
+        raise ConfigError("--source", str(folder), rule)
+    for file in files:
+        yield from _read_parquet(file)
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{file} line {number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:  # JSON or UTF-8
+                raise ConfigError("--source", place, f"is not JSON: {error}") from None
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        examples = pq.read_table(file).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError("--source", str(file), f"cannot be read as Parquet: {error}") from None
+    for number, example in enumerate(examples):
+        yield f"{file} row {number}", example
+
+
+if __name__ == "__main__":
+    main()

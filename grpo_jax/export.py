@@ -1,0 +1,53 @@
+"""An Orbax checkpoint becomes a Hugging Face folder.
+
+    python -m grpo_jax.export --checkpoint=DIR --output=HF_DIR
+
+DIR is a run's workdir, its checkpoints folder (the latest is taken) or one checkpoint in it.
+"""
+
+from pathlib import Path
+
+import jax
+
+from grpo_jax.checkpoint import abstract_like, find_checkpoint, load_for_export
+from grpo_jax.cli import make_parser, one_line_errors
+from grpo_jax.config import ConfigError, MeshSection
+from grpo_jax.config_file import load_saved_config
+from grpo_jax.model.hf import parse_hf_config, read_json, save_folder
+from grpo_jax.model.sharding import make_mesh
+from grpo_jax.model.transformer import abstract_params, param_shardings
+from grpo_jax.prepare import model_overrides
+from grpo_jax.workdir import Workdir
+
+
+def export(checkpoint: Path, output: Path) -> int:
+    """Writes `output`; returns the step of the checkpoint.
+
+    Raises: ConfigError: no checkpoint there, or `output` exists.
+    """
+    if output.exists():
+        raise ConfigError("--output", str(output), "exists already; nothing was overwritten")
+    step_folder = find_checkpoint(checkpoint)
+    workdir = Workdir(step_folder.parent.parent)
+    config = load_saved_config(workdir.config)
+    model = parse_hf_config(read_json(workdir.model_files / "config.json"), **model_overrides(config))
+    mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+    with jax.set_mesh(mesh):
+        abstract = abstract_like(abstract_params(model)[0], param_shardings(model, mesh))
+        params, progress = load_for_export(step_folder, abstract)
+        save_folder(output, params, model, files_from=workdir.model_files, dtype=progress.hf_dtype)
+    return progress.global_step
+
+
+def main() -> None:
+    parser = make_parser("grpo_jax.export", __doc__)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--output", required=True)
+    with one_line_errors():
+        args = parser.parse_args()
+        step = export(Path(args.checkpoint), Path(args.output))
+        print(f"step {step} of {args.checkpoint} -> {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The policy: a Flax linen decoder, its sharding, and its Hugging Face form."""

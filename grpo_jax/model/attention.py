@@ -1,0 +1,169 @@
+"""Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from grpo_jax.model.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond the training length are encoded, as `rope_scaling` of config.json says."""
+
+    kind: str
+    """"linear" or "llama3"."""
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer, [N, B, S, K, Dh]. S columns are shared by all rows."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@flax.struct.dataclass
+class AttentionInputs:
+    """What all layers share."""
+
+    cos: jax.Array
+    """[B, T, 1, Dh/2] float32."""
+    sin: jax.Array
+    mask: jax.Array
+    """[B, 1, T, S] bool; True where the query may see the key."""
+    cache_column: jax.Array | int = 0
+    """First column of the cache that this call writes."""
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angle per position of each pair of channels.
+
+    RoFormer, arXiv:2104.09864; the llama3 rule slows long wavelengths by `factor` and interpolates between
+    (as published with Llama 3.1's weights).
+
+    Returns: [Dh/2] float32.
+    """
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates channel i together with channel i + Dh/2, the layout of Hugging Face weights. x: [B, T, H, Dh]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, T, in] times kernel [in, out], in the dtype of x.
+
+    As one matrix of B * T rows: with three dimensions XLA's CPU backend transposes the activations to form the
+    kernel's gradient, which takes as long again as the products themselves (measured 2026-11, jaxlib 0.10.2).
+    """
+    batch, length, width = x.shape
+    return (x.reshape(-1, width) @ kernel.astype(x.dtype)).reshape(batch, length, -1)
+
+
+def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
+    """True where key column <= query column and both belong to the same sequence.
+
+    Args:    segment_ids: [B, T] int32, 0 for padding.
+    Returns: [B, 1, T, T] bool; the rows of padding queries are all False.
+    """
+    length = segment_ids.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (causal[None] & same & (segment_ids > 0)[:, None, :])[:, None]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; QKV bias (Qwen2) and QK norm (Qwen3) as configured."""
+
+    config: Any  # ModelConfig; typed loosely since transformer.py imports this module
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x: [B, T, D]. Returns the attention's output, [B, T, D], and the cache with this call's columns."""
+        c = self.config
+        q = self._project(x, "q", c.num_heads, "heads")
+        k = self._project(x, "k", c.num_kv_heads, "kv_heads")
+        v = self._project(x, "v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="k_norm")(k)
+        q = constrain(apply_rope(q, inputs.cos, inputs.sin), "batch", None, "heads", None)
+        k = constrain(apply_rope(k, inputs.cos, inputs.sin), "batch", None, "kv_heads", None)
+        if cache is not None:
+            cache = _write(cache, k, v, layer, inputs.cache_column)
+            k = jax.lax.dynamic_index_in_dim(cache.keys, layer, 0, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(cache.values, layer, 0, keepdims=False)
+        out = jax.nn.dot_product_attention(q, k, v, mask=inputs.mask)
+        kernel = self.param(
+            "o",
+            nn.with_logical_partitioning(_normal, ("heads", "head_dim", "embed")),
+            (c.num_heads, c.head_dim, c.hidden_size),
+            c.param_dtype,
+        )
+        return project(out.reshape(x.shape[:2] + (-1,)), kernel.reshape(-1, c.hidden_size)), cache
+
+    def _project(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        c = self.config
+        kernel = self.param(
+            name,
+            nn.with_logical_partitioning(_normal, ("embed", axis, "head_dim")),
+            (c.hidden_size, heads, c.head_dim),
+            c.param_dtype,
+        )
+        y = project(x, kernel.reshape(c.hidden_size, -1)).reshape(x.shape[:2] + kernel.shape[1:])
+        if c.qkv_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
+            bias = self.param(name + "_bias", init, (heads, c.head_dim), c.param_dtype)
+            y = y + bias.astype(x.dtype)[None, None]
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, in float32. arXiv:1910.07467."""
+
+    eps: float
+    param_dtype: Any
+    axis: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        # Rounded before the scale, as transformers does: bf16 logits then agree with it.
+        return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+_normal = nn.initializers.normal(0.02)
+
+
+def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, column: Any) -> KVCache:
+    start = (layer, 0, column, 0, 0)
+    return KVCache(
+        keys=jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), start),
+        values=jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), start),
+    )

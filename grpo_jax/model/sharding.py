@@ -1,0 +1,119 @@
+"""Where every array lives: one mesh, one table of logical axis rules.
+
+Parameters and activations name their dimensions ("embed", "heads", ...); `AXIS_RULES` says over which mesh
+axes such a dimension is split. To try another layout, edit the table.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.config import ConfigError, MeshSection
+
+logger = logging.getLogger(__name__)
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # rows of a batch
+    "layers": (),  # N, the scanned dimension
+    "vocab": ("tensor",),  # V
+    "embed": ("fsdp",),  # D of parameters; activations keep their width whole
+    "mlp": ("tensor",),  # F
+    "heads": ("tensor",),  # H
+    "kv_heads": ("tensor",),  # K
+    "head_dim": (),  # Dh
+}
+
+
+def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges `devices` (default: all) as the axes data, fsdp, tensor.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [section.data, section.fsdp, section.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if fixed > len(devices) or (-1 in sizes and len(devices) % fixed):
+        axes = dict(zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) of this machine")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    used = math.prod(sizes)
+    if used < len(devices):
+        logger.warning("the mesh %s uses %d of %d devices", sizes, used, len(devices))
+    # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
+    return Mesh(np.asarray(devices[:used]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """How many ways the rows of a batch are split; row counts must be multiples of it."""
+    return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Any, what: str = ""
+) -> PartitionSpec:
+    """The mesh axes of each dimension. A rule that does not divide its dimension is dropped and logged.
+
+    Args:
+        axes: logical name of each dimension; None is never split.
+        shape: the array's shape, as long as `axes`.
+        what: the array's name, for the log; "" logs nothing (an activation whose parameter was named already).
+    """
+    entries: list[Any] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in AXIS_RULES[axis] if mesh.shape[a] > 1) if axis else ()
+        shards = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % shards:
+            if what:
+                _warn_once(what, str(axis), size, "+".join(mesh_axes), shards)
+            mesh_axes = ()
+        entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+    return PartitionSpec(*entries)
+
+
+@functools.cache
+def _warn_once(what: str, axis: str, size: int, mesh_axes: str, shards: int) -> None:
+    logger.warning(
+        "sharding: %s is copied, not split: its dimension %s of %d does not divide by mesh axis %s of %d",
+        what, axis, size, mesh_axes, shards,
+    )  # fmt: skip
+
+
+def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` for every leaf.
+
+    Args:
+        logical_axes: pytree of `PartitionSpec` holding logical names.
+        shapes: the same tree of anything with a `shape`.
+    """
+
+    def one(path: Any, axes: PartitionSpec, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, jax.tree_util.keystr(path)))
+
+    is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=is_axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the batch axes, every other dimension whole."""
+    return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States the logical axes of an activation inside a jitted function; outside any mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -1,0 +1,210 @@
+"""A decoder of the Qwen2, Qwen3 and Llama 3 families in Flax linen, as pure functions of its parameters.
+
+`forward` maps tokens to hidden states; `logprobs.py` maps hidden states to log-probabilities, since logits
+[B, T, V] are never held. Every parameter names its logical axes where it is created.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from grpo_jax.model.attention import (
+    Attention,
+    AttentionInputs,
+    KVCache,
+    RMSNorm,
+    RopeScaling,
+    causal_segment_mask,
+    project,
+    rope_frequencies,
+)
+from grpo_jax.model.sharding import constrain, tree_shardings
+from grpo_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one model, read from config.json by `hf.py`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    rope_scaling: RopeScaling | None = None
+    dtype: Any = jnp.float32
+    """Of activations and matmuls."""
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    scan_layers: bool = True
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+    "full": None,  # keep nothing but each layer's input
+}
+
+
+class MLP(nn.Module):
+    """SwiGLU, arXiv:2002.05202. x: [B, T, D] -> [B, T, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        up_init = nn.with_logical_partitioning(init, ("embed", "mlp"))
+        down_init = nn.with_logical_partitioning(init, ("mlp", "embed"))
+        gate = self.param("gate", up_init, (c.hidden_size, c.intermediate_size), c.param_dtype)
+        up = self.param("up", up_init, (c.hidden_size, c.intermediate_size), c.param_dtype)
+        down = self.param("down", down_init, (c.intermediate_size, c.hidden_size), c.param_dtype)
+        h = jax.nn.silu(project(x, gate)) * project(x, up)
+        return project(constrain(h, "batch", None, "mlp"), down)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer, in the form `nn.scan` wants: (carry, per-layer, shared) -> (carry, None)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array, inputs: AttentionInputs
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        c = self.config
+        x, cache = carry
+        h = RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="attention_norm")(x)
+        h, cache = Attention(c, name="attention")(h, inputs, cache, layer)
+        x = constrain(x + h, "batch", None, None)
+        h = RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="mlp_norm")(x)
+        x = constrain(x + MLP(c, name="mlp")(h), "batch", None, None)
+        return (x, cache), None
+
+
+class Transformer(nn.Module):
+    """Tokens to final hidden states; the output head's matrix is created here and used in `logprobs.py`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, inputs: AttentionInputs, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
+        if not c.tie_embeddings:
+            self.param("lm_head", init, (c.vocab_size, c.hidden_size), c.param_dtype)
+        # Looked up whole in width: split rows of a split table would have to be gathered twice.
+        table = constrain(embedding.astype(c.dtype), "vocab", None)
+        x = constrain(table[tokens], "batch", None, None)
+
+        block = Block
+        if c.remat != "none" and cache is None:
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES[c.remat])
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+            unroll=1 if c.scan_layers else c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, name="layers")
+        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), inputs)
+        return RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="final_norm")(x), cache
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Final hidden states of whole sequences.
+
+    Args:    tokens, positions, segment_ids: [B, T] int32, as in `TrainBatch`.
+    Returns: [B, T, D] in `config.dtype`; those of padding mean nothing.
+    """
+    cos, sin = _rope_tables(config, positions)
+    inputs = AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
+    hidden, _ = Transformer(config).apply({"params": params}, tokens, inputs, None)  # type: ignore[misc]
+    return hidden
+
+
+def forward_cached(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: KVCache,
+    column: jax.Array | int,
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states of new tokens that see a cache; writes their keys and values from `column` on.
+
+    Args:
+        tokens, positions: [B, T] int32; T new tokens a row.
+        mask: [B, 1, T, S] bool over the S columns of the cache.
+    Returns: [B, T, D] and the cache.
+    """
+    cos, sin = _rope_tables(config, positions)
+    inputs = AttentionInputs(cos, sin, mask, column)
+    return Transformer(config).apply({"params": params}, tokens, inputs, cache)  # type: ignore[return-value]
+
+
+def head_matrix(params: Params) -> jax.Array:
+    """[V, D]: the output head, which is the embedding where the model ties them."""
+    return params["lm_head"] if "lm_head" in params else params["embedding"]
+
+
+def init_cache(config: ModelConfig, batch: int, columns: int) -> KVCache:
+    shape = (config.num_layers, batch, columns, config.num_kv_heads, config.head_dim)
+    axes = ("layers", "batch", None, "kv_heads", None)
+    return KVCache(*(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(2)))
+
+
+def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
+    """Shapes (`jax.ShapeDtypeStruct`) and logical axes (`PartitionSpec` of names) of every parameter."""
+    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """`NamedSharding` of every parameter."""
+    shapes, axes = abstract_params(config)
+    return tree_shardings(axes, shapes, mesh)
+
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
+    """Random parameters, created in place on the mesh."""
+    make = jax.jit(
+        lambda key: nn.unbox(_init_boxed(config, key)), out_shardings=param_shardings(config, mesh)
+    )
+    return make(key)
+
+
+def num_params(config: ModelConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)[0]))
+
+
+def _init_boxed(config: ModelConfig, key: jax.Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    cos, sin = _rope_tables(config, tokens)
+    inputs = AttentionInputs(cos, sin, jnp.ones((1, 1, 1, 1), bool))
+    return Transformer(config).init(key, tokens, inputs, None)["params"]
+
+
+def _rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,145 @@
+"""All that a run reads, checked before a device is touched; then what the configuration asks to be made.
+
+`read_inputs` only reads. `make_model` may write (a random model, generated problems, a warm start), and does
+it once: a run that goes on finds what it made the first time.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax import random_model, sft
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.data import arithmetic
+from grpo_jax.data.schema import check_rows, read_rows
+from grpo_jax.model.hf import ModelFolder, inspect_folder
+from grpo_jax.prompts import encode_prompts, load_tokenizer, sft_examples
+from grpo_jax.types import Prompt
+from grpo_jax.workdir import Workdir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run was given, checked and encoded."""
+
+    tokenizer: Any
+    train_prompts: list[Prompt]
+    val_prompts: list[Prompt]
+    sft_examples: list[tuple[list[int], list[int]]]
+    """(prompt ids, response ids); empty without a warm start."""
+    model: ModelFolder | None
+    """None: a random model, still to be made."""
+    generated: dict[str, list[dict[str, Any]]]
+    """Generated problems by split, still to be written; empty where files were read."""
+
+
+def model_overrides(config: Config) -> dict[str, Any]:
+    """The fields of `ModelConfig` that the configuration sets."""
+    section = config.model
+    return dict(
+        dtype=jax.numpy.dtype(section.dtype),
+        param_dtype=jax.numpy.dtype(section.param_dtype),
+        remat=section.remat,
+        scan_layers=section.scan_layers,
+    )
+
+
+def read_inputs(config: Config, workdir: Workdir) -> Inputs:
+    """Reads and checks every file that the run needs.
+
+    Raises: ConfigError: the first thing that is wrong.
+    """
+    rows, generated = _read_rows(config)
+    folder, tokenizer = _read_model(config, workdir, rows)
+    prompts = {}
+    for split, key in (("train", "data.train_files"), ("val", "data.val_files")):
+        prompts[split], counts = encode_prompts(
+            rows[split],
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            overlong=config.data.overlong_prompts,
+            key=key,
+        )
+        logger.info(
+            "%s: %d prompts (%d longer than %d tokens filtered, %d truncated)",
+            key, len(prompts[split]), counts.num_filtered, config.data.max_prompt_length, counts.num_truncated,
+        )  # fmt: skip
+    examples: list[tuple[list[int], list[int]]] = []
+    if config.sft.num_steps:
+        limits = (config.data.max_prompt_length, config.data.max_response_length)
+        examples, dropped = sft_examples(rows["sft"], tokenizer, *limits)
+        logger.info("sft.train_files: %d examples (%d too long, dropped)", len(examples), dropped)
+    if len(prompts["train"]) < config.data.train_batch_size:
+        rule = f"must be at most the number of training prompts, {len(prompts['train'])}"
+        raise ConfigError("data.train_batch_size", config.data.train_batch_size, rule)
+    val_prompts = prompts["val"][: config.eval.num_prompts or None]
+    return Inputs(tokenizer, prompts["train"], val_prompts, examples, folder, generated)
+
+
+def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:
+    """The folder that GRPO starts from: as given, or made at random, and warm-started where configured."""
+    if inputs.generated and not workdir.data.exists():
+        arithmetic.write_splits(workdir.data, inputs.generated)
+    if workdir.sft_model.exists() and config.sft.num_steps:
+        return inspect_folder(workdir.sft_model, **model_overrides(config))
+    folder = inputs.model
+    if folder is None:
+        random_model.make_random_model(
+            workdir.random_model, config.random_model, inputs.tokenizer, seed=config.trainer.seed, mesh=mesh
+        )
+        folder = inspect_folder(workdir.random_model, **model_overrides(config))
+    if config.sft.num_steps:
+        sft.warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
+        folder = inspect_folder(workdir.sft_model, **model_overrides(config))
+    return folder
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, path: str | Path) -> None:
+    """Raises: ConfigError: the tokenizer has ids that the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        rule = f"its tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {vocab_size}"
+        raise ConfigError("model.path", str(path), rule)
+
+
+def _read_rows(config: Config) -> tuple[dict[str, Sequence[Any]], dict[str, list[dict[str, Any]]]]:
+    """Rows by split, and the generated ones among them."""
+    section = config.arithmetic
+    if section.num_train:
+        generated = arithmetic.generate_splits(**dataclasses.asdict(section), seed=config.trainer.seed)
+        rows = {
+            split: check_rows(raw, name=split, source="arithmetic", key="arithmetic")
+            for split, raw in generated.items()
+        }
+        return rows, generated
+    files = {"train": "data.train_files", "val": "data.val_files"}
+    rows = {split: read_rows(getattr(config.data, key.split(".")[1]), key) for split, key in files.items()}
+    if config.sft.num_steps:
+        rows["sft"] = read_rows(config.sft.train_files, "sft.train_files")
+    return rows, {}
+
+
+def _read_model(config: Config, workdir: Workdir, rows: dict[str, Any]) -> tuple[ModelFolder | None, Any]:
+    """The model's folder, its headers checked, and the tokenizer."""
+    is_random = config.model.path == "random"
+    path = workdir.random_model if is_random else Path(config.model.path)
+    if is_random and not path.exists():
+        texts = [text for split in rows.values() for row in split for text in _texts(row)]
+        return None, random_model.make_tokenizer(texts, config.random_model.vocab_size)
+    folder = inspect_folder(path, **model_overrides(config))
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, folder.config.vocab_size, path)
+    return folder, tokenizer
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """What a tokenizer for these rows should know: prompts and worked answers."""
+    prompt = row["prompt"]
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return [*texts, str(row["extra_info"].get("answer", ""))]

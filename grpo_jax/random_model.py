@@ -1,0 +1,84 @@
+"""Makes a model folder from nothing: a tokenizer trained on given texts and a Qwen2-shaped random model.
+
+For machines without a model and without a network: the quickstart and the smoke test start from it, and
+everything after it treats the folder as it treats one from the hub.
+"""
+
+import dataclasses
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.config import RandomModelSection
+from grpo_jax.model.hf import hf_config, save_folder
+from grpo_jax.model.transformer import ModelConfig, init_params, num_params
+
+logger = logging.getLogger(__name__)
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """Trains a byte-level BPE on `texts`, every digit a token of its own as in Qwen's, with a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s+(?!\S)|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # The roles of the chat template are in every prompt; as words of the corpus they become one token each.
+    roles = ["system", "user", "assistant"] * 100
+    tokenizer.train_from_iterator([*texts, *roles], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_random_model(
+    folder: Path, section: RandomModelSection, tokenizer: Any, *, seed: int, mesh: Mesh
+) -> None:
+    """Writes a Hugging Face folder with a tokenizer of `make_tokenizer` and random weights, seeded."""
+    config = ModelConfig(
+        **dataclasses.asdict(section),
+        head_dim=section.hidden_size // section.num_heads,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_embeddings=True,
+        qkv_bias=True,
+        qk_norm=False,
+    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with tempfile.TemporaryDirectory() as files, jax.set_mesh(mesh):
+        tokenizer.save_pretrained(files)
+        (Path(files) / "config.json").write_text(json.dumps(hf_config(config, **ids), indent=2))
+        (Path(files) / "generation_config.json").write_text(json.dumps(ids))
+        params = init_params(config, jax.random.key(seed), mesh)
+        save_folder(folder, params, config, files_from=Path(files), dtype="F32")
+    logger.info("made a random model of %s parameters in %s", f"{num_params(config):,}", folder)

@@ -1,0 +1,243 @@
+"""The local rollout engine: a jitted sampler with a key/value cache, sharded like the trainer.
+
+Prompts are padded on their left, so that every row writes the same column of the cache at the same time.
+Each distinct prompt is read once and its cache copied to its G rows. A row's random numbers depend on the
+seed, the prompt's place in the call, the sample's number and the token's number, never on its neighbours.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from grpo_jax.batching import bucket_length
+from grpo_jax.model.attention import KVCache
+from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
+from grpo_jax.model.transformer import ModelConfig, forward_cached, head_matrix, init_cache
+from grpo_jax.rollout.base import SamplingParams
+from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """Samples from the trainer's own parameters, on the trainer's own devices."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
+        batch_size: int,
+    ):
+        """Args: batch_size: completions decoded at once; rounded up to whole groups and batch shards."""
+        if not stop_token_ids:
+            logger.warning(
+                "neither model nor tokenizer names an EOS token: every completion runs to its limit"
+            )
+        self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
+        self._stop_token_ids, self._batch_size = stop_token_ids, batch_size
+        self._params: Params = None
+        self._version = -1
+
+    def load_weights(self, params: Params, version: int) -> None:
+        """Keeps a reference; the arrays must stay alive until the next call."""
+        self._params, self._version = params, version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
+    ) -> list[RolloutGroup]:
+        """See `RolloutEngine.generate`."""
+        assert self._params is not None, "load_weights comes before generate"
+        groups: dict[int, RolloutGroup] = {}
+        # Prompts of like length share a batch: less padding, fewer shapes.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        per_batch = self._prompts_per_batch(len(prompts), sampling.num_samples)
+        with (
+            jax.set_mesh(self._mesh),
+            tqdm(total=len(prompts) * sampling.num_samples, desc=progress, unit="completion",
+                 leave=False, disable=None if progress else True) as bar,
+        ):  # fmt: skip
+            for start in range(0, len(order), per_batch):
+                chosen = order[start : start + per_batch]
+                rows = self._sample(prompts, chosen, per_batch, sampling, seed)
+                for i, group in zip(chosen, rows, strict=True):
+                    groups[i] = RolloutGroup(prompts[i], group)
+                bar.update(len(chosen) * sampling.num_samples)
+        return [groups[i] for i in range(len(prompts))]
+
+    def _prompts_per_batch(self, num_prompts: int, num_samples: int) -> int:
+        wanted = min(num_prompts, max(1, self._batch_size // num_samples))
+        shards = num_batch_shards(self._mesh)
+        while wanted * num_samples % shards:
+            wanted += 1
+        return wanted
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        chosen: Sequence[int],
+        per_batch: int,
+        sampling: SamplingParams,
+        seed: int,
+    ) -> list[tuple[Completion, ...]]:
+        """Samples for one batch of prompts, filled up with empty rows to `per_batch`."""
+        lengths = np.zeros(per_batch, np.int32)
+        indices = np.zeros(per_batch, np.int32)
+        columns = bucket_length(max(len(prompts[i].token_ids) for i in chosen))
+        tokens = np.zeros((per_batch, columns), np.int32)
+        for row, i in enumerate(chosen):
+            ids = prompts[i].token_ids
+            tokens[row, columns - len(ids) :] = ids
+            lengths[row], indices[row] = len(ids), i
+        even = per_batch % num_batch_shards(self._mesh) == 0
+        place = partial(jax.device_put, device=(batch_sharding if even else replicated)(self._mesh))
+        sampled = sample_completions(
+            self._params,
+            place(tokens),
+            place(lengths),
+            place(indices),
+            jax.random.key(seed),
+            config=self._config,
+            sampling=sampling,
+            stop_token_ids=self._stop_token_ids,
+        )
+        ids, logprobs, counts, stopped = (np.asarray(x) for x in sampled)
+        rows = [
+            (ids[r, : counts[r]].tolist(), logprobs[r, : counts[r]].tolist(), bool(stopped[r]))
+            for r in range(len(chosen) * sampling.num_samples)
+        ]
+        texts = self._tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+        completions = [
+            Completion(tuple(ids), tuple(lp), text, "stop" if stop else "length", self._version)
+            for (ids, lp, stop), text in zip(rows, texts, strict=True)
+        ]
+        size = sampling.num_samples
+        return [tuple(completions[i : i + size]) for i in range(0, len(completions), size)]
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "stop_token_ids"))
+def sample_completions(
+    params: Params,
+    prompt_tokens: jax.Array,
+    prompt_lengths: jax.Array,
+    prompt_indices: jax.Array,
+    key: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: SamplingParams,
+    stop_token_ids: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Samples `sampling.num_samples` completions of each prompt; stops early once every row has stopped.
+
+    Args:
+        prompt_tokens: [P, Tp] int32, padded on the left.
+        prompt_lengths: [P] int32; 0 marks an empty row, which is not sampled.
+        prompt_indices: [P] int32, the prompt's number, mixed into its random key.
+    Returns:
+        tokens: [B, max_tokens] int32, B = P * num_samples, the samples of a prompt side by side;
+        logprobs: [B, max_tokens] float32; counts: [B] int32, tokens of each row, its stop token included;
+        stopped: [B] bool, False where the limit cut the row.
+    """
+    size, limit = sampling.num_samples, sampling.max_tokens
+    columns = prompt_tokens.shape[1]
+    hidden, cache = _prefill(params, config, prompt_tokens, prompt_lengths)
+    hidden = jnp.repeat(hidden, size, axis=0)
+    cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), cache)
+    lengths = jnp.repeat(prompt_lengths, size)
+    rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_lengths))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
+    head = head_matrix(params).astype(config.dtype)
+    stops = jnp.asarray(stop_token_ids, jnp.int32)[None]
+    column_ids = jnp.arange(columns + limit - 1)[None]
+
+    def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+        token, logprob = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
+        return token, logprob, jnp.any(token[:, None] == stops, axis=1)
+
+    def step(state: Any) -> Any:
+        t, tokens, logprobs, counts, stopped, cache = state
+        visible = (column_ids >= columns - lengths[:, None]) & (column_ids < columns + t)
+        hidden, cache = forward_cached(
+            params,
+            config,
+            jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1),
+            (lengths + t - 1)[:, None],
+            visible[:, None, None, :],
+            cache,
+            columns + t - 1,
+        )
+        token, logprob, is_stop = draw(hidden[:, 0], t)
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
+        logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, t, axis=1)
+        return t + 1, tokens, logprobs, counts + ~stopped, stopped | is_stop, cache
+
+    token, logprob, is_stop = draw(hidden, 0)
+    empty = lengths == 0
+    tokens = jnp.zeros((len(rows), limit), jnp.int32).at[:, 0].set(token)
+    logprobs = jnp.zeros((len(rows), limit), jnp.float32).at[:, 0].set(logprob)
+    state = (jnp.int32(1), tokens, logprobs, jnp.where(empty, 0, 1), is_stop | empty, cache)
+    state = jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[4]), step, state)
+    return state[1:5]
+
+
+def _prefill(
+    params: Params, config: ModelConfig, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Reads the prompts. Returns the hidden state of each last token, [P, D], and the filled cache."""
+    prompts, columns = tokens.shape
+    column = jnp.arange(columns)[None]
+    first = columns - lengths[:, None]
+    positions = jnp.maximum(column - first, 0)
+    mask = (column.T >= column)[None] & (column >= first)[:, None, :]
+    cache = init_cache(config, prompts, columns)
+    hidden, cache = forward_cached(params, config, tokens, positions, mask[:, None], cache, 0)
+    return hidden[:, -1], cache
+
+
+def _widen(cache: jax.Array, columns: int) -> jax.Array:
+    """Appends empty columns, [N, B, S, K, Dh]."""
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0)))
+
+
+def sample_token(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -> tuple[jax.Array, jax.Array]:
+    """Draws one token a row and tells how likely it was.
+
+    The log-probability is that of the distribution sampled from: after temperature, top-k and top-p, and
+    renormalized. A greedy choice (temperature 0) is certain, so the model's own log-probability is told instead.
+
+    Args:    logits: [B, V] float32; keys: [B] random keys.
+    Returns: tokens [B] int32, log-probabilities [B] float32.
+    """
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1)
+        logprobs = jax.nn.log_softmax(logits)
+    else:
+        logits = _truncate(logits / sampling.temperature, sampling)
+        logprobs = jax.nn.log_softmax(logits)
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
+        token = jnp.argmax(logprobs + noise, axis=-1)  # Gumbel-max: a draw from the softmax
+    return token.astype(jnp.int32), jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+
+
+def _truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
+    """Sets to -inf what top-k, and then top-p among what is left, exclude. [B, V]."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        # The smallest set that reaches top_p: a token stays if those before it do not reach it.
+        kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits

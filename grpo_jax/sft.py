@@ -1,0 +1,114 @@
+"""Supervised fine-tuning on worked examples, as a warm start: the same model, batches and update as GRPO.
+
+    python -m grpo_jax.sft --config=configs/quickstart.py
+
+writes the Hugging Face folder WORKDIR/sft-model. `train` does the same by itself where sft.num_steps > 0.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from grpo_jax.batching import make_sft_batch
+from grpo_jax.config import Config, OptimSection
+from grpo_jax.losses import nll_loss
+from grpo_jax.model.hf import ModelFolder, load_params, save_folder
+from grpo_jax.update import init_state, make_optimizer, make_schedule, make_update_step, to_micro_batches
+
+logger = logging.getLogger("grpo_jax.sft")  # __name__ is "__main__" when run as a command
+
+
+def warm_start(
+    config: Config,
+    folder: ModelFolder,
+    tokenizer: Any,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    mesh: Mesh,
+    *,
+    target: Path,
+) -> float:
+    """Fine-tunes the model of `folder` on `examples` and writes it to `target`.
+
+    Args:    examples: (prompt ids, response ids); the response is what is learned.
+    Returns: the loss of the last update, nats a token.
+    Raises:  FloatingPointError: it is not finite.
+    """
+    section = config.sft
+    optim = OptimSection(
+        learning_rate=section.learning_rate,
+        schedule="cosine",
+        warmup_steps=max(1, section.num_steps // 10),
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    schedule = make_schedule(optim, section.num_steps)
+    optimizer = make_optimizer(optim, schedule)
+    rng = np.random.default_rng([config.trainer.seed, 1])
+    pad_id = tokenizer.pad_token_id or 0
+    with jax.set_mesh(mesh):
+        state = init_state(load_params(folder, folder.config, mesh), folder.config, optimizer, mesh)
+        update = make_update_step(
+            folder.config,
+            mesh,
+            optimizer,
+            schedule,
+            nll_loss,
+            loss_agg="token-mean",
+            loss_norm=1.0,
+            temperature=1.0,
+            chunk_tokens=config.actor.logits_chunk_tokens,
+        )
+        order = np.empty(0, np.int64)
+        logger.info("warm start: %d updates of %d examples", section.num_steps, section.batch_size)
+        for step in tqdm(
+            range(section.num_steps), desc="warm start", unit="update", disable=None, leave=False
+        ):
+            while len(order) < section.batch_size:  # a new permutation for every pass over the examples
+                order = np.concatenate([order, rng.permutation(len(examples))])
+            chosen, order = order[: section.batch_size], order[section.batch_size :]
+            batch = make_sft_batch([examples[i] for i in chosen], pad_id=pad_id)
+            state, metrics = update(state, to_micro_batches(batch, config.actor, mesh))
+            if (step + 1) % max(1, section.num_steps // 5) == 0:
+                logger.info("  update %d/%d: loss=%.3f", step + 1, section.num_steps, metrics["actor/loss"])
+        loss = float(metrics["actor/loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the warm start's loss is {loss}; lower sft.learning_rate")
+        save_folder(target, state.params, folder.config, files_from=folder.path, dtype=folder.dtype)
+    logger.info("warm-started model: %s", target)
+    return loss
+
+
+def main() -> None:
+    from grpo_jax.cli import one_line_errors
+    from grpo_jax.config import ConfigError
+    from grpo_jax.config_file import parse_command_line
+    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.prepare import make_model, read_inputs
+    from grpo_jax.workdir import Workdir, start_logging
+
+    with one_line_errors():
+        config, path = parse_command_line("grpo_jax.sft", __doc__)
+        workdir = Workdir(path)
+        if not config.sft.num_steps:
+            raise ConfigError("sft.num_steps", 0, "must be above 0 to fine-tune")
+        if workdir.sft_model.exists():
+            raise ConfigError("--workdir", str(path), f"already holds {workdir.sft_model.name}")
+        workdir.check(config)
+        start_logging()
+        inputs = read_inputs(config, workdir)
+        mesh = make_mesh(config.mesh)
+        workdir.open(config)
+        make_model(config, inputs, workdir, mesh)
+
+
+if __name__ == "__main__":
+    main()

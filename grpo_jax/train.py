@@ -1,0 +1,511 @@
+"""GRPO training, from a configuration to a Hugging Face folder.
+
+    python -m grpo_jax.train --config=FILE.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+
+One step (`grpo_step`), in seven sentences:
+
+1. `prompts.py` takes the next P prompts from a shuffled dataset over Parquet.
+2. `rollout/` asks the rollout engine for G completions each, with the log-probability of every token.
+3. `rewards/` turns (prompt, completion) into a number.
+4. `advantages.py` turns rewards [P, G] into advantages [P, G].
+5. `batching.py` packs the completions into a `TrainBatch`; `losses.py` is the mathematics.
+6. `update.py` holds the jitted steps: score (old and reference log-probabilities) and update.
+7. The engine takes the new weights; `checkpoint.py` saves, `metrics.py` reports.
+
+The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax import report
+from grpo_jax.advantages import frac_zero_std, group_advantages
+from grpo_jax.batching import add_advantages, batch_table, make_train_batch, split_minibatches
+from grpo_jax.checkpoint import Checkpointer, Progress, abstract_like
+from grpo_jax.cli import one_line_errors
+from grpo_jax.config import Config
+from grpo_jax.config_file import parse_command_line
+from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
+from grpo_jax.losses import grpo_loss, kl_penalized_rewards
+from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
+from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params, save_folder
+from grpo_jax.model.sharding import make_mesh, num_batch_shards
+from grpo_jax.model.transformer import abstract_params, num_params
+from grpo_jax.prepare import Inputs, make_model, read_inputs
+from grpo_jax.prompts import PromptIterator
+from grpo_jax.rewards import make_reward
+from grpo_jax.rewards.base import Reward
+from grpo_jax.rollout import RolloutEngine, eval_sampling, make_engine, rollout_sampling
+from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
+from grpo_jax.update import (
+    copy_params,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_score_step,
+    make_update_step,
+    score_rows,
+    state_shardings,
+    to_micro_batches,
+)
+from grpo_jax.workdir import Workdir, start_logging
+
+logger = logging.getLogger("grpo_jax.train")  # __name__ is "__main__" when run as a command
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What the steps work with. All of it stays the same, or looks after its own state."""
+
+    config: Config
+    folder: ModelFolder
+    mesh: jax.sharding.Mesh
+    inputs: Inputs
+    prompts: PromptIterator
+    engine: RolloutEngine
+    reward: Reward
+    score: Callable[[Params, TrainBatch], jax.Array]
+    update: Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+    ref_params: Params
+    timers: Timers
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    groups: list[RolloutGroup]
+    rewards: np.ndarray
+    """[P, G] float32."""
+    updates: list[Metrics]
+    metrics: Metrics
+
+
+def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState, StepResult]:
+    """Step number `step`, counted from 0: prompts, rollouts, rewards, advantages, updates, new weights."""
+    config, timers = stages.config, stages.timers
+    with timers("gen"):
+        prompts = next(stages.prompts)
+        seed = derive_seed(config.trainer.seed, step, "rollout")
+        groups = stages.engine.generate(prompts, rollout_sampling(config), seed=seed, progress="rollouts")
+    with timers("reward"):
+        scored = stages.reward.score(groups)
+    batch = make_train_batch(groups, pad_id=pad_id(stages.inputs.tokenizer), max_length=None)
+    batch = add_logprobs(stages, state.params, batch)
+    advantages = group_advantages(penalized(config, scored.rewards, batch), config.algorithm.adv_estimator)
+    batch = add_advantages(batch, advantages)
+    with timers("update_actor"):
+        state, updates = run_updates(stages, state, batch, step)
+    with timers("update_weights"):
+        stages.engine.load_weights(state.params, version=step + 1)
+    metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
+    metrics["reward/num_errors"] = len(scored.errors)
+    for error in scored.errors:
+        logger.warning("reward error, counted as 0: %s", error)
+    return state, StepResult(groups, scored.rewards, updates, metrics)
+
+
+def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
+    """Adds the old and the reference log-probabilities where they are needed.
+
+    With one update a step and no penalty in the reward, the old ones are the update's own.
+    """
+    config = stages.config
+    score = functools.partial(score_rows, stages.score, actor=config.actor, mesh=stages.mesh)
+    if config.needs_old_logprobs:
+        with stages.timers("old_log_prob"):
+            batch = batch.replace(old_logprobs=score(params, batch))
+    if config.uses_reference:
+        with stages.timers("ref"):
+            batch = batch.replace(ref_logprobs=score(stages.ref_params, batch))
+    return batch
+
+
+def penalized(config: Config, rewards: np.ndarray, batch: TrainBatch) -> np.ndarray:
+    """The rewards, less the KL penalty where it belongs to them. [P, G] float32."""
+    algorithm = config.algorithm
+    if algorithm.kl_in != "reward":
+        return rewards
+    penalized_rewards = kl_penalized_rewards(
+        rewards,
+        batch.old_logprobs,
+        batch.ref_logprobs,
+        batch.completion_mask,
+        kl_coef=algorithm.kl_coef,
+        estimator=algorithm.kl_estimator,
+    )
+    return np.asarray(penalized_rewards)
+
+
+def run_updates(
+    stages: Stages, state: TrainState, batch: TrainBatch, step: int
+) -> tuple[TrainState, list[Metrics]]:
+    """One optimizer step a mini-batch, `num_epochs` times over the batch."""
+    actor, seed = stages.config.actor, stages.config.trainer.seed
+    metrics = []
+    for epoch in range(actor.num_epochs):
+        for minibatch in split_minibatches(batch, actor.num_minibatches, seed=(seed, step, epoch)):
+            state, update_metrics = stages.update(state, to_micro_batches(minibatch, actor, stages.mesh))
+            metrics.append(update_metrics)
+    return state, [jax.device_get(m) for m in metrics]
+
+
+# ---- the run around the steps ----
+
+
+def train(config: Config, path: Path) -> None:
+    """Runs the whole training of a configuration in the workdir `path`, or what is left of it.
+
+    Raises:
+        ConfigError: something about the configuration or its files is wrong; nothing was written.
+        SystemExit: 1 after a failure, 130 after Ctrl-C; a checkpoint is left in both cases.
+    """
+    workdir = Workdir(path)
+    workdir.check(config)
+    start_logging()
+    inputs = read_inputs(config, workdir)
+    with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
+        mesh = make_mesh(config.mesh)
+        workdir.open(config)
+        timers = Timers()
+        checkpointer = Checkpointer(workdir.checkpoints, config.checkpoint.max_to_keep)
+        stack.callback(checkpointer.close)
+        with _reported_failure(timers, checkpointer), jax.set_mesh(mesh):
+            folder = make_model(config, inputs, workdir, mesh)
+            stages, state, first = _set_up(
+                config, workdir, inputs, folder, mesh, reward, timers, checkpointer
+            )
+            writer = MetricsWriter(workdir, config, resume_step=first)
+            stack.callback(writer.close)
+            _print_plan(stages, workdir, first)
+            _run_steps(stages, state, first, workdir, checkpointer, writer)
+
+
+def _set_up(
+    config: Config,
+    workdir: Workdir,
+    inputs: Inputs,
+    folder: ModelFolder,
+    mesh: jax.sharding.Mesh,
+    reward: Reward,
+    timers: Timers,
+    checkpointer: Checkpointer,
+) -> tuple[Stages, TrainState, int | None]:
+    """Builds the stages; the state is new, or restored and then with the step that it was saved after."""
+    model = folder.config
+    prompts = PromptIterator(
+        inputs.train_prompts,
+        batch_size=config.data.train_batch_size,
+        seed=config.trainer.seed,
+        shuffle=config.data.shuffle,
+    )
+    num_steps = config.trainer.total_epochs * prompts.steps_per_epoch
+    num_steps = min(num_steps, config.trainer.num_steps or num_steps)
+    schedule = make_schedule(config.optim, num_steps * config.updates_per_step)
+    optimizer = make_optimizer(config.optim, schedule)
+    common: dict[str, Any] = dict(
+        temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
+    )
+    params = load_params(folder, model, mesh)
+    stages = Stages(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        inputs=inputs,
+        prompts=prompts,
+        engine=make_engine(
+            config.rollout,
+            model=model,
+            mesh=mesh,
+            tokenizer=inputs.tokenizer,
+            eos_token_ids=folder.eos_token_ids,
+        ),
+        reward=reward,
+        score=make_score_step(model, mesh, **common),
+        update=make_update_step(
+            model,
+            mesh,
+            optimizer,
+            schedule,
+            functools.partial(grpo_loss, algorithm=config.algorithm),
+            loss_agg=config.algorithm.loss_agg,
+            loss_norm=config.loss_norm,
+            **common,
+        ),
+        ref_params=copy_params(params, model.dtype) if config.uses_reference else None,
+        timers=timers,
+        num_steps=num_steps,
+    )
+    if checkpointer.latest_step is None:
+        if not workdir.model_files.exists():
+            workdir.model_files.mkdir()
+            copy_side_files(folder.path, workdir.model_files)
+        state, first = init_state(params, model, optimizer, mesh), None
+        version = 0
+    else:
+        del params  # before the restored ones come
+        state, progress = checkpointer.restore(_abstract_state(model, optimizer, mesh))
+        prompts.restore(progress.prompt_iterator)
+        first, version = progress.global_step, progress.policy_version
+    stages.engine.load_weights(state.params, version=version)
+    return stages, state, first
+
+
+def _run_steps(
+    stages: Stages,
+    state: TrainState,
+    first: int | None,
+    workdir: Workdir,
+    checkpointer: Checkpointer,
+    writer: MetricsWriter,
+) -> None:
+    """Validation before training, every step with what is due after it, and the report at the end."""
+    config, per_epoch = stages.config, stages.prompts.steps_per_epoch
+    if first is None and config.eval.before_training:
+        metrics = _validate(stages, workdir, writer, step=0)
+        logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
+        writer.write(metrics | stages.timers.collect(), step=0, epoch=0)
+    watch = _Watch(config)
+    with _stop_on_signal() as stop:
+        for step in range(first or 0, stages.num_steps):
+            done, epoch = step + 1, step // per_epoch + 1
+            with stages.timers("step"):
+                state, result = grpo_step(stages, state, step)
+            metrics = result.metrics | {"training/global_step": done, "training/epoch": epoch}
+            if _is_due(done, config.eval.every_steps, config.eval.every_epochs, stages):
+                metrics |= _validate(stages, workdir, writer, step=done)
+            timings = stages.timers.collect()
+            lengths = np.array([len(g.prompt.token_ids) + len(c.token_ids)
+                                for g in result.groups for c in g.completions])  # fmt: skip
+            devices = stages.mesh.devices.size
+            metrics |= timings | performance_metrics(stages.folder.config, lengths, devices, timings)
+            _save(stages, state, done, workdir, checkpointer, stop.requested)
+            metrics |= stages.timers.collect()
+            _report_step(stages, result, metrics, done, epoch, workdir, writer)
+            watch.check(stages, result, done)
+            if stop.requested and done < stages.num_steps:
+                checkpointer.wait()
+                logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
+                raise SystemExit(130)
+    checkpointer.wait()
+    report.print_report(config, workdir, _final_model(stages, workdir))
+
+
+def _is_due(done: int, every_steps: int, every_epochs: int, stages: Stages) -> bool:
+    """True after each `every_steps` steps and `every_epochs` epochs (0: never), and at the very end if either is set."""
+    every = every_epochs * stages.prompts.steps_per_epoch
+    at_end = done == stages.num_steps and bool(every_steps or every)
+    return at_end or bool(every_steps and done % every_steps == 0) or bool(every and done % every == 0)
+
+
+def _validate(stages: Stages, workdir: Workdir, writer: MetricsWriter, *, step: int) -> Metrics:
+    config = stages.config
+    with stages.timers("testing"):
+        result = evaluate(
+            stages.engine,
+            stages.inputs.val_prompts,
+            stages.reward,
+            eval_sampling(config),
+            seed=derive_seed(config.trainer.seed, step, "validation"),
+            progress="validation",
+        )
+    records = result.records()
+    write_jsonl(workdir.validation / f"step-{step:06d}.jsonl", records)
+    texts = [_show(r) for r in records[: config.logging.num_text_samples]]
+    writer.write_text("val/completions", texts, step=step)
+    summary = result.summary()
+    return {f"val/{name}": value for name, value in summary.items() if name != "num"}
+
+
+def _save(
+    stages: Stages, state: TrainState, done: int, workdir: Workdir, checkpointer: Checkpointer, stopping: bool
+) -> None:
+    """Writes the Hugging Face folder and the checkpoint that are due after step `done`."""
+    section, per_epoch = stages.config.checkpoint, stages.prompts.steps_per_epoch
+    is_last = done == stages.num_steps
+    with stages.timers("save_checkpoint"):
+        every = section.hf_every_epochs * per_epoch
+        if is_last or (every and done % every == 0):
+            target = workdir.epoch_model(done // per_epoch) if done % per_epoch == 0 else workdir.final_model
+            save_folder(
+                target,
+                state.params,
+                stages.folder.config,
+                files_from=workdir.model_files,
+                dtype=stages.folder.dtype,
+            )
+        if stopping or is_last or _is_due(done, section.every_steps, section.every_epochs, stages):
+            progress = Progress(
+                global_step=done,
+                policy_version=done,
+                seed=stages.config.trainer.seed,
+                prompt_iterator=stages.prompts.state(),
+                hf_dtype=stages.folder.dtype,
+            )
+            checkpointer.save(state, progress)
+
+
+def _report_step(
+    stages: Stages,
+    result: StepResult,
+    metrics: Metrics,
+    done: int,
+    epoch: int,
+    workdir: Workdir,
+    writer: MetricsWriter,
+) -> None:
+    per_epoch, section = stages.prompts.steps_per_epoch, stages.config.logging
+    writer.write(metrics, step=done, epoch=epoch)
+    writer.console(metrics, epoch=epoch, step=(done - 1) % per_epoch + 1, steps_per_epoch=per_epoch)
+    records = rollout_records(result.groups, result.rewards)
+    writer.write_text("rollouts", [_show(r) for r in records[: section.num_text_samples]], step=done)
+    if section.save_rollouts:
+        write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", records)
+
+
+class _Watch:
+    """Looks for runs that go nowhere: updates that are skipped, rewards that teach nothing."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._skipped = 0
+        self._flat_steps = 0
+
+    def check(self, stages: Stages, result: StepResult, done: int) -> None:
+        """Raises: TrainingStopped: too many updates in a row were not finite."""
+        for update in result.updates:
+            self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
+            if self._skipped >= self._config.trainer.max_nonfinite_updates:
+                raise TrainingStopped(
+                    f"loss or gradient was not finite in {self._skipped} updates in a row "
+                    "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
+                )
+        self._flat_steps = self._flat_steps + 1 if frac_zero_std(result.rewards) == 1 else 0
+        if self._flat_steps and self._flat_steps % self._config.trainer.flat_reward_steps == 0:
+            self._warn_of_flat_rewards(stages, result)
+
+    def _warn_of_flat_rewards(self, stages: Stages, result: StepResult) -> None:
+        group, reward = result.groups[0], float(result.rewards[0, 0])
+        completion = group.completions[0]
+        logger.warning(
+            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average): "
+            "there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
+            "  reward:       %g, since %s",
+            self._flat_steps,
+            float(result.rewards.mean()),
+            group.prompt.text.strip(),
+            group.prompt.ground_truth,
+            completion.text.strip() or "(empty)",
+            reward,
+            stages.reward.explain(group.prompt, completion, reward),
+        )
+
+
+def derive_seed(seed: int, step: int, purpose: str) -> int:
+    """A seed of its own for each step and purpose, below 2**31."""
+    words = [seed, step, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The padding token's id; which one it is does not matter, since masks come from lengths."""
+    return tokenizer.pad_token_id or 0
+
+
+def _abstract_state(model: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> TrainState:
+    params = abstract_params(model)[0]
+    shapes = TrainState(
+        step=jax.ShapeDtypeStruct((), np.int32),  # type: ignore[arg-type]
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+    )
+    return abstract_like(shapes, state_shardings(model, optimizer, mesh))
+
+
+def _final_model(stages: Stages, workdir: Workdir) -> Path:
+    epochs, rest = divmod(stages.num_steps, stages.prompts.steps_per_epoch)
+    return workdir.final_model if rest else workdir.epoch_model(epochs)
+
+
+def _print_plan(stages: Stages, workdir: Workdir, first: int | None) -> None:
+    shards = num_batch_shards(stages.mesh)
+    rows = [
+        ("model", f"{stages.folder.path} ({num_params(stages.folder.config):,} parameters)"),
+        ("devices", f"{stages.mesh.devices.size} x {jax.devices()[0].device_kind}"),
+        *batch_table(stages.config, num_data_shards=shards, steps_per_epoch=stages.prompts.steps_per_epoch),
+        ("workdir", str(workdir.path)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        logger.info("  %s  %s", name.ljust(width), value)
+    if first is not None:
+        logger.info("Going on after step %d of %d.", first, stages.num_steps)
+
+
+def _show(record: dict[str, Any]) -> str:
+    return f"{record['prompt']}{record['completion']}\n[reward {record['reward']:g}, truth {record['ground_truth']}]"
+
+
+class _Stop:
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once."""
+    stop = _Stop()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        logger.info("Stopping after this step; once more to stop at once.")
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[None]:
+    """Says which phase failed and which checkpoint is left, and exits with 1."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        logger.debug("traceback", exc_info=True)
+        checkpointer.wait()
+        step = checkpointer.latest_step
+        left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
+        if isinstance(error, KeyboardInterrupt):
+            logger.info("Interrupted in phase %s; %s. The same command goes on from it.", timers.phase, left)
+            raise SystemExit(130) from None
+        if not isinstance(error, TrainingStopped):
+            logging.getLogger("grpo_jax").exception("phase %s failed", timers.phase)
+        print(f"error: phase {timers.phase}: {error}; {left}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    with one_line_errors():
+        config, path = parse_command_line("grpo_jax.train", __doc__)
+        train(config, path)
+
+
+if __name__ == "__main__":
+    main()

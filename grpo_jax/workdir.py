@@ -1,0 +1,101 @@
+"""The folder of a run: what lies where, whose run it is, and the log."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.config import Config, ConfigError, parse_config
+
+logger = logging.getLogger("grpo_jax")
+
+# May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
+FREE_SECTIONS = ("eval", "checkpoint", "logging")
+FREE_KEYS = {"trainer.total_epochs", "trainer.num_steps", "trainer.flat_reward_steps", "rollout.batch_size"}
+
+
+class Workdir:
+    """Paths of one run. Creating the object writes nothing."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.log = path / "train.log"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.model_files = path / "model_files"
+        """config.json and tokenizer of the model, so that a checkpoint can be exported without its origin."""
+        self.data = path / "data"
+        self.random_model = path / "random-model"
+        self.sft_model = path / "sft-model"
+        self.validation = path / "validation"
+        self.rollouts = path / "rollouts"
+        self.learning_curve = path / "learning_curve.png"
+
+    def epoch_model(self, epoch: int) -> Path:
+        """The Hugging Face folder written after an epoch, counted from 1."""
+        return self.path / f"checkpoint-epoch-{epoch}"
+
+    @property
+    def final_model(self) -> Path:
+        """The Hugging Face folder of a run that ended within an epoch."""
+        return self.path / "checkpoint-final"
+
+    def check(self, config: Config) -> None:
+        """Refuses a folder that holds another run.
+
+        Raises: ConfigError: config.json is there and differs in a key that changes what is computed.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("--workdir", str(self.path), "must be a folder")
+        if not self.config.exists() or config.checkpoint.resume == "force":
+            return
+        try:
+            held = parse_config(json.loads(self.config.read_text())).to_dict()
+        except ValueError as error:  # ConfigError and JSONDecodeError
+            rule = f"holds a config.json that cannot be read ({error})"
+            raise ConfigError("--workdir", str(self.path), rule) from None
+        for key, (old, new) in _differences(held, config.to_dict()).items():
+            is_free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
+            if is_free and not (key.startswith("trainer.") and config.optim.schedule != "constant"):
+                continue
+            raise ConfigError(
+                key,
+                new,
+                f"the run in {self.path} has {old!r}; choose another --workdir, or insist on going on with "
+                "--config.checkpoint.resume=force",
+            )
+
+    def open(self, config: Config) -> None:
+        """Creates the folder, writes config.json and starts the log."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        start_logging(self.log)
+
+
+def start_logging(file: Path | None = None, *, console: bool = True) -> None:
+    """Sends this package's messages to the console as they are, and to `file` with the time."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    if console:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    if file is not None:
+        to_file = logging.FileHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(to_file)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        f"{section}.{key}": (old[section][key], value)
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section][key] != value
+    }

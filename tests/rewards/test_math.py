@@ -1,0 +1,55 @@
+"""Mathematical answers: equal in value is equal, whatever they look like."""
+
+import pytest
+
+from grpo_jax.config import RewardSection
+from grpo_jax.rewards import make_reward, math
+from grpo_jax.types import Completion, Prompt, RolloutGroup
+
+
+def score(text, truth):
+    return math.compute_score(data_source="math", solution_str=text, ground_truth=truth, extra_info={})
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "expected"),
+    [
+        (r"So it is \boxed{\frac{1}{2}}.", "0.5", 1.0),
+        (r"The answer is $0.5$", r"\frac{1}{2}", 1.0),
+        (r"The answer is $\frac{1}{2}$", r"$\frac{1}{2}$", 1.0),
+        (r"\boxed{1,234}", "1234", 1.0),
+        (r"\boxed{2x + x}", "3x", 1.0),
+        (r"\boxed{\sqrt{8}}", r"\boxed{2\sqrt{2}}", 1.0),
+        (r"\boxed{18} or rather \boxed{19}", "18", 0.0),
+        (r"\boxed{\frac{1}{3}}", "0.5", 0.0),
+        ("I do not know.", "18", 0.0),
+        ("", "18", 0.0),
+    ],
+)
+def test_answers_are_compared_by_value(text, truth, expected):
+    assert score(text, truth) == expected
+
+
+def test_a_ground_truth_that_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="cannot read the ground truth"):
+        score(r"\boxed{18}", r"\boxed{}")
+
+
+def test_a_comparison_that_never_ends_is_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(math, "COMPARE_TIMEOUT_S", 1)
+    assert score("It is $10^{10^{10}}$", "18") == 0.0
+
+
+def test_the_pool_scores_and_explains():
+    prompt = Prompt("train/0", (1,), "Q", "18", "math", {})
+    texts = (r"\boxed{18.0}", r"\boxed{17}", "no idea")
+    group = RolloutGroup(prompt, tuple(Completion((1,), (0.0,), text, "stop", 0) for text in texts))
+    section = RewardSection(function="math", num_workers=1, timeout_s=20.0, on_error="stop")
+    with make_reward(section) as reward:
+        assert reward.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
+        reasons = [reward.explain(prompt, completion, 0.0) for completion in group.completions]
+    assert reasons == [
+        'answer "18.0" equals "18"',
+        'answer "17" does not equal "18"',
+        "no answer that math-verify can read",
+    ]

@@ -1,0 +1,455 @@
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import config, losses
+from grpo_jax.config import AlgorithmSection
+from grpo_jax.types import TrainBatch
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_verl_0.9.1.json").read_text())
+PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
+MODES = config.CHOICES["algorithm.loss_agg"]
+
+ALGORITHM = AlgorithmSection(
+    adv_estimator="grpo",
+    group_size=2,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=0.0,
+    loss_agg="token-mean",
+    loss_norm=0.0,
+    kl_coef=0.0,
+    kl_estimator="k3",
+    kl_in="loss",
+    entropy_coef=0.0,
+)
+
+
+def array(values):
+    return jnp.asarray(values, jnp.float32)
+
+
+def make_batch(mask, *, advantages=None, sampler=None, old=None, ref=None):
+    """A batch of which only what the losses read is filled in."""
+    zeros = jnp.zeros(np.shape(mask), jnp.float32)
+    return TrainBatch(
+        tokens=zeros.astype(jnp.int32),
+        positions=zeros.astype(jnp.int32),
+        segment_ids=zeros.astype(jnp.int32),
+        completion_mask=array(mask),
+        sampler_logprobs=zeros if sampler is None else array(sampler),
+        advantages=zeros if advantages is None else array(advantages),
+        old_logprobs=None if old is None else array(old),
+        ref_logprobs=None if ref is None else array(ref),
+    )
+
+
+def loss_and_grad(logprobs, batch, weights, algorithm, entropy=None):
+    """Returns the loss, its metrics by name, and its gradient with respect to `logprobs`."""
+    entropy = jnp.zeros_like(array(logprobs)) if entropy is None else array(entropy)
+    loss = functools.partial(losses.grpo_loss, algorithm=algorithm)
+    (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(array(logprobs), entropy, batch, weights)
+    return value, metrics.summary(), np.asarray(grad)
+
+
+# Agreement with verl
+
+
+@pytest.mark.parametrize("case", PPO_CLIP, ids=lambda case: f"{case['agg']}-{case['config']['clip_ratio_c']}")
+def test_policy_loss_equals_verl(case):
+    mask = array(GOLDEN["mask"])
+    batch = make_batch(mask, advantages=GOLDEN["advantages"]["grpo"], old=GOLDEN["old_logprobs"])
+    algorithm = dataclasses.replace(
+        ALGORITHM,
+        clip_low=case["config"]["clip_ratio_low"],
+        clip_high=case["config"]["clip_ratio_high"],
+        dual_clip=case["config"]["clip_ratio_c"],
+    )
+    weights = losses.loss_weights(mask, case["agg"], GOLDEN["T"])
+    value, metrics, grad = loss_and_grad(GOLDEN["logprobs"], batch, weights, algorithm)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0)
+    close(value, case["value"])
+    close(grad, case["grad_logprobs"])
+    close(metrics["actor/loss"], case["value"])
+    close(metrics["actor/pg_clipfrac"], case["clip_fraction"])
+    close(metrics["actor/pg_clipfrac_lower"], case["dual_clip_fraction"])
+    close(metrics["actor/ppo_kl"], case["ppo_kl"])
+
+
+@pytest.mark.parametrize("name", list(GOLDEN["kl_per_token"]))
+def test_kl_equals_verl(name):
+    mask = np.array(GOLDEN["mask"])
+    kl = losses.KL_ESTIMATORS[name](array(GOLDEN["logprobs"]), array(GOLDEN["ref_logprobs"])) * mask
+    np.testing.assert_allclose(kl, GOLDEN["kl_per_token"][name], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(kl.sum() / mask.sum(), GOLDEN["kl_token_mean"][name], atol=1e-5, rtol=0)
+
+
+def test_kl_gradient_equals_verl():
+    """With advantages 0 and coefficient 1 the loss is the token mean of k3."""
+    mask = array(GOLDEN["mask"])
+    batch = make_batch(mask, old=GOLDEN["old_logprobs"], ref=GOLDEN["ref_logprobs"])
+    algorithm = dataclasses.replace(ALGORITHM, kl_coef=1.0)
+    weights = losses.loss_weights(mask, "token-mean", 1)
+    value, metrics, grad = loss_and_grad(GOLDEN["logprobs"], batch, weights, algorithm)
+    np.testing.assert_allclose(value, GOLDEN["kl_token_mean"]["k3"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(metrics["kl/mean"], GOLDEN["kl_token_mean"]["k3"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(grad, GOLDEN["kl_k3_grad"], atol=1e-5, rtol=0)
+
+
+def test_registries_hold_what_the_configuration_offers():
+    assert set(losses.KL_ESTIMATORS) == set(config.CHOICES["algorithm.kl_estimator"])
+    for mode in MODES:
+        losses.loss_weights(jnp.ones((1, 2)), mode, 2.0)
+    with pytest.raises(ValueError, match="'mean'"):
+        losses.loss_weights(jnp.ones((1, 2)), "mean", 2.0)
+
+
+# Values by hand: two completions, of two tokens and of one, with ratios 1.5, 0.5 and 0.5.
+#   A = 1,  r = 1.5: max(-1.5, -1.2) = -1.2, clipped, gradient 0
+#   A = 1,  r = 0.5: max(-0.5, -0.8) = -0.5, gradient of the loss with respect to log p = -A r = -0.5
+#   A = -2, r = 0.5: max(1.0, 1.6) = 1.6, clipped, gradient 0
+
+MASK = [[0, 1, 1, 0], [0, 0, 1, 0]]
+RATIOS = [[9.0, 1.5, 0.5, 9.0], [9.0, 9.0, 0.5, 9.0]]
+OLD = [[0.0, math.log(0.4), math.log(0.6), 0.0], [0.0, 0.0, math.log(0.2), 0.0]]
+ADVANTAGES = [[0, 1, 1, 0], [0, 0, -2, 0]]
+LOGPROBS = np.array(OLD) + np.log(RATIOS)
+HAND = {  # mode, with norm 4 -> (loss, weight of the tokens of the first row, of the second)
+    "token-mean": ((-1.2 - 0.5 + 1.6) / 3, 1 / 3, 1 / 3),
+    "seq-mean-token-sum": ((-1.7 + 1.6) / 2, 1 / 2, 1 / 2),
+    "seq-mean-token-mean": ((-1.7 / 2 + 1.6) / 2, 1 / 4, 1 / 2),
+    "seq-mean-token-sum-norm": ((-1.7 + 1.6) / 2 / 4, 1 / 8, 1 / 8),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_by_hand(mode):
+    expected, first, second = HAND[mode]
+    weights = losses.loss_weights(array(MASK), mode, 4.0)
+    np.testing.assert_allclose(weights, np.array(MASK) * [[first], [second]], rtol=1e-6)
+    batch = make_batch(MASK, advantages=ADVANTAGES, old=OLD)
+    value, metrics, grad = loss_and_grad(LOGPROBS, batch, weights, ALGORITHM)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, [[0, 0, -0.5 * first, 0], [0, 0, 0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(metrics["actor/pg_clipfrac"], 2 / 3, rtol=1e-6)
+    assert metrics["actor/pg_clipfrac_lower"] == 0
+    np.testing.assert_allclose(metrics["actor/ppo_kl"], -(math.log(1.5) + 2 * math.log(0.5)) / 3, rtol=1e-5)
+
+
+def test_kl_and_entropy_terms_by_hand():
+    # At the first update (r = 1) the surrogate is -A: (-1 - 1 + 2) / 3 = 0, its gradient -A / 3.
+    logprobs = [[0.0, math.log(0.4), math.log(0.6), 0.0], [0.0, 0.0, math.log(0.2), 0.0]]
+    ref = [[0.0, math.log(0.2), math.log(0.6), 0.0], [0.0, 0.0, math.log(0.4), 0.0]]  # p / p_ref: 2, 1, 1/2
+    entropy = [[7.0, 1.0, 2.0, 7.0], [7.0, 7.0, 3.0, 7.0]]
+    batch = make_batch(MASK, advantages=ADVANTAGES, ref=ref)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    algorithm = dataclasses.replace(ALGORITHM, kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
+    value, metrics, grad = loss_and_grad(logprobs, batch, weights, algorithm, entropy)
+    np.testing.assert_allclose(value, 0.1 * 0 - 0.01 * 2, rtol=1e-5)  # k1: log 2 + 0 - log 2; entropy: 6 / 3
+    np.testing.assert_allclose(metrics["kl/mean"], 0, atol=1e-7)
+    np.testing.assert_allclose(metrics["actor/entropy"], 2, rtol=1e-6)
+    np.testing.assert_allclose(grad, [[0, -0.3, -0.3, 0], [0, 0, 0.7, 0]], rtol=1e-5)  # (-A + 0.1) / 3
+
+    in_reward = dataclasses.replace(algorithm, kl_in="reward", entropy_coef=0.0, kl_estimator="k2")
+    value, metrics, grad = loss_and_grad(logprobs, batch, weights, in_reward, entropy)
+    np.testing.assert_allclose(value, 0, atol=1e-7)
+    np.testing.assert_allclose(metrics["kl/mean"], math.log(2) ** 2 / 3, rtol=1e-5)  # reported all the same
+    np.testing.assert_allclose(grad, -np.array(ADVANTAGES) / 3, rtol=1e-6)
+
+
+def test_no_reference_no_kl():
+    batch = make_batch(MASK, advantages=ADVANTAGES)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    _, metrics, _ = loss_and_grad(LOGPROBS, batch, weights, dataclasses.replace(ALGORITHM, kl_coef=0.1))
+    assert "kl/mean" not in metrics
+
+
+def test_the_entropy_bonus_reaches_the_entropy():
+    batch = make_batch(MASK, advantages=ADVANTAGES)
+    weights = losses.loss_weights(array(MASK), "seq-mean-token-mean", 1)
+    algorithm = dataclasses.replace(ALGORITHM, entropy_coef=0.01)
+    grad = jax.grad(lambda h: losses.grpo_loss(array(LOGPROBS), h, batch, weights, algorithm)[0])(array(MASK))
+    np.testing.assert_allclose(grad, [[0, -0.0025, -0.0025, 0], [0, 0, -0.005, 0]], rtol=1e-6)
+
+
+def test_sampler_mismatch_by_hand():
+    # Old probabilities 0.5, 0.25, 0.1; the sampler's 0.4, 0.5, 0.1.
+    old = np.log([[1, 0.5, 0.25, 1], [1, 1, 0.1, 1]])
+    sampler = np.log([[1, 0.4, 0.5, 1], [1, 1, 0.1, 1]])
+    sampler[0, 0] = -5.0  # a prompt token: unread
+    batch = make_batch(MASK, old=old, sampler=sampler)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    _, metrics, _ = loss_and_grad(LOGPROBS, batch, weights, ALGORITHM)
+    np.testing.assert_allclose(metrics["training/rollout_probs_diff_mean"], (0.1 + 0.25 + 0) / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["training/rollout_probs_diff_max"], 0.25, rtol=1e-5)
+    # exp |log p - log q| = max(p / q, q / p)
+    np.testing.assert_allclose(metrics["training/token_mult_prob_error"], (1.25 + 2 + 1) / 3, rtol=1e-5)
+
+
+def test_nll_loss_by_hand():
+    logprobs = array([[9, -1, -2, 9], [9, 9, -6, 9]])
+    batch = make_batch(MASK)
+    weights = losses.loss_weights(array(MASK), "seq-mean-token-mean", 1)
+    entropy = array([[9, 1, 2, 9], [9, 9, 6, 9]])
+    nll = jax.value_and_grad(losses.nll_loss, has_aux=True)
+    (value, metrics), grad = nll(logprobs, entropy, batch, weights)
+    assert value == metrics.summary()["actor/loss"] == (3 / 2 + 6) / 2
+    assert metrics.summary()["actor/entropy"] == metrics.tokens == 3
+    np.testing.assert_array_equal(grad, [[0, -0.25, -0.25, 0], [0, 0, -0.5, 0]])
+
+
+def test_kl_penalized_rewards_by_hand():
+    rewards = [[1.0, 0.0]]
+    old = [[5.0, -1.0, -2.0, np.nan], [5.0, -np.inf, -4.0, 5.0], [np.nan] * 4]  # the last row is padding
+    ref = [[1.0, -1.5, -1.0, 3.0], [np.nan, 0.0, -1.0, 0.0], [0.0] * 4]
+    mask = [*MASK, [0] * 4]
+    penalize = functools.partial(
+        losses.kl_penalized_rewards, array(rewards), array(old), array(ref), array(mask), kl_coef=0.5
+    )
+    # log p - log p_ref: 0.5 and -1 in the first completion, -3 in the second
+    np.testing.assert_allclose(penalize(estimator="k1"), [[1 + 0.25, 1.5]])
+    np.testing.assert_allclose(penalize(estimator="abs"), [[1 - 0.75, -1.5]])
+    np.testing.assert_allclose(penalize(estimator="k2"), [[1 - 0.5 * 0.625, -2.25]])
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 4\)"):
+        losses.kl_penalized_rewards(
+            jnp.zeros((2, 2)), array(old), array(ref), array(mask), kl_coef=0.5, estimator="k1"
+        )
+
+
+@pytest.mark.parametrize(
+    ("probability", "reference", "expected"),
+    [
+        (0.5, 0.25, {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}),
+        (0.25, 0.5, {"k1": -math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 2 - 1 - math.log(2)}),
+        (0.3, 0.3, {"k1": 0, "k2": 0, "k3": 0}),
+    ],
+)
+def test_kl_by_hand(probability, reference, expected):
+    logprobs, ref_logprobs = array([[math.log(probability)]]), array([[math.log(reference)]])
+    for name, value in (expected | {"abs": abs(expected["k1"])}).items():
+        np.testing.assert_allclose(losses.KL_ESTIMATORS[name](logprobs, ref_logprobs), [[value]], rtol=1e-5)
+
+
+# Boundaries
+
+
+def surrogate_and_grad(logprob, advantage, **clips):
+    """One token, old log-probability 0. Returns (loss, clipped, dual_clipped, gradient) as numbers."""
+
+    def loss(logprobs):
+        value, *flags = losses.clipped_surrogate(logprobs, array([[0.0]]), array([[advantage]]), **clips)
+        return value.sum(), flags
+
+    (value, flags), grad = jax.value_and_grad(loss, has_aux=True)(array([[logprob]]))
+    return (value.item(), *(flag.item() for flag in flags), grad.item())
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("logprob", [0.2, -0.2])
+def test_a_ratio_exactly_on_a_bound_is_not_clipped(advantage, logprob):
+    ratio = jnp.exp(jnp.float32(logprob)).item()
+    clips = {"clip_low": 1 - ratio if logprob < 0 else 0.1, "clip_high": ratio - 1 if logprob > 0 else 0.1}
+    loss, clipped, _, grad = surrogate_and_grad(logprob, advantage, dual_clip=0.0, **clips)
+    assert (loss, clipped, grad) == (-advantage * ratio, 0, -advantage * ratio)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual_clip", "expected"),  # expected: loss, clipped, dual_clipped, gradient
+    [
+        (4.0, -2.0, 3.0, (6.0, 0, 1, 0.0)),  # the bad token's loss is bounded by 2 * 3
+        (4.0, -2.0, 0.0, (8.0, 0, 0, 8.0)),  # and is not without dual clip
+        (4.0, -2.0, 5.0, (8.0, 0, 0, 8.0)),
+        (4.0, 2.0, 3.0, (-2.4, 1, 0, 0.0)),  # a good token is not its concern
+        (0.5, -2.0, 3.0, (1.6, 1, 0, 0.0)),
+        (1.1, 2.0, 3.0, (-2.2, 0, 0, -2.2)),
+        (0.5, 2.0, 3.0, (-1.0, 0, 0, -1.0)),
+        (1.1, 0.0, 3.0, (0.0, 0, 0, 0.0)),
+    ],
+)
+def test_clips_by_hand(ratio, advantage, dual_clip, expected):
+    clips = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": dual_clip}
+    np.testing.assert_allclose(surrogate_and_grad(math.log(ratio), advantage, **clips), expected, rtol=1e-5)
+
+
+def test_a_ratio_exactly_on_the_dual_clip_is_not_clipped():
+    ratio = jnp.exp(jnp.float32(1.0)).item()
+    clips = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": ratio}
+    assert surrogate_and_grad(1.0, -2.0, **clips) == (2 * ratio, 0, 0, 2 * ratio)
+
+
+def test_clip_higher_lets_good_tokens_grow_further():
+    clips = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 0.0}
+    loss, clipped, _, grad = surrogate_and_grad(math.log(1.25), 1.0, **clips)
+    np.testing.assert_allclose((loss, clipped, grad), (-1.25, 0, -1.25), rtol=1e-5)
+    loss, clipped, _, grad = surrogate_and_grad(math.log(1.3), 1.0, **clips)
+    np.testing.assert_allclose((loss, clipped, grad), (-1.28, 1, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("difference", "clamped", "slope"),
+    [(19.0, 19, 1), (20.0, 20, 1), (21.0, 20, 0), (-20.0, -20, 1), (-21.0, -20, 0), (np.inf, 20, 0)],
+)
+def test_the_log_ratio_is_clamped(difference, clamped, slope):
+    value, grad = jax.value_and_grad(losses.log_ratio)(jnp.float32(difference), jnp.float32(0))
+    assert (value, grad) == (clamped, slope)
+
+
+def test_a_huge_ratio_stays_finite():
+    loss, _, dual_clipped, grad = surrogate_and_grad(1000.0, -1.0, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert (loss, dual_clipped, grad) == (3.0, 1, 0)
+    loss, _, _, grad = surrogate_and_grad(1000.0, -1.0, clip_low=0.2, clip_high=0.2, dual_clip=0.0)
+    np.testing.assert_allclose(loss, math.exp(20), rtol=1e-5)
+    assert grad == 0
+
+
+@pytest.mark.parametrize("ref_minus_logprob", [2.7, 50.0, 1000.0, -12.0, -1000.0])
+def test_k3_is_clamped_at_ten(ref_minus_logprob):
+    """exp(2.7) - 2.7 - 1 = 11.2 and exp(-12) + 12 - 1 = 11.0 are the nearest of these to 10."""
+    value, grad = jax.value_and_grad(losses.kl_k3)(jnp.float32(0), jnp.float32(ref_minus_logprob))
+    assert (value, grad) == (10, 0)
+
+
+def test_k3_is_accurate_near_the_reference():
+    """exp(x) - x - 1 = x^2 / 2 + x^3 / 6 + ...; term by term in float32 it would be noise."""
+    x = 2.0**-12
+    value = losses.kl_k3(jnp.float32(0), jnp.float32(x)).item()
+    np.testing.assert_allclose(value, x**2 / 2 + x**3 / 6, rtol=1e-3)
+
+
+# Properties
+
+
+def random_batch(seed, num_rows=6, length=7, **without):
+    """Logprobs, entropy and a batch with rows of different lengths, the last but one without a completion."""
+    rng = np.random.default_rng(seed)
+    ends = rng.integers(3, length + 1, num_rows)
+    starts = rng.integers(1, 3, num_rows)
+    columns = np.arange(length)
+    mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).astype(np.float32)
+    mask[-2] = 0
+    logprobs, old, ref, sampler = -rng.exponential(size=(4, num_rows, length))
+    advantages = rng.normal(size=(num_rows, 1)) * mask
+    entropy = rng.exponential(size=mask.shape)
+    fields = {"advantages": advantages, "sampler": sampler, "old": old, "ref": ref} | without
+    return array(logprobs), array(entropy), make_batch(mask, **fields)
+
+
+FULL = dataclasses.replace(ALGORITHM, dual_clip=3.0, kl_coef=0.3, entropy_coef=0.02)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_add_up_to_the_whole_batch(mode):
+    logprobs, entropy, batch = random_batch(0)
+    weights = losses.loss_weights(batch.completion_mask, mode, 5.0)
+    whole_loss, whole_metrics, whole_grad = loss_and_grad(logprobs, batch, weights, FULL, entropy)
+
+    _, shape = losses.grpo_loss(logprobs, entropy, batch, weights, FULL)
+    metrics, loss, grads = jax.tree.map(jnp.zeros_like, shape), 0.0, []
+    for start in (0, 2, 4):
+        rows = slice(start, start + 2)
+        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        args = (logprobs[rows], entropy[rows], part, weights[rows], FULL)
+        (value, more), grad = jax.value_and_grad(losses.grpo_loss, has_aux=True)(*args)
+        loss, metrics, grads = loss + value, metrics.merge(more), [*grads, grad]
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(grads), whole_grad, rtol=1e-5)
+    summary = metrics.summary()
+    assert summary.keys() == whole_metrics.keys()
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(summary[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_padding_change_nothing(mode):
+    logprobs, entropy, batch = random_batch(1)
+    weights = losses.loss_weights(batch.completion_mask, mode, 5.0)
+    expected, expected_metrics, expected_grad = loss_and_grad(logprobs, batch, weights, FULL, entropy)
+
+    def pad(x):
+        return jnp.pad(x, ((0, 3), (0, 0)))
+
+    padded = jax.tree.map(pad, batch)
+    padded_weights = losses.loss_weights(padded.completion_mask, mode, 5.0)
+    np.testing.assert_array_equal(padded_weights, pad(weights))
+    value, metrics, grad = loss_and_grad(pad(logprobs), padded, padded_weights, FULL, pad(entropy))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, pad(expected_grad), rtol=1e-6)
+    for name, number in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], number, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_is_zero_and_not_nan(mode):
+    logprobs, entropy, batch = random_batch(2)
+    batch = dataclasses.replace(batch, completion_mask=jnp.zeros_like(batch.completion_mask))
+    weights = losses.loss_weights(batch.completion_mask, mode, 5.0)
+    assert not np.asarray(weights).any()
+    value, metrics, grad = loss_and_grad(logprobs, batch, weights, FULL, entropy)
+    assert value == 0 and not grad.any()
+    assert all(number == 0 for number in metrics.values())
+
+
+@pytest.mark.parametrize("garbage", [np.nan, -np.inf, np.inf, 1e38])
+@pytest.mark.parametrize("kl_estimator", list(losses.KL_ESTIMATORS))
+def test_columns_outside_the_completion_may_hold_anything(garbage, kl_estimator):
+    algorithm = dataclasses.replace(FULL, kl_estimator=kl_estimator)
+    logprobs, entropy, batch = random_batch(3)
+    weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
+    expected, expected_metrics, expected_grad = loss_and_grad(logprobs, batch, weights, algorithm, entropy)
+
+    def spoil(x):
+        return jnp.where(batch.completion_mask > 0, x, garbage)
+
+    names = ("old_logprobs", "ref_logprobs", "sampler_logprobs", "advantages")
+    spoilt = dataclasses.replace(batch, **{name: spoil(getattr(batch, name)) for name in names})
+    args = (spoil(logprobs), spoil(entropy), spoilt, weights, algorithm)
+    (value, metrics), grads = jax.value_and_grad(losses.grpo_loss, argnums=(0, 1), has_aux=True)(*args)
+    assert value == expected
+    assert metrics.summary() == expected_metrics
+    np.testing.assert_array_equal(grads[0], expected_grad)
+    for grad in grads:
+        assert np.isfinite(grad).all()
+        assert not np.asarray(grad)[np.asarray(batch.completion_mask) == 0].any()
+    nll = jax.value_and_grad(losses.nll_loss, has_aux=True)
+    (value, metrics), nll_grad = nll(spoil(logprobs), spoil(entropy), spoilt, weights)
+    assert np.isfinite(value) and np.isfinite(metrics.summary()["actor/entropy"])
+    np.testing.assert_array_equal(nll_grad, -weights)
+
+
+def test_the_first_update_is_the_plain_policy_gradient():
+    """Where the ratio is 1 the gradient with respect to log p is -A * w: REINFORCE."""
+    logprobs, entropy, batch = random_batch(4, old=None, ref=None)
+    weights = losses.loss_weights(batch.completion_mask, "seq-mean-token-mean", 1)
+    value, metrics, grad = loss_and_grad(logprobs, batch, weights, ALGORITHM, entropy)
+    np.testing.assert_array_equal(grad, -batch.advantages * weights)
+    np.testing.assert_allclose(value, -np.sum(batch.advantages * weights), rtol=1e-6)
+    assert metrics["actor/pg_clipfrac"] == metrics["actor/ppo_kl"] == 0
+    given = dataclasses.replace(batch, old_logprobs=logprobs)
+    same_value, _, same_grad = loss_and_grad(logprobs, given, weights, ALGORITHM, entropy)
+    assert same_value == value
+    np.testing.assert_array_equal(same_grad, grad)
+
+
+def test_jit_equals_no_jit():
+    logprobs, entropy, batch = random_batch(5)
+
+    def loss(logprobs, entropy, batch):
+        weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
+        value, metrics = losses.grpo_loss(logprobs, entropy, batch, weights, FULL)
+        return value, metrics.summary()
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    (value, metrics), grad = step(logprobs, entropy, batch)
+    (jit_value, jit_metrics), jit_grad = jax.jit(step)(logprobs, entropy, batch)
+    np.testing.assert_allclose(jit_value, value, rtol=1e-6)
+    # atol: terms of a token's gradient may cancel, and fused they are rounded in another order.
+    np.testing.assert_allclose(jit_grad, grad, rtol=1e-6, atol=1e-8)
+    for name, number in metrics.items():
+        np.testing.assert_allclose(jit_metrics[name], number, rtol=1e-6, err_msg=name)
