@@ -38,7 +38,7 @@ def parse_command_line(module: str, doc: str | None, argv: list[str] | None = No
     flags.DEFINE_string("workdir", "", "where everything is written", flag_values=values)
     try:
         values(["grpo_jax", *argv])
-        raw = values["config"].value
+        raw: Any = values["config"].value
         if not hasattr(raw, "to_dict"):  # ml_collections keeps the error until the first use
             raise ConfigError("--config", file, _loading_error(file))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ it once: a run that goes on finds what it made the first time.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, path: str | Path) -> None:
         raise ConfigError("model.path", str(path), rule)
 
 
-def _read_rows(config: Config) -> tuple[dict[str, Sequence[Any]], dict[str, list[dict[str, Any]]]]:
+def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
     """Rows by split, and the generated ones among them."""
     section = config.arithmetic
     if section.num_train:

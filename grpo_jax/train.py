@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import report
@@ -33,7 +34,7 @@ from grpo_jax.advantages import frac_zero_std, group_advantages
 from grpo_jax.batching import add_advantages, batch_table, make_train_batch, split_minibatches
 from grpo_jax.checkpoint import Checkpointer, Progress, abstract_like
 from grpo_jax.cli import one_line_errors
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
 from grpo_jax.losses import grpo_loss, kl_penalized_rewards
@@ -127,10 +128,10 @@ def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatc
     score = functools.partial(score_rows, stages.score, actor=config.actor, mesh=stages.mesh)
     if config.needs_old_logprobs:
         with stages.timers("old_log_prob"):
-            batch = batch.replace(old_logprobs=score(params, batch))
+            batch = dataclasses.replace(batch, old_logprobs=score(params, batch))
     if config.uses_reference:
         with stages.timers("ref"):
-            batch = batch.replace(ref_logprobs=score(stages.ref_params, batch))
+            batch = dataclasses.replace(batch, ref_logprobs=score(stages.ref_params, batch))
     return batch
 
 
@@ -139,8 +140,9 @@ def penalized(config: Config, rewards: np.ndarray, batch: TrainBatch) -> np.ndar
     algorithm = config.algorithm
     if algorithm.kl_in != "reward":
         return rewards
+    assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # the config's rules see to it
     penalized_rewards = kl_penalized_rewards(
-        rewards,
+        jnp.asarray(rewards),
         batch.old_logprobs,
         batch.ref_logprobs,
         batch.completion_mask,
@@ -305,7 +307,7 @@ def _run_steps(
 
 
 def _is_due(done: int, every_steps: int, every_epochs: int, stages: Stages) -> bool:
-    """True after each `every_steps` steps and `every_epochs` epochs (0: never), and at the very end if either is set."""
+    """True after each `every_steps` steps and `every_epochs` epochs (0: never); at the end if either is set."""
     every = every_epochs * stages.prompts.steps_per_epoch
     at_end = done == stages.num_steps and bool(every_steps or every)
     return at_end or bool(every_steps and done % every_steps == 0) or bool(every and done % every == 0)
@@ -401,8 +403,8 @@ class _Watch:
         group, reward = result.groups[0], float(result.rewards[0, 0])
         completion = group.completions[0]
         logger.warning(
-            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average): "
-            "there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
+            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average), "
+            "so there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
             "  reward:       %g, since %s",
             self._flat_steps,
             float(result.rewards.mean()),
@@ -456,7 +458,8 @@ def _print_plan(stages: Stages, workdir: Workdir, first: int | None) -> None:
 
 
 def _show(record: dict[str, Any]) -> str:
-    return f"{record['prompt']}{record['completion']}\n[reward {record['reward']:g}, truth {record['ground_truth']}]"
+    verdict = f"[reward {record['reward']:g}, ground truth {record['ground_truth']}]"
+    return f"{record['prompt']}{record['completion']}\n{verdict}"
 
 
 class _Stop:
@@ -487,8 +490,9 @@ def _reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[No
     """Says which phase failed and which checkpoint is left, and exits with 1."""
     try:
         yield
+    except ConfigError:
+        raise
     except (KeyboardInterrupt, Exception) as error:
-        logger.debug("traceback", exc_info=True)
         checkpointer.wait()
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
@@ -496,7 +500,7 @@ def _reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[No
             logger.info("Interrupted in phase %s; %s. The same command goes on from it.", timers.phase, left)
             raise SystemExit(130) from None
         if not isinstance(error, TrainingStopped):
-            logging.getLogger("grpo_jax").exception("phase %s failed", timers.phase)
+            logger.exception("phase %s failed", timers.phase)
         print(f"error: phase {timers.phase}: {error}; {left}", file=sys.stderr)
         raise SystemExit(1) from None
 

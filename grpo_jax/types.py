@@ -64,7 +64,10 @@ class RolloutGroup:
 
 @flax.struct.dataclass
 class TrainBatch:
-    """Completions ready for the trainer; every field is [B, T]. Rows of pure padding have no completion."""
+    """Completions ready for the trainer; every field is [B, T]. Rows of pure padding have no completion.
+
+    numpy on the host, `jax.Array` inside the jitted steps.
+    """
 
     tokens: jax.Array
     """int32; prompt, completion, padding."""
@@ -78,9 +81,9 @@ class TrainBatch:
     """float32; 0 outside the completion, here and below."""
     advantages: jax.Array
     """float32; the completion's advantage on each of its tokens."""
-    old_logprobs: jax.Array | None = None
+    old_logprobs: Any = None
     """float32; the trainer's own before the first update; None where the update is the first one."""
-    ref_logprobs: jax.Array | None = None
+    ref_logprobs: Any = None
     """float32; the frozen reference's; None without a KL term."""
 
 

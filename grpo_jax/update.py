@@ -6,6 +6,7 @@ split over the batch axes of the mesh. The denominators of the loss belong to th
 the gradients of its micro-batches simply add up.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -80,13 +81,13 @@ def copy_params(params: Params, dtype: Any) -> Params:
 
 
 def to_micro_batches(batch: TrainBatch, actor: ActorSection, mesh: Mesh) -> TrainBatch:
-    """Pads a host batch [B, T] and places it on the mesh as [M, R, T], the rows R split over the batch axes."""
+    """Pads a host batch [B, T] and places it on the mesh as [M, R, T], R over the batch axes."""
     num_rows, length = batch.tokens.shape
     shards = num_batch_shards(mesh)
     num_micro, rows = plan_micro_batches(num_rows, length, actor, shards)
     batch = pad_rows(batch, num_micro * rows * shards)
     sharding = NamedSharding(mesh, PartitionSpec(None, AXIS_RULES["batch"]))
-    place = lambda x: jax.device_put(x.reshape(num_micro, rows * shards, length), sharding)  # noqa: E731
+    place = lambda x: jax.device_put(x.reshape(num_micro, rows * shards, length), sharding)
     return jax.tree.map(place, batch)
 
 
@@ -114,7 +115,9 @@ def score_rows(
     mesh: Mesh,
 ) -> np.ndarray:
     """Log-probabilities of a host batch, [B, T] float32, on the host and 0 outside the completions."""
-    micro_batches = to_micro_batches(batch.replace(old_logprobs=None, ref_logprobs=None), actor, mesh)
+    micro_batches = to_micro_batches(
+        dataclasses.replace(batch, old_logprobs=None, ref_logprobs=None), actor, mesh
+    )
     logprobs = np.asarray(score(params, micro_batches)).reshape(-1, batch.tokens.shape[1])
     return np.where(batch.completion_mask > 0, logprobs[: len(batch.tokens)], np.float32(0))
 
@@ -173,7 +176,7 @@ def make_update_step(
             is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            new = TrainState(state.step + 1, params, opt_state)  # type: ignore[call-arg]
+            new = TrainState(state.step + 1, params, opt_state)
             new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
         summary = metrics.summary()
         summary["actor/grad_norm"] = norm

@@ -65,7 +65,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel i together with channel i + Dh/2, the layout of Hugging Face weights. x: [B, T, H, Dh]."""
+    """Rotates channel i together with channel i + Dh/2, as Hugging Face weights want it. x: [B, T, H, Dh]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -93,10 +93,20 @@ def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     return (causal[None] & same & (segment_ids > 0)[:, None, :])[:, None]
 
 
+NORMAL = nn.initializers.normal(0.02)
+
+
+def parameter(
+    module: nn.Module, name: str, init: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """Declares a parameter of `module` together with the logical axis of each of its dimensions."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # type: ignore[return-value]
+
+
 class Attention(nn.Module):
     """Grouped-query attention; QKV bias (Qwen2) and QK norm (Qwen3) as configured."""
 
-    config: Any  # ModelConfig; typed loosely since transformer.py imports this module
+    config: Any  # ModelConfig, of transformer.py, which imports this module
 
     @nn.compact
     def __call__(
@@ -117,27 +127,19 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_index_in_dim(cache.keys, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(cache.values, layer, 0, keepdims=False)
         out = jax.nn.dot_product_attention(q, k, v, mask=inputs.mask)
-        kernel = self.param(
-            "o",
-            nn.with_logical_partitioning(_normal, ("heads", "head_dim", "embed")),
-            (c.num_heads, c.head_dim, c.hidden_size),
-            c.param_dtype,
-        )
-        return project(out.reshape(x.shape[:2] + (-1,)), kernel.reshape(-1, c.hidden_size)), cache
+        axes, shape = ("heads", "head_dim", "embed"), (c.num_heads, c.head_dim, c.hidden_size)
+        kernel = parameter(self, "o", NORMAL, axes, shape, c.param_dtype)
+        return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache
 
     def _project(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
         c = self.config
-        kernel = self.param(
-            name,
-            nn.with_logical_partitioning(_normal, ("embed", axis, "head_dim")),
-            (c.hidden_size, heads, c.head_dim),
-            c.param_dtype,
-        )
+        axes, shape = ("embed", axis, "head_dim"), (c.hidden_size, heads, c.head_dim)
+        kernel = parameter(self, name, NORMAL, axes, shape, c.param_dtype)
         y = project(x, kernel.reshape(c.hidden_size, -1)).reshape(x.shape[:2] + kernel.shape[1:])
         if c.qkv_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim"))
-            bias = self.param(name + "_bias", init, (heads, c.head_dim), c.param_dtype)
-            y = y + bias.astype(x.dtype)[None, None]
+            zeros = nn.initializers.zeros
+            bias = parameter(self, f"{name}_bias", zeros, axes[1:], shape[1:], c.param_dtype)
+            y = y + bias.astype(x.dtype)
         return y
 
 
@@ -150,15 +152,12 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        ones = nn.initializers.ones
+        scale = parameter(self, "scale", ones, (self.axis,), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         # Rounded before the scale, as transformers does: bf16 logits then agree with it.
         return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-_normal = nn.initializers.normal(0.02)
 
 
 def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, column: Any) -> KVCache:

@@ -31,12 +31,13 @@ from grpo_jax.types import Params
 logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     "Qwen2ForCausalLM": dict(qkv_bias=True, qk_norm=False),
     "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True),
     "LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),
 }
 MAX_SHARD_BYTES = 5 * 10**9
+MAX_HEADER_BYTES = 10**8  # of a safetensors file, by its definition
 KEY = "model.path"
 
 
@@ -248,17 +249,22 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as handle:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        # A Git LFS pointer or a web page: its first letters make an absurd length.
+        if length > MAX_HEADER_BYTES:
+            raise ConfigError(KEY, str(file), "is not a safetensors file")
         if 8 + length > size:
             raise ConfigError(KEY, str(file), f"is cut short at {size} bytes; download it again")
         try:
             header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            tensors = {n: StoredTensor(file, tuple(e["shape"]), e["dtype"]) for n, e in header.items()}
+        except (ValueError, TypeError, AttributeError, LookupError):
             raise ConfigError(KEY, str(file), "is not a safetensors file") from None
-    header.pop("__metadata__", None)
-    wanted = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    wanted = 8 + length + max(ends, default=0)
     if size < wanted:
         raise ConfigError(KEY, str(file), f"is cut short at {size} of {wanted} bytes; download it again")
-    return {n: StoredTensor(file, tuple(entry["shape"]), entry["dtype"]) for n, entry in header.items()}
+    return tensors
 
 
 def _check_tensors(config: ModelConfig, tensors: dict[str, StoredTensor], folder: Path) -> None:
@@ -333,7 +339,7 @@ def _read_tensor(
     with safe_open(folder.tensors[name].file, framework="np") as file:
         stored = file.get_slice(name)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             part = stored[_stored_index(spec, shape, index)]
             target = tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))
             part = part.T if spec.num_inputs else part

@@ -25,7 +25,7 @@ def token_logprobs(
     Returns:
         logprobs, entropy: [B, T] float32, aligned with `tokens`: column t is about tokens[:, t]; column 0 is 0.
     """
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     chunks = _num_chunks(length, chunk_columns)
     targets = jnp.roll(tokens, -1, axis=1)  # column t predicts token t + 1; the last column is dropped below
     head = head.astype(hidden.dtype)
@@ -43,12 +43,12 @@ def token_logprobs(
         logprobs, entropy = one_chunk(hidden, targets)
     else:
         columns = length // chunks
-        split = lambda x: jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)  # noqa: E731
+        split = lambda x: jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
         _, (logprobs, entropy) = jax.lax.scan(
             lambda carry, xs: (carry, one_chunk(*xs)), None, (split(hidden), split(targets))
         )
         logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in (logprobs, entropy))
-    shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
+    shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     return shift(logprobs), shift(entropy)
 
 

@@ -65,7 +65,7 @@ def partition_spec(
     Args:
         axes: logical name of each dimension; None is never split.
         shape: the array's shape, as long as `axes`.
-        what: the array's name, for the log; "" logs nothing (an activation whose parameter was named already).
+        what: the array's name, for the log; "" logs nothing (activations: their parameters are logged).
     """
     entries: list[Any] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -95,10 +95,10 @@ def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh) -> Any:
         shapes: the same tree of anything with a `shape`.
     """
 
-    def one(path: Any, axes: PartitionSpec, leaf: Any) -> NamedSharding:
+    def one(path: Any, axes: Any, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, jax.tree_util.keystr(path)))
 
-    is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    is_axes = lambda x: isinstance(x, PartitionSpec)
     return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=is_axes)
 
 

@@ -13,12 +13,14 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from grpo_jax.model.attention import (
+    NORMAL,
     Attention,
     AttentionInputs,
     KVCache,
     RMSNorm,
     RopeScaling,
     causal_segment_mask,
+    parameter,
     project,
     rope_frequencies,
 )
@@ -64,12 +66,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        init = nn.initializers.normal(0.02)
-        up_init = nn.with_logical_partitioning(init, ("embed", "mlp"))
-        down_init = nn.with_logical_partitioning(init, ("mlp", "embed"))
-        gate = self.param("gate", up_init, (c.hidden_size, c.intermediate_size), c.param_dtype)
-        up = self.param("up", up_init, (c.hidden_size, c.intermediate_size), c.param_dtype)
-        down = self.param("down", down_init, (c.intermediate_size, c.hidden_size), c.param_dtype)
+        wide, narrow = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
+        gate = parameter(self, "gate", NORMAL, ("embed", "mlp"), wide, c.param_dtype)
+        up = parameter(self, "up", NORMAL, ("embed", "mlp"), wide, c.param_dtype)
+        down = parameter(self, "down", NORMAL, ("mlp", "embed"), narrow, c.param_dtype)
         h = jax.nn.silu(project(x, gate)) * project(x, up)
         return project(constrain(h, "batch", None, "mlp"), down)
 
@@ -103,10 +103,10 @@ class Transformer(nn.Module):
         self, tokens: jax.Array, inputs: AttentionInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), c.param_dtype)
+        axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
+        embedding = parameter(self, "embedding", NORMAL, axes, shape, c.param_dtype)
         if not c.tie_embeddings:
-            self.param("lm_head", init, (c.vocab_size, c.hidden_size), c.param_dtype)
+            parameter(self, "lm_head", NORMAL, axes, shape, c.param_dtype)
         # Looked up whole in width: split rows of a split table would have to be gathered twice.
         table = constrain(embedding.astype(c.dtype), "vocab", None)
         x = constrain(table[tokens], "batch", None, None)
@@ -137,7 +137,7 @@ def forward(
     """
     cos, sin = _rope_tables(config, positions)
     inputs = AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
-    hidden, _ = Transformer(config).apply({"params": params}, tokens, inputs, None)  # type: ignore[misc]
+    hidden, _ = Transformer(config).apply({"params": params}, tokens, inputs, None)
     return hidden
 
 

@@ -94,9 +94,9 @@ class LocalEngine:
         columns = bucket_length(max(len(prompts[i].token_ids) for i in chosen))
         tokens = np.zeros((per_batch, columns), np.int32)
         for row, i in enumerate(chosen):
-            ids = prompts[i].token_ids
-            tokens[row, columns - len(ids) :] = ids
-            lengths[row], indices[row] = len(ids), i
+            prompt_ids = prompts[i].token_ids
+            tokens[row, columns - len(prompt_ids) :] = prompt_ids
+            lengths[row], indices[row] = len(prompt_ids), i
         even = per_batch % num_batch_shards(self._mesh) == 0
         place = partial(jax.device_put, device=(batch_sharding if even else replicated)(self._mesh))
         sampled = sample_completions(

@@ -184,23 +184,23 @@ def test_rope_scaling_is_felt_by_these_logits(folders, family):
     assert np.abs(difference).max() > 0.1
 
 
-def test_rope_scaling_is_read_from_either_style_of_config(folders, tmp_path):
-    for family, kind_key, rope in [
-        ("qwen2-tied", "rope_type", DEFAULT_ROPE),
-        ("llama3", "rope_type", LLAMA3_ROPE),
-        ("llama-linear", "type", LINEAR_ROPE),  # the name of the key before "rope_type"
-    ]:
-        path = copy_folder(folders(family)[0], tmp_path / family)
-        new_style = inspect_folder(path).config
-        assert "rope_parameters" in json.loads((path / "config.json").read_text())
-        old = {kind_key: rope["rope_type"]} | {
-            key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")
-        }
-        scaling = {"rope_scaling": None if family == "qwen2-tied" else old}
-        edit_json(path / "config.json", lambda c, s=scaling: (c.pop("rope_parameters"), c.update(rope_theta=THETA, **s)))
-        assert inspect_folder(path).config == new_style
-        # transformers takes the old style for the same thing: it is no invention of this test
-        assert AutoConfig.from_pretrained(path).rope_parameters == folders(family)[1].config.rope_parameters
+@pytest.mark.parametrize(
+    ("family", "rope", "old_rope_scaling"),
+    [
+        ("qwen2-tied", DEFAULT_ROPE, None),
+        ("llama3", LLAMA3_ROPE, {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}),
+        ("llama-linear", LINEAR_ROPE, {"type": "linear", "factor": 2.5}),  # "type" came before "rope_type"
+    ],
+)
+def test_rope_is_read_from_either_style_of_config(folders, tmp_path, family, rope, old_rope_scaling):
+    path = copy_folder(folders(family)[0], tmp_path / "model")
+    new_style = inspect_folder(path).config
+    assert json.loads((path / "config.json").read_text())["rope_parameters"] == rope
+    edit_config(path, rope_parameters=None, rope_theta=THETA)
+    edit_json(path / "config.json", lambda content: content.update(rope_scaling=old_rope_scaling))
+    assert inspect_folder(path).config == new_style
+    # transformers takes the old style for the same thing: it is no invention of this test.
+    assert rope.items() <= AutoConfig.from_pretrained(path).rope_parameters.items()
 
 
 def test_config_by_hand(folders):

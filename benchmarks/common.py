@@ -1,0 +1,117 @@
+"""What the benchmarks share: the report's head, a random model in a temporary folder, interleaved timing.
+
+torch and transformers are the peers; they are imported here and in the scripts, never by the package.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "safetensors", "numpy")
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help starts with the module's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the random Qwen2-shaped model; the defaults are those of configs/quickstart.py."""
+    sizes = (("vocab", 512), ("hidden", 128), ("mlp", 384), ("layers", 2), ("heads", 4), ("kv_heads", 2))
+    for name, default in sizes:
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--scan_layers", action="store_true", help="model.scan_layers (quickstart: off)")
+
+
+def print_environment() -> None:
+    """Hardware, load, versions and date: figures mean nothing without them."""
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    print(f"date      {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
+    print(f"hardware  {_cpu_name()}, {os.cpu_count()} CPUs, {_memory_gb():.0f} GB; load averages {load}")
+    print(f"versions  Python {platform.python_version()}, {versions}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(none)"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({platform.machine()})"
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def require_peer() -> None:
+    """Ends with one line where torch, the peer's framework, is missing."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        sys.exit("the peer needs torch: pip install -e '.[test]'")
+
+
+def write_random_model(folder: Path, args: Any, *, vocab: int | None = None) -> None:
+    """Writes a Hugging Face folder: random weights of the sizes in `args`, and a tokenizer of at most `vocab`."""
+    from grpo_jax.config import MeshSection, RandomModelSection
+    from grpo_jax.data.arithmetic import generate_splits
+    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.random_model import make_random_model, make_tokenizer
+
+    rows = generate_splits(num_train=200, num_val=0, num_sft=0, difficulty=3, direct_share=0.0, seed=0)
+    texts = [row["extra_info"]["question"] for row in rows["train"]]
+    section = RandomModelSection(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.mlp,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+    )
+    tokenizer = make_tokenizer(texts, min(args.vocab, vocab or 512))
+    mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=1))
+    make_random_model(folder, section, tokenizer, seed=0, mesh=mesh)
+
+
+def alternate(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Times the runs in turn, so that a machine that is busy for a while slows all of them.
+
+    Returns: seconds of each run in each round; one untimed call of each comes first.
+    """
+    for run in runs:
+        run()
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return seconds
+
+
+def print_comparison(seconds: Sequence[Sequence[float]], tokens: int, peer: str, aim: float) -> float:
+    """Prints tokens/s of ours and the peer's and their ratio, medians over the rounds. Returns the ratio."""
+    ours, theirs = (statistics.median(times) for times in seconds)
+    for name, times, median in (("grpo_jax", seconds[0], ours), (peer, seconds[1], theirs)):
+        spread = f"{min(times):.3f} to {max(times):.3f} s"
+        print(f"  {name:<22} {tokens / median:>10,.0f} tokens/s   median {median:.3f} s, {spread}")
+    rounds = sorted(peer_s / ours_s for ours_s, peer_s in zip(*seconds, strict=True))
+    ratio = theirs / ours
+    reached = "reached" if ratio >= aim else "not reached"
+    print(f"  ratio                  {ratio:>10.2f}   rounds {rounds[0]:.2f} to {rounds[-1]:.2f}; aim {aim:g}: {reached}")
+    return ratio
