@@ -105,13 +105,22 @@ def alternate(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float
 
 
 def print_comparison(seconds: Sequence[Sequence[float]], tokens: int, peer: str, aim: float) -> float:
-    """Prints tokens/s of ours and the peer's and their ratio, medians over the rounds. Returns the ratio."""
-    ours, theirs = (statistics.median(times) for times in seconds)
-    for name, times, median in (("grpo_jax", seconds[0], ours), (peer, seconds[1], theirs)):
-        spread = f"{min(times):.3f} to {max(times):.3f} s"
-        print(f"  {name:<22} {tokens / median:>10,.0f} tokens/s   median {median:.3f} s, {spread}")
-    rounds = sorted(peer_s / ours_s for ours_s, peer_s in zip(*seconds, strict=True))
-    ratio = theirs / ours
-    reached = "reached" if ratio >= aim else "not reached"
-    print(f"  ratio                  {ratio:>10.2f}   rounds {rounds[0]:.2f} to {rounds[-1]:.2f}; aim {aim:g}: {reached}")
+    """Prints tokens/s of ours and the peer's and the ratio, ours / theirs, of medians and of fastest rounds.
+
+    Other work on the machine slows both, but seldom evenly (torch's threads spin while they wait for a core),
+    so the aim counts as reached only where both ratios reach it.
+
+    Returns: the smaller of the two ratios.
+    """
+    for name, times in zip(("grpo_jax", peer), seconds, strict=True):
+        median, fastest = statistics.median(times), min(times)
+        print(
+            f"  {name:<22} {tokens / median:>9,.0f} tokens/s, fastest round {tokens / fastest:>9,.0f} "
+            f"({median:.3f} s, {fastest:.3f} s)"
+        )
+    ours, theirs = seconds
+    ratios = statistics.median(theirs) / statistics.median(ours), min(theirs) / min(ours)
+    ratio = min(ratios)
+    verdict = "reached" if ratio >= aim else "not reached"
+    print(f"  ratio                  {ratios[0]:>9.2f}           fastest round {ratios[1]:>9.2f} (aim {aim:g}: {verdict})")
     return ratio

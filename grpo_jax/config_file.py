@@ -5,18 +5,17 @@
 `ml_collections` parses it; this module turns whatever it complains of into one line.
 """
 
-import argparse
 import json
+import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from grpo_jax.config import Config, ConfigError, known_keys, nearest, parse_config
 
-OTHER_FLAGS = ("--config", "--workdir", "--help")
+USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]"
 
 
 def parse_command_line(module: str, doc: str | None, argv: list[str] | None = None) -> tuple[Config, Path]:
@@ -28,26 +27,16 @@ def parse_command_line(module: str, doc: str | None, argv: list[str] | None = No
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(
-            f"usage: python -m {module} {(__doc__ or '').split(':', 1)[1].split('`ml')[0].strip()}\n\n{doc}"
-        )
+        print(f"usage: python -m {module} {USAGE}\n\n{doc}")
         raise SystemExit(0)
-    file = _check_flags(argv)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string("workdir", "", "where everything is written", flag_values=values)
-    try:
-        values(["grpo_jax", *argv])
-        raw: Any = values["config"].value
-        if not hasattr(raw, "to_dict"):  # ml_collections keeps the error until the first use
-            raise ConfigError("--config", file, _loading_error(file))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise _override_error(argv, error) from None
+    options = _split_flags(argv)
+    raw = _load_config_file(options.pop("--config", ""))
+    workdir = options.pop("--workdir", "")
+    for flag, value in options.items():
+        _override(raw, flag, value)
     config = parse_config(raw.to_dict())
     default = Path("outputs") / config.logging.project_name / config.logging.experiment_name
-    return config, Path(values["workdir"].value or default)
+    return config, Path(workdir or default)
 
 
 def load_saved_config(path: Path) -> Config:
@@ -63,55 +52,49 @@ def load_saved_config(path: Path) -> Config:
         raise ConfigError("--workdir", str(path), f"is not JSON ({error})") from None
 
 
-def _check_flags(argv: list[str]) -> str:
-    """Refuses flags and keys that do not exist; returns the config file's name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    file = parser.parse_known_args(argv)[0].config
-    if not file:
+def _split_flags(argv: list[str]) -> dict[str, str]:
+    """Flag -> value, from "--flag=value" and "--flag value"; refuses flags and keys that do not exist."""
+    known = {*(f"--config.{key}" for key in known_keys()), "--config", "--workdir"}
+    options: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError("command line", flag, "is neither a flag nor the value of one")
+        if flag not in known:
+            hint = nearest(flag, known).replace("--config.", "")
+            raise ConfigError(flag.removeprefix("--config."), value, f"there is no such key{hint}")
+        if not equals and not rest:
+            raise ConfigError(flag.removeprefix("--config."), "", "needs a value")
+        options[flag] = value if equals else rest.pop(0)
+    return options
+
+
+def _override(config: ConfigDict, flag: str, value: str) -> None:
+    """Sets one key of `config`, as ml_collections reads "--config.SECTION.KEY=VALUE"."""
+    key, argument, values = flag.removeprefix("--config."), f"{flag}={value}", flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
+        values(["grpo_jax", argument])
+    except (flags.Error, ValueError, TypeError) as error:
+        reason = str(error).partition(": ")[2] or str(error)
+        raise ConfigError(key, value, f"has the wrong type: {reason}") from None
+
+
+def _load_config_file(name: str) -> ConfigDict:
+    """Calls get_config(), or get_config(VARIANT), of FILE.py or FILE.py:VARIANT."""
+    path, _, variant = name.partition(":")
+    if not name:
         raise ConfigError(
-            "--config", file, "must name a configuration file, as --config=configs/quickstart.py"
+            "--config", name, "must name a configuration file, as --config=configs/quickstart.py"
         )
-    if not Path(file.split(":")[0]).is_file():
-        raise ConfigError("--config", file, "there is no such file")
-    keys = {f"--config.{key}" for key in known_keys()}
-    expects_value = False
-    for arg in argv:
-        name, equals, _ = arg.partition("=")
-        if expects_value:
-            expects_value = False
-        elif not name.startswith("--"):
-            raise ConfigError("command line", arg, "is neither a flag nor a flag's value")
-        elif name not in keys and name not in OTHER_FLAGS:
-            hint = nearest(name, keys | set(OTHER_FLAGS))
-            raise ConfigError(name.removeprefix("--config."), arg, f"there is no such key{hint}")
-        else:
-            expects_value = not equals
-    return file
-
-
-def _loading_error(file: str) -> str:
-    """Loads the file once more, for the reason why it could not be loaded."""
-    import runpy
-
-    path, _, variant = file.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError("--config", name, "there is no such file")
     try:
         get_config = runpy.run_path(path)["get_config"]
-        get_config(variant) if variant else get_config()
-    except Exception as error:
-        return f"cannot be loaded: {type(error).__name__}: {error}"
-    return "its get_config() must return an ml_collections.ConfigDict"
-
-
-def _override_error(argv: list[str], error: Exception) -> ConfigError:
-    text = str(error)
-    for arg in argv:
-        name, _, value = arg.partition("=")
-        if name.startswith("--config.") and (name in text or arg in text):
-            return ConfigError(name.removeprefix("--config."), value, f"has the wrong type: {text}")
-    return ConfigError("command line", " ".join(argv), text)
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """What config.json holds."""
-    return json.loads(json.dumps(config.to_dict()))
+        config = get_config(variant) if variant else get_config()
+    except Exception as error:  # the file is the user's, and so is whatever it raises
+        raise ConfigError("--config", name, f"cannot be loaded: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config", name, "its get_config() must return an ml_collections.ConfigDict")
+    return config

@@ -19,9 +19,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +27,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import report
-from grpo_jax.advantages import frac_zero_std, group_advantages
+from grpo_jax.advantages import group_advantages
 from grpo_jax.batching import add_advantages, batch_table, make_train_batch, split_minibatches
-from grpo_jax.checkpoint import Checkpointer, Progress, abstract_like
+from grpo_jax.checkpoint import Checkpointer, Progress
 from grpo_jax.cli import one_line_errors
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
-from grpo_jax.losses import grpo_loss, kl_penalized_rewards
+from grpo_jax.losses import kl_penalized_rewards
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
-from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params, save_folder
+from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
-from grpo_jax.model.transformer import abstract_params, num_params
-from grpo_jax.prepare import Inputs, make_model, read_inputs
-from grpo_jax.prompts import PromptIterator
+from grpo_jax.model.transformer import num_params
+from grpo_jax.prepare import make_model, read_inputs
 from grpo_jax.rewards import make_reward
-from grpo_jax.rewards.base import Reward
-from grpo_jax.rollout import RolloutEngine, eval_sampling, make_engine, rollout_sampling
+from grpo_jax.rollout import eval_sampling, rollout_sampling
+from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
+from grpo_jax.stages import Stages, build_stages
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
-from grpo_jax.update import (
-    copy_params,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_score_step,
-    make_update_step,
-    score_rows,
-    state_shardings,
-    to_micro_batches,
-)
+from grpo_jax.update import score_rows, to_micro_batches
 from grpo_jax.workdir import Workdir, start_logging
 
 logger = logging.getLogger("grpo_jax.train")  # __name__ is "__main__" when run as a command
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stages:
-    """What the steps work with. All of it stays the same, or looks after its own state."""
-
-    config: Config
-    folder: ModelFolder
-    mesh: jax.sharding.Mesh
-    inputs: Inputs
-    prompts: PromptIterator
-    engine: RolloutEngine
-    reward: Reward
-    score: Callable[[Params, TrainBatch], jax.Array]
-    update: Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
-    ref_params: Params
-    timers: Timers
-    num_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +69,7 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
         groups = stages.engine.generate(prompts, rollout_sampling(config), seed=seed, progress="rollouts")
     with timers("reward"):
         scored = stages.reward.score(groups)
-    batch = make_train_batch(groups, pad_id=pad_id(stages.inputs.tokenizer), max_length=None)
+    batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
     batch = add_logprobs(stages, state.params, batch)
     advantages = group_advantages(penalized(config, scored.rewards, batch), config.algorithm.adv_estimator)
     batch = add_advantages(batch, advantages)
@@ -185,85 +150,15 @@ def train(config: Config, path: Path) -> None:
         timers = Timers()
         checkpointer = Checkpointer(workdir.checkpoints, config.checkpoint.max_to_keep)
         stack.callback(checkpointer.close)
-        with _reported_failure(timers, checkpointer), jax.set_mesh(mesh):
+        with reported_failure(timers, checkpointer), jax.set_mesh(mesh):
             folder = make_model(config, inputs, workdir, mesh)
-            stages, state, first = _set_up(
+            stages, state, first = build_stages(
                 config, workdir, inputs, folder, mesh, reward, timers, checkpointer
             )
             writer = MetricsWriter(workdir, config, resume_step=first)
             stack.callback(writer.close)
             _print_plan(stages, workdir, first)
             _run_steps(stages, state, first, workdir, checkpointer, writer)
-
-
-def _set_up(
-    config: Config,
-    workdir: Workdir,
-    inputs: Inputs,
-    folder: ModelFolder,
-    mesh: jax.sharding.Mesh,
-    reward: Reward,
-    timers: Timers,
-    checkpointer: Checkpointer,
-) -> tuple[Stages, TrainState, int | None]:
-    """Builds the stages; the state is new, or restored and then with the step that it was saved after."""
-    model = folder.config
-    prompts = PromptIterator(
-        inputs.train_prompts,
-        batch_size=config.data.train_batch_size,
-        seed=config.trainer.seed,
-        shuffle=config.data.shuffle,
-    )
-    num_steps = config.trainer.total_epochs * prompts.steps_per_epoch
-    num_steps = min(num_steps, config.trainer.num_steps or num_steps)
-    schedule = make_schedule(config.optim, num_steps * config.updates_per_step)
-    optimizer = make_optimizer(config.optim, schedule)
-    common: dict[str, Any] = dict(
-        temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
-    )
-    params = load_params(folder, model, mesh)
-    stages = Stages(
-        config=config,
-        folder=folder,
-        mesh=mesh,
-        inputs=inputs,
-        prompts=prompts,
-        engine=make_engine(
-            config.rollout,
-            model=model,
-            mesh=mesh,
-            tokenizer=inputs.tokenizer,
-            eos_token_ids=folder.eos_token_ids,
-        ),
-        reward=reward,
-        score=make_score_step(model, mesh, **common),
-        update=make_update_step(
-            model,
-            mesh,
-            optimizer,
-            schedule,
-            functools.partial(grpo_loss, algorithm=config.algorithm),
-            loss_agg=config.algorithm.loss_agg,
-            loss_norm=config.loss_norm,
-            **common,
-        ),
-        ref_params=copy_params(params, model.dtype) if config.uses_reference else None,
-        timers=timers,
-        num_steps=num_steps,
-    )
-    if checkpointer.latest_step is None:
-        if not workdir.model_files.exists():
-            workdir.model_files.mkdir()
-            copy_side_files(folder.path, workdir.model_files)
-        state, first = init_state(params, model, optimizer, mesh), None
-        version = 0
-    else:
-        del params  # before the restored ones come
-        state, progress = checkpointer.restore(_abstract_state(model, optimizer, mesh))
-        prompts.restore(progress.prompt_iterator)
-        first, version = progress.global_step, progress.policy_version
-    stages.engine.load_weights(state.params, version=version)
-    return stages, state, first
 
 
 def _run_steps(
@@ -280,8 +175,8 @@ def _run_steps(
         metrics = _validate(stages, workdir, writer, step=0)
         logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
         writer.write(metrics | stages.timers.collect(), step=0, epoch=0)
-    watch = _Watch(config)
-    with _stop_on_signal() as stop:
+    watch = RunWatch(config.trainer, stages.reward)
+    with stop_on_signal() as stop:
         for step in range(first or 0, stages.num_steps):
             done, epoch = step + 1, step // per_epoch + 1
             with stages.timers("step"):
@@ -297,7 +192,7 @@ def _run_steps(
             _save(stages, state, done, workdir, checkpointer, stop.requested)
             metrics |= stages.timers.collect()
             _report_step(stages, result, metrics, done, epoch, workdir, writer)
-            watch.check(stages, result, done)
+            watch.check(result.groups, result.rewards, result.updates)
             if stop.requested and done < stages.num_steps:
                 checkpointer.wait()
                 logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
@@ -378,63 +273,10 @@ def _report_step(
         write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", records)
 
 
-class _Watch:
-    """Looks for runs that go nowhere: updates that are skipped, rewards that teach nothing."""
-
-    def __init__(self, config: Config):
-        self._config = config
-        self._skipped = 0
-        self._flat_steps = 0
-
-    def check(self, stages: Stages, result: StepResult, done: int) -> None:
-        """Raises: TrainingStopped: too many updates in a row were not finite."""
-        for update in result.updates:
-            self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
-            if self._skipped >= self._config.trainer.max_nonfinite_updates:
-                raise TrainingStopped(
-                    f"loss or gradient was not finite in {self._skipped} updates in a row "
-                    "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
-                )
-        self._flat_steps = self._flat_steps + 1 if frac_zero_std(result.rewards) == 1 else 0
-        if self._flat_steps and self._flat_steps % self._config.trainer.flat_reward_steps == 0:
-            self._warn_of_flat_rewards(stages, result)
-
-    def _warn_of_flat_rewards(self, stages: Stages, result: StepResult) -> None:
-        group, reward = result.groups[0], float(result.rewards[0, 0])
-        completion = group.completions[0]
-        logger.warning(
-            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average), "
-            "so there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
-            "  reward:       %g, since %s",
-            self._flat_steps,
-            float(result.rewards.mean()),
-            group.prompt.text.strip(),
-            group.prompt.ground_truth,
-            completion.text.strip() or "(empty)",
-            reward,
-            stages.reward.explain(group.prompt, completion, reward),
-        )
-
-
 def derive_seed(seed: int, step: int, purpose: str) -> int:
     """A seed of its own for each step and purpose, below 2**31."""
     words = [seed, step, *purpose.encode()]
     return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The padding token's id; which one it is does not matter, since masks come from lengths."""
-    return tokenizer.pad_token_id or 0
-
-
-def _abstract_state(model: Any, optimizer: Any, mesh: jax.sharding.Mesh) -> TrainState:
-    params = abstract_params(model)[0]
-    shapes = TrainState(
-        step=jax.ShapeDtypeStruct((), np.int32),  # type: ignore[arg-type]
-        params=params,
-        opt_state=jax.eval_shape(optimizer.init, params),
-    )
-    return abstract_like(shapes, state_shardings(model, optimizer, mesh))
 
 
 def _final_model(stages: Stages, workdir: Workdir) -> Path:
@@ -460,49 +302,6 @@ def _print_plan(stages: Stages, workdir: Workdir, first: int | None) -> None:
 def _show(record: dict[str, Any]) -> str:
     verdict = f"[reward {record['reward']:g}, ground truth {record['ground_truth']}]"
     return f"{record['prompt']}{record['completion']}\n{verdict}"
-
-
-class _Stop:
-    requested = False
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once."""
-    stop = _Stop()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        logger.info("Stopping after this step; once more to stop at once.")
-
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[None]:
-    """Says which phase failed and which checkpoint is left, and exits with 1."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (KeyboardInterrupt, Exception) as error:
-        checkpointer.wait()
-        step = checkpointer.latest_step
-        left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
-        if isinstance(error, KeyboardInterrupt):
-            logger.info("Interrupted in phase %s; %s. The same command goes on from it.", timers.phase, left)
-            raise SystemExit(130) from None
-        if not isinstance(error, TrainingStopped):
-            logger.exception("phase %s failed", timers.phase)
-        print(f"error: phase {timers.phase}: {error}; {left}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def main() -> None:

@@ -141,7 +141,9 @@ def _read_table(path: Path, key: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise ConfigError(key, str(path), "there is no such file")
+        raise ConfigError(
+            key, str(path), "there is no such file; `python -m grpo_jax.data.gsm8k` makes GSM8K's"
+        )
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow

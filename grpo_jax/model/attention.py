@@ -139,7 +139,7 @@ class Attention(nn.Module):
         if c.qkv_bias:
             zeros = nn.initializers.zeros
             bias = parameter(self, f"{name}_bias", zeros, axes[1:], shape[1:], c.param_dtype)
-            y = y + bias.astype(x.dtype)
+            y = y + bias.astype(x.dtype)[None, None]
         return y
 
 

@@ -197,7 +197,7 @@ def _prefill(
     column = jnp.arange(columns)[None]
     first = columns - lengths[:, None]
     positions = jnp.maximum(column - first, 0)
-    mask = (column.T >= column)[None] & (column >= first)[:, None, :]
+    mask = (column <= column.T)[None] & (column >= first)[:, None, :]
     cache = init_cache(config, prompts, columns)
     hidden, cache = forward_cached(params, config, tokens, positions, mask[:, None], cache, 0)
     return hidden[:, -1], cache

@@ -60,8 +60,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = {
-    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE)),
-    "qwen2-untied": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE)),
+    "qwen2-tied": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE),
+    ),
+    "qwen2-untied": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE),
+    ),
     "qwen3-tied": (
         Qwen3Config,
         Qwen3ForCausalLM,
@@ -177,7 +185,9 @@ def test_rope_scaling_is_felt_by_these_logits(folders, family):
     """The test above would not notice a scaling that these positions do not feel."""
     path, _ = folders(family)
     folder = inspect_folder(path)
-    plain = parse_hf_config(json.loads((path / "config.json").read_text()) | {"rope_parameters": DEFAULT_ROPE})
+    plain = parse_hf_config(
+        json.loads((path / "config.json").read_text()) | {"rope_parameters": DEFAULT_ROPE}
+    )
     params = load_params(folder, folder.config, mesh_of(1, 1, 1))
     tokens = random_tokens(1, 80)
     difference = jax_logits(params, folder.config, tokens, [80]) - jax_logits(params, plain, tokens, [80])
@@ -205,11 +215,21 @@ def test_rope_is_read_from_either_style_of_config(folders, tmp_path, family, rop
 
 def test_config_by_hand(folders):
     config = inspect_folder(folders("llama3")[0], dtype=jnp.bfloat16, remat="full").config
-    assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (320, 16, 24, 2)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (
+        320,
+        16,
+        24,
+        2,
+    )
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
     assert (config.rope_theta, config.rms_norm_eps, config.tie_embeddings) == (100.0, 1e-6, False)
     assert config.rope_scaling == RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
-    assert (config.qkv_bias, config.qk_norm, config.dtype, config.remat) == (False, False, jnp.bfloat16, "full")
+    assert (config.qkv_bias, config.qk_norm, config.dtype, config.remat) == (
+        False,
+        False,
+        jnp.bfloat16,
+        "full",
+    )
     qwen2, qwen3 = (inspect_folder(folders(family)[0]).config for family in ("qwen2-tied", "qwen3-tied"))
     assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, 4)  # 16 / 4, where no key says so
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 8)
@@ -249,7 +269,9 @@ def test_round_trip_is_bit_identical(folders, tmp_path, tokenizer_folder, family
     assert folder.dtype == "F32"
     assert raw_tensors(saved) == raw_tensors(path)
     side_files = sorted(file.name for file in path.iterdir() if file.suffix != ".safetensors")
-    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(side_files)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
+        side_files
+    )
     assert sorted(file.name for file in saved.iterdir()) == sorted([*side_files, "model.safetensors"])
     assert all((saved / name).read_bytes() == (path / name).read_bytes() for name in side_files)
 
@@ -301,7 +323,9 @@ def test_shards_and_their_index(folders, tmp_path):
     assert not (tmp_path / "saved.tmp").exists()
 
 
-def test_transformers_generates_the_same_text_from_a_saved_folder(folders, tmp_path, tokenizer_folder, tokenizer):
+def test_transformers_generates_the_same_text_from_a_saved_folder(
+    folders, tmp_path, tokenizer_folder, tokenizer
+):
     """Saved after a change, so that a copy of the old weights would be noticed."""
     path = copy_folder(folders("qwen3-tied")[0], tmp_path / "model")
     for file in tokenizer_folder.iterdir():
@@ -433,7 +457,9 @@ def test_attention_bias_of_other_families_is_refused(refused):
 
 
 def test_broken_json_and_missing_files_are_refused(refused, tmp_path):
-    assert "config.json" in (message := refused(lambda f: (f / "config.json").unlink())) and "missing" in message
+    assert (
+        "config.json" in (message := refused(lambda f: (f / "config.json").unlink())) and "missing" in message
+    )
     (tmp_path / "model" / "config.json").write_text('{"architectures": [')
     with pytest.raises(ConfigError, match="config.json.*is not JSON"):
         inspect_folder(tmp_path / "model")
@@ -535,7 +561,9 @@ def test_a_shard_that_is_cut_short_is_named(sharded):
 
 def test_an_index_that_names_an_absent_file_is_refused(sharded):
     index = sharded / "model.safetensors.index.json"
-    edit_json(index, lambda content: content["weight_map"].update({"model.norm.weight": "model-9.safetensors"}))
+    edit_json(
+        index, lambda content: content["weight_map"].update({"model.norm.weight": "model-9.safetensors"})
+    )
     with pytest.raises(ConfigError, match=r"model-9.safetensors.*missing"):
         inspect_folder(sharded)
 

@@ -98,9 +98,17 @@ def test_sizes_that_do_not_fit_are_refused(section):
     [
         (("batch", None), (8, 5), PartitionSpec(("data", "fsdp"), None)),
         (("vocab", "embed"), (64, 16), PartitionSpec("tensor", "fsdp")),
-        (("layers", "embed", "heads", "head_dim"), (3, 16, 4, 4), PartitionSpec(None, "fsdp", "tensor", None)),
+        (
+            ("layers", "embed", "heads", "head_dim"),
+            (3, 16, 4, 4),
+            PartitionSpec(None, "fsdp", "tensor", None),
+        ),
         (("layers", "mlp", "embed"), (3, 24, 16), PartitionSpec(None, "tensor", "fsdp")),
-        (("batch", None), (6, 5), PartitionSpec(None, None)),  # 6 rows over 2 x 2: not by half of the rule either
+        (
+            ("batch", None),
+            (6, 5),
+            PartitionSpec(None, None),
+        ),  # 6 rows over 2 x 2: not by half of the rule either
         (("vocab", "embed"), (63, 16), PartitionSpec(None, "fsdp")),
     ],
 )
@@ -136,7 +144,9 @@ def test_a_rule_for_every_axis_of_the_model():
 )
 def test_shards_on_devices(axes, shape, expected):
     mesh = mesh_of(2, 2, 2)
-    spec = tree_shardings({"a": PartitionSpec(*axes)}, {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)["a"]
+    spec = tree_shardings({"a": PartitionSpec(*axes)}, {"a": jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh)[
+        "a"
+    ]
     array = jax.device_put(np.zeros(shape), spec)
     assert {shard.data.shape for shard in array.addressable_shards} == {expected}
 
@@ -182,7 +192,9 @@ def test_batch_rows_are_split_over_data_and_fsdp(sizes, shards):
     assert num_batch_shards(mesh) == shards
     batch = jax.device_put(np.arange(16).reshape(8, 2), batch_sharding(mesh))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(8 // shards, 2)}
-    assert {shard.data.shape for shard in jax.device_put(batch, replicated(mesh)).addressable_shards} == {(8, 2)}
+    assert {shard.data.shape for shard in jax.device_put(batch, replicated(mesh)).addressable_shards} == {
+        (8, 2)
+    }
 
 
 def test_constrain_states_the_axes_inside_a_mesh_and_nothing_outside():

@@ -1,0 +1,117 @@
+"""Checks the installation, and what a configuration would need.
+
+    python -m grpo_jax.doctor
+    python -m grpo_jax.doctor --config=FILE.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+
+Writes nothing. Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from grpo_jax.cli import one_line_errors
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.config_file import parse_command_line
+
+GIB = 1 << 30
+
+
+def check_packages() -> list[str]:
+    """Prints the version of everything that grpo_jax requires. Returns what is missing or too old."""
+    from packaging.requirements import Requirement
+
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    problems = []
+    for line in importlib.metadata.requires("grpo_jax") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "missing"
+        is_good = version != "missing" and requirement.specifier.contains(version, prereleases=True)
+        print(f"  {'ok ' if is_good else 'BAD'} {requirement.name} {version} (needs {requirement.specifier})")
+        if not is_good:
+            problems.append(f"{requirement.name} {version}, needs {requirement.specifier}")
+    return problems
+
+
+def check_devices() -> None:
+    """Lists the devices and multiplies two matrices on each."""
+    import jax
+    import jax.numpy as jnp
+
+    for device in jax.devices():
+        ones = jax.device_put(jnp.ones((256, 256)), device)
+        total = float((ones @ ones).sum())
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        memory = f", {limit / GIB:.0f} GiB for JAX" if limit else ""
+        print(
+            f"  {'ok ' if total == 256.0**3 else 'BAD'} {device.platform}:{device.id} {device.device_kind}{memory}"
+        )
+
+
+def check_config(config: Config, path: Path) -> None:
+    """Reads all that the run would read, and prints what it would hold.
+
+    Raises: ConfigError: the first thing that is wrong.
+    """
+    from grpo_jax.batching import batch_table
+    from grpo_jax.model.sharding import make_mesh, num_batch_shards
+    from grpo_jax.model.transformer import num_params
+    from grpo_jax.prepare import read_inputs
+    from grpo_jax.rewards import make_reward
+    from grpo_jax.workdir import Workdir
+
+    workdir = Workdir(path)
+    workdir.check(config)
+    inputs = read_inputs(config, workdir)
+    make_reward(config.reward).close()
+    mesh = make_mesh(config.mesh)
+    steps = len(inputs.train_prompts) // config.data.train_batch_size
+    rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
+    if inputs.model is not None:
+        rows += _memory_rows(config, num_params(inputs.model.config), mesh.devices.size)
+    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name.ljust(width)}  {value}")
+
+
+def _memory_rows(config: Config, parameters: int, num_devices: int) -> list[tuple[str, str]]:
+    """What is held between steps; activations come on top."""
+    import jax.numpy as jnp
+
+    stored = jnp.dtype(config.model.param_dtype).itemsize
+    reference = jnp.dtype(config.model.dtype).itemsize if config.uses_reference else 0
+    # Parameters, gradients and the two moments of Adam are of the parameters' type.
+    total = parameters * (4 * stored + reference) / GIB
+    return [
+        ("parameters", f"{parameters:,}"),
+        ("policy, gradients, Adam, reference", f"{total:.1f} GiB over {num_devices} device(s)"),
+        ("one checkpoint", f"{parameters * 3 * stored / GIB:.1f} GiB"),
+    ]
+
+
+def main() -> None:
+    with one_line_errors():
+        arguments = sys.argv[1:]
+        parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
+        problems = check_packages()
+        print("Devices")
+        check_devices()
+        if parsed is not None:
+            print("Configuration")
+            check_config(*parsed)
+        if problems:
+            raise ConfigError("installation", "; ".join(problems), "run pip install -e . again")
+        print("Everything is in order.")
+
+
+if __name__ == "__main__":
+    main()

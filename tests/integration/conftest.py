@@ -1,0 +1,62 @@
+"""Shared by the whole-loop tests: a compilation cache, and folders that several tests read."""
+
+import os
+
+import integration_helpers as helpers
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@pytest.fixture(scope="session")
+def compilation_cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("compilation_cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(compilation_cache_dir):
+    """Runs of the same shapes compile once, in this process and in those that tests start."""
+    settings = {
+        "jax_compilation_cache_dir": str(compilation_cache_dir),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    old = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+        os.environ.pop(name.upper(), None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def reward_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward") / "my_reward.py"
+    path.write_text(helpers.REWARD_FILE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A Hugging Face folder with a tiny random Qwen2-shaped model, and a tokenizer for arithmetic problems."""
+    from grpo_jax import random_model
+    from grpo_jax.config import MeshSection, RandomModelSection
+    from grpo_jax.data import arithmetic
+    from grpo_jax.model.sharding import make_mesh
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    splits = arithmetic.generate_splits(
+        num_train=50, num_val=0, num_sft=0, difficulty=1, direct_share=0.0, seed=0
+    )
+    texts = [row["prompt"][0]["content"] for row in splits["train"]]
+    tokenizer = random_model.make_tokenizer(texts, 300)
+    section = RandomModelSection(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1
+    )
+    mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
+    random_model.make_random_model(folder, section, tokenizer, seed=0, mesh=mesh)
+    return folder
