@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
     config.arithmetic.update(num_train=1280, num_val=256, num_sft=8192, difficulty=3, direct_share=0.65)
     config.sft.update(num_steps=600, batch_size=64, learning_rate=3e-3)
 
-    config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=32)
+    config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=40)
     config.algorithm.group_size = 8
     config.rollout.temperature = 1.0
     config.optim.learning_rate = 1e-4  # the model is small, and not pretrained

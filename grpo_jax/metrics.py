@@ -138,7 +138,7 @@ class MetricsWriter:
         if "tensorboard" in config.logging.loggers:
             from tensorboardX import SummaryWriter
 
-            purge = None if resume_step is None else resume_step + 1
+            purge = 0 if resume_step is None else resume_step + 1  # 0: of a run that left no checkpoint
             self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=purge)
 
     def write(self, metrics: Metrics, *, step: int, epoch: int) -> None:

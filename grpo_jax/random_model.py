@@ -31,18 +31,19 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """Trains a byte-level BPE on `texts`, every digit a token of its own as in Qwen's, with a chat template."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Trains a byte-level BPE on `texts`, with Qwen2's normalizer and pre-tokenizer and a chat template.
 
+    They have to be Qwen2's: where config.json says qwen2, `AutoTokenizer` puts them in place of whatever
+    tokenizer.json holds, and a run that goes on would see other tokens than the one that began.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s+(?!\S)|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = qwen2.normalizer
+    tokenizer.pre_tokenizer = qwen2.pre_tokenizer  # among other things, every digit is a token of its own
+    tokenizer.decoder = qwen2.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, START, END],

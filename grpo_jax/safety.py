@@ -96,9 +96,13 @@ def reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[Non
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         if isinstance(error, KeyboardInterrupt):
-            logger.info("Interrupted in phase %s; %s. The same command goes on from it.", timers.phase, left)
+            how = "goes on from it" if step else "starts again"
+            logger.info("Interrupted in phase %s; %s. The same command %s.", timers.phase, left, how)
             raise SystemExit(130) from None
-        if not isinstance(error, TrainingStopped):
-            logger.exception("phase %s failed", timers.phase)
-        print(f"error: phase {timers.phase}: {error}; {left}", file=sys.stderr)
+        if isinstance(error, TrainingStopped):
+            phase = "update_actor"  # noticed later, when the step has been reported
+        else:
+            phase = timers.phase
+            logger.exception("phase %s failed", phase)
+        print(f"error: phase {phase}: {error}; {left}", file=sys.stderr)
         raise SystemExit(1) from None

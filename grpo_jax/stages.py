@@ -106,9 +106,8 @@ def build_stages(
         num_steps=num_steps,
     )
     if checkpointer.latest_step is None:
-        if not workdir.model_files.exists():
-            workdir.model_files.mkdir()
-            copy_side_files(folder.path, workdir.model_files)
+        workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
+        copy_side_files(folder.path, workdir.model_files)
         state, first = init_state(params, model, optimizer, mesh), None
         version = 0
     else:

@@ -189,11 +189,12 @@ def _run_steps(
                                 for g in result.groups for c in g.completions])  # fmt: skip
             devices = stages.mesh.devices.size
             metrics |= timings | performance_metrics(stages.folder.config, lengths, devices, timings)
-            _save(stages, state, done, workdir, checkpointer, stop.requested)
+            stopping = stop.requested  # read once: what is asked for after saving is for the next step
+            _save(stages, state, done, workdir, checkpointer, stopping)
             metrics |= stages.timers.collect()
             _report_step(stages, result, metrics, done, epoch, workdir, writer)
             watch.check(result.groups, result.rewards, result.updates)
-            if stop.requested and done < stages.num_steps:
+            if stopping and done < stages.num_steps:
                 checkpointer.wait()
                 logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
                 raise SystemExit(130)
@@ -295,7 +296,10 @@ def _print_plan(stages: Stages, workdir: Workdir, first: int | None) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         logger.info("  %s  %s", name.ljust(width), value)
-    if first is not None:
+    if first is not None and first >= stages.num_steps:
+        logger.info("This run is finished: all of its %d steps are done, and nothing is trained.", first)
+        logger.info("To go on with it, raise trainer.total_epochs or trainer.num_steps.")
+    elif first is not None:
         logger.info("Going on after step %d of %d.", first, stages.num_steps)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ class Workdir:
 
         Raises: ConfigError: config.json is there and differs in a key that changes what is computed.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError("--workdir", str(self.path), "must be a folder")
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise ConfigError("--workdir", str(self.path), f"must be a folder, but {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError("--workdir", str(self.path), f"{existing} cannot be written to")
         if not self.config.exists() or config.checkpoint.resume == "force":
             return
         try:

@@ -26,7 +26,7 @@ class RopeScaling:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer, [N, B, S, K, Dh]. S columns are shared by all rows."""
+    """Keys and values of every layer, [N, B, K, S, Dh], or of one, without N. All rows share the S columns."""
 
     keys: jax.Array
     values: jax.Array
@@ -93,6 +93,32 @@ def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     return (causal[None] & same & (segment_ids > 0)[:, None, :])[:, None]
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention of H query heads over K key/value heads, H / K of them to each; float32 inside.
+
+    The query heads of a key/value head are rows of one matrix, so that both products are plain batched ones and
+    nothing is transposed or repeated, least of all the cache. On a CPU, a decoding step takes a fifth of the
+    time of `jax.nn.dot_product_attention`, which wants heads last (measured 2026-11, jaxlib 0.10.2).
+
+    Args:
+        q: [B, T, H, Dh].
+        k, v: [B, K, S, Dh].
+        mask: [B, 1, T, S] bool. A query that may see nothing gets a mean of all values.
+    Returns: [B, T, H, Dh] in the dtype of v.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, width), 1, 3)
+    rows = rows.reshape(batch, kv_heads, group * length, width)
+    scores = jnp.matmul(rows, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32) / math.sqrt(width)
+    scores = scores.reshape(batch, kv_heads, group, length, -1)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.matmul(weights.reshape(batch, kv_heads, group * length, -1), v)
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, group, length, width), 3, 1)
+    return out.reshape(batch, length, heads, width)
+
+
 NORMAL = nn.initializers.normal(0.02)
 
 
@@ -110,9 +136,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: jax.Array
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """x: [B, T, D]. Returns the attention's output, [B, T, D], and the cache with this call's columns."""
+        """Returns the attention's output, [B, T, D], and the cache with this call's columns.
+
+        Args:
+            x: [B, T, D].
+            layer: int32 scalar, whose turn it is; None: the cache is of this layer alone.
+        """
         c = self.config
         q = self._project(x, "q", c.num_heads, "heads")
         k = self._project(x, "k", c.num_kv_heads, "kv_heads")
@@ -122,11 +153,11 @@ class Attention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="k_norm")(k)
         q = constrain(apply_rope(q, inputs.cos, inputs.sin), "batch", None, "heads", None)
         k = constrain(apply_rope(k, inputs.cos, inputs.sin), "batch", None, "kv_heads", None)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             cache = _write(cache, k, v, layer, inputs.cache_column)
-            k = jax.lax.dynamic_index_in_dim(cache.keys, layer, 0, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(cache.values, layer, 0, keepdims=False)
-        out = jax.nn.dot_product_attention(q, k, v, mask=inputs.mask)
+            k, v = (cache.keys, cache.values) if layer is None else (cache.keys[layer], cache.values[layer])
+        out = attend(q, k, v, inputs.mask)
         axes, shape = ("heads", "head_dim", "embed"), (c.num_heads, c.head_dim, c.hidden_size)
         kernel = parameter(self, "o", NORMAL, axes, shape, c.param_dtype)
         return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache
@@ -160,9 +191,13 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array, column: Any) -> KVCache:
-    start = (layer, 0, column, 0, 0)
-    return KVCache(
-        keys=jax.lax.dynamic_update_slice(cache.keys, k[None].astype(cache.keys.dtype), start),
-        values=jax.lax.dynamic_update_slice(cache.values, v[None].astype(cache.values.dtype), start),
-    )
+def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array | None, column: Any) -> KVCache:
+    """Writes k and v, [B, K, T, Dh], into the layer's columns from `column` on."""
+
+    def write(cache: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(cache.dtype)
+        if layer is None:
+            return jax.lax.dynamic_update_slice(cache, new, (0, 0, column, 0))
+        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, column, 0))
+
+    return KVCache(write(cache.keys, k), write(cache.values, v))

@@ -52,6 +52,9 @@ class ModelConfig:
     scan_layers: bool = True
 
 
+Cache = KVCache | tuple[KVCache, ...]
+"""Of all layers in one, or one a layer as `split_layers` makes them."""
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
     "full": None,  # keep nothing but each layer's input
@@ -81,7 +84,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array, inputs: AttentionInputs
+        self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array | None, inputs: AttentionInputs
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
         c = self.config
         x, cache = carry
@@ -100,8 +103,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, inputs: AttentionInputs, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, tokens: jax.Array, inputs: AttentionInputs, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
         embedding = parameter(self, "embedding", NORMAL, axes, shape, c.param_dtype)
@@ -110,7 +113,14 @@ class Transformer(nn.Module):
         # Looked up whole in width: split rows of a split table would have to be gathered twice.
         table = constrain(embedding.astype(c.dtype), "vocab", None)
         x = constrain(table[tokens], "batch", None, None)
+        x, cache = self._split_layers(x, inputs, cache) if isinstance(cache, tuple) else self._layers(x, inputs, cache)
+        return RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="final_norm")(x), cache
 
+    def _layers(
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """All layers, their parameters and caches stacked."""
+        c = self.config
         block = Block
         if c.remat != "none" and cache is None:
             block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES[c.remat])
@@ -124,7 +134,17 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
         (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), inputs)
-        return RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="final_norm")(x), cache
+        return x, cache
+
+    def _split_layers(
+        self, x: jax.Array, inputs: AttentionInputs, caches: tuple[KVCache, ...]
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """The layers one by one, with what `split_layers` gives."""
+        filled: list[Any] = []
+        for i, cache in enumerate(caches):
+            (x, *rest), _ = Block(self.config, name=f"layer_{i}")((x, cache), None, inputs)
+            filled += rest
+        return x, tuple(filled)
 
 
 def forward(
@@ -147,14 +167,15 @@ def forward_cached(
     tokens: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     column: jax.Array | int,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, Cache]:
     """Hidden states of new tokens that see a cache; writes their keys and values from `column` on.
 
     Args:
         tokens, positions: [B, T] int32; T new tokens a row.
         mask: [B, 1, T, S] bool over the S columns of the cache.
+        params, cache: as `init_params` and `init_cache` make them, or both as `split_layers` does.
     Returns: [B, T, D] and the cache.
     """
     cos, sin = _rope_tables(config, positions)
@@ -168,9 +189,22 @@ def head_matrix(params: Params) -> jax.Array:
 
 
 def init_cache(config: ModelConfig, batch: int, columns: int) -> KVCache:
-    shape = (config.num_layers, batch, columns, config.num_kv_heads, config.head_dim)
-    axes = ("layers", "batch", None, "kv_heads", None)
+    shape = (config.num_layers, batch, config.num_kv_heads, columns, config.head_dim)
+    axes = ("layers", "batch", "kv_heads", None, None)
     return KVCache(*(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(2)))
+
+
+def split_layers(params: Params, cache: KVCache) -> tuple[Params, tuple[KVCache, ...]]:
+    """Takes parameters and cache of every layer out of their stacks, for `forward_cached`.
+
+    Worth a copy of the parameters before a decoding loop with unrolled layers: from a stack, each step would
+    copy the layers' weights and caches again before it multiplies them.
+    """
+    num_layers = len(cache.keys)
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}
+    caches = (jax.tree.map(lambda x, i=i: x[i], cache) for i in range(num_layers))
+    return rest | layers, tuple(caches)
 
 
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from grpo_jax.batching import bucket_length
 from grpo_jax.model.attention import KVCache
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
-from grpo_jax.model.transformer import ModelConfig, forward_cached, head_matrix, init_cache
+from grpo_jax.model.transformer import ModelConfig, forward_cached, head_matrix, init_cache, split_layers
 from grpo_jax.rollout.base import SamplingParams
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
 
@@ -148,13 +148,16 @@ def sample_completions(
     """
     size, limit = sampling.num_samples, sampling.max_tokens
     columns = prompt_tokens.shape[1]
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, and not at every token
     hidden, cache = _prefill(params, config, prompt_tokens, prompt_lengths)
     hidden = jnp.repeat(hidden, size, axis=0)
     cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), cache)
     lengths = jnp.repeat(prompt_lengths, size)
     rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_lengths))
     keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-    head = head_matrix(params).astype(config.dtype)
+    head = head_matrix(params)
+    if not config.scan_layers:
+        params, cache = split_layers(params, cache)
     stops = jnp.asarray(stop_token_ids, jnp.int32)[None]
     column_ids = jnp.arange(columns + limit - 1)[None]
 
@@ -204,8 +207,8 @@ def _prefill(
 
 
 def _widen(cache: jax.Array, columns: int) -> jax.Array:
-    """Appends empty columns, [N, B, S, K, Dh]."""
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, columns), (0, 0), (0, 0)))
+    """Appends empty columns, [N, B, K, S, Dh]."""
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, 0), (0, columns), (0, 0)))
 
 
 def sample_token(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -> tuple[jax.Array, jax.Array]:
@@ -218,14 +221,23 @@ def sample_token(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -
     Returns: tokens [B] int32, log-probabilities [B] float32.
     """
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
-        logprobs = jax.nn.log_softmax(logits)
+        token = _argmax(logits)
     else:
         logits = _truncate(logits / sampling.temperature, sampling)
-        logprobs = jax.nn.log_softmax(logits)
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-        token = jnp.argmax(logprobs + noise, axis=-1)  # Gumbel-max: a draw from the softmax
-    return token.astype(jnp.int32), jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+        token = _argmax(logits + noise)  # Gumbel-max: a draw from the softmax
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """Column of the largest value of each row, the first of equals: [B, V] -> [B] int32.
+
+    Two plain reductions, which every backend vectorizes; XLA's CPU backend does not vectorize `jnp.argmax`.
+    """
+    columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    is_largest = x == jnp.max(x, axis=1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, columns, x.shape[1] - 1), axis=1)
 
 
 def _truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:

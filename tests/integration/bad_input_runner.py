@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import integration_helpers as helpers
+import jax
 
 
 def main(root):
@@ -25,9 +26,11 @@ def main(root):
             code, out, err = 1, "", f"{type(error).__name__}: {error}"
         unchanged = helpers.tree_digest(root) == before
         results[name] = {"code": code, "out": out, "err": err, "unchanged": unchanged}
-    from jax._src import xla_bridge
-
-    assert not xla_bridge._backends, "a device was touched"
+    try:
+        jax.devices()
+        raise SystemExit("there are devices after all: the cases prove nothing")
+    except RuntimeError as error:
+        assert "no_such_platform" in str(error)
     json.dump(results, sys.stdout)
 
 

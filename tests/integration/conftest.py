@@ -41,6 +41,30 @@ def reward_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def whole_run_overrides(reward_file):
+    """Two epochs of three steps, two updates a step, a reference model; what is free to differ differs."""
+    return {
+        "reward.function": f"{reward_file}:score",
+        "algorithm.kl_coef": 0.1,
+        "actor.num_minibatches": 2,
+        "trainer.total_epochs": 2,
+        "eval.before_training": True,
+        "eval.every_steps": 2,
+        "checkpoint.every_steps": 4,
+        "checkpoint.hf_every_epochs": 1,
+        "logging.num_text_samples": 2,
+        "logging.save_rollouts": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, whole_run_overrides, compilation_cache_dir):
+    """A finished run that tests read and must not change: (workdir, what was printed)."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return workdir, helpers.train_ok(workdir, whole_run_overrides)
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A Hugging Face folder with a tiny random Qwen2-shaped model, and a tokenizer for arithmetic problems."""
     from grpo_jax import random_model

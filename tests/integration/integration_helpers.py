@@ -13,73 +13,17 @@ from pathlib import Path
 from grpo_jax import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-QUICKSTART = ROOT / "configs" / "quickstart.py"
-
-TINY = {  # over configs/quickstart.py; whatever a test relies on stands here, not there
-    "model.path": "random",
-    "model.dtype": "float32",
-    "model.param_dtype": "float32",
-    "model.remat": "none",
-    "model.scan_layers": False,
-    "random_model.vocab_size": 300,
-    "random_model.hidden_size": 32,
-    "random_model.intermediate_size": 48,
-    "random_model.num_layers": 1,
-    "random_model.num_heads": 2,
-    "random_model.num_kv_heads": 1,
-    "data.train_batch_size": 4,
-    "data.max_prompt_length": 80,
-    "data.max_response_length": 8,
-    "data.shuffle": True,
-    "arithmetic.num_train": 13,  # 3 steps an epoch; one problem is left over in each
-    "arithmetic.num_val": 5,
-    "arithmetic.num_sft": 40,
-    "arithmetic.difficulty": 1,
-    "arithmetic.direct_share": 0.0,
-    "sft.num_steps": 0,
-    "sft.batch_size": 16,
-    "sft.learning_rate": 1e-2,
-    "algorithm.adv_estimator": "grpo",
-    "algorithm.group_size": 4,
-    "algorithm.loss_agg": "token-mean",
-    "algorithm.kl_coef": 0.0,
-    "algorithm.kl_in": "loss",
-    "algorithm.entropy_coef": 0.0,
-    "optim.learning_rate": 1e-2,
-    "optim.schedule": "constant",
-    "optim.warmup_steps": 0,
-    "actor.num_minibatches": 1,
-    "actor.num_epochs": 1,
-    "actor.micro_batch_size_per_device": 64,
-    "actor.micro_batch_tokens_per_device": 0,
-    "rollout.temperature": 1.0,
-    "rollout.top_p": 1.0,
-    "rollout.top_k": 0,
-    "reward.num_workers": 1,
-    "reward.on_error": "stop",
-    "mesh.data": 1,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-    "eval.before_training": False,
-    "eval.every_epochs": 0,
-    "eval.every_steps": 0,
-    "eval.num_prompts": 0,
-    "eval.temperature": 0.0,
-    "eval.num_samples": 1,
-    "checkpoint.every_epochs": 0,
-    "checkpoint.every_steps": 0,
-    "checkpoint.hf_every_epochs": 0,
-    "checkpoint.max_to_keep": 2,
-    "trainer.total_epochs": 1,
-    "trainer.num_steps": 0,
-    "trainer.seed": 0,
-}
+CONFIG = Path(__file__).resolve().parent / "tiny_config.py"
 STEPS_PER_EPOCH = 13 // 4
 
-
 # A reward that depends on the text alone and has some spread whatever an untrained model writes.
+# A file "slow" beside it gives a test the time to interrupt a step.
 REWARD_FILE = '''
+import pathlib, time
+
 def score(*, data_source, solution_str, ground_truth, extra_info):
+    if pathlib.Path(__file__).with_name("slow").exists():
+        time.sleep(0.05)
     return sum(solution_str.encode()) % 5 / 4
 '''
 
@@ -103,9 +47,9 @@ def flags(overrides):
     return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-def train_argv(workdir, overrides=(), config=QUICKSTART):
+def train_argv(workdir, overrides=(), config=CONFIG):
     """Arguments of `python -m grpo_jax.train` for a tiny run."""
-    return [f"--config={config}", f"--workdir={workdir}", *flags(TINY | dict(overrides))]
+    return [f"--config={config}", f"--workdir={workdir}", *flags(dict(overrides))]
 
 
 def call(main, argv):
@@ -123,12 +67,12 @@ def call(main, argv):
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def run_train(workdir, overrides=(), *, config=QUICKSTART):
+def run_train(workdir, overrides=(), *, config=CONFIG):
     """Trains in this process; whether that went well is the caller's to check."""
     return call(train.main, train_argv(workdir, overrides, config))
 
 
-def train_ok(workdir, overrides=(), *, config=QUICKSTART):
+def train_ok(workdir, overrides=(), *, config=CONFIG):
     """Trains in this process, which must go well; returns what was printed."""
     result = run_train(workdir, overrides, config=config)
     assert result.code == 0, result.err + result.out[-3000:]
@@ -175,6 +119,35 @@ def tree_digest(folder):
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(Path(folder).rglob("*"))
     }
+
+
+def read_events(workdir):
+    """TensorBoard's events, in the order of the files: what a restarted run wrote over is left out.
+
+    Returns ({(name, step): value}, {(name, step): text}).
+    """
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    scalars, texts = {}, {}
+    for file in sorted((Path(workdir) / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # a TFRecord: length, its checksum, the event, its checksum
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 12 + size + 4
+            if event.session_log.status == SessionLog.START:
+                for events in (scalars, texts):
+                    for key in [key for key in events if key[1] >= event.step]:
+                        del events[key]
+            for value in event.summary.value:
+                key = (value.tag, event.step)
+                if value.WhichOneof("value") == "simple_value":
+                    assert key not in scalars
+                    scalars[key] = value.simple_value
+                else:
+                    assert key not in texts
+                    texts[key] = value.tensor.string_val[0].decode()
+    return scalars, texts
 
 
 def read_tensors(folder):

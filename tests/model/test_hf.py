@@ -88,6 +88,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling is most of what these tests do; unoptimized code takes half as long to make."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def random_torch_model(family, **changes):
     """Every weight random: biases and norms away from the 0 and 1 that they start with."""
     config_type, model_type, extra = FAMILIES[family]
@@ -461,9 +470,9 @@ def test_broken_json_and_missing_files_are_refused(refused, tmp_path):
         "config.json" in (message := refused(lambda f: (f / "config.json").unlink())) and "missing" in message
     )
     (tmp_path / "model" / "config.json").write_text('{"architectures": [')
-    with pytest.raises(ConfigError, match="config.json.*is not JSON"):
+    with pytest.raises(ConfigError, match=r"config.json.*is not JSON"):
         inspect_folder(tmp_path / "model")
-    with pytest.raises(ConfigError, match="no such folder.*hf download org/name"):
+    with pytest.raises(ConfigError, match=r"no such folder.*hf download org/name"):
         inspect_folder("org/name")
 
 

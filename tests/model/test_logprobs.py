@@ -80,7 +80,7 @@ def test_gradients_equal_the_dense_ones(chunk_columns):
 
 def test_column_zero_is_zero_and_no_column_sees_its_own_state():
     hidden, head, tokens, _ = inputs()
-    both = lambda hidden: token_logprobs(hidden, head, tokens, temperature=1.0, chunk_columns=4)  # noqa: E731
+    both = lambda hidden: token_logprobs(hidden, head, tokens, temperature=1.0, chunk_columns=4)
     for before, after in zip(both(hidden), both(hidden * (np.arange(T) == 5)[None, :, None]), strict=True):
         assert not before[:, 0].any()
         changed = np.asarray(before != after).any(axis=0)

@@ -128,7 +128,7 @@ def test_editing_the_table_changes_the_layout(monkeypatch):
 
 def test_a_rule_for_every_axis_of_the_model():
     _, axes = abstract_params(CONFIG)
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    is_spec = lambda x: isinstance(x, PartitionSpec)
     names = {name for spec in jax.tree.leaves(axes, is_leaf=is_spec) for name in spec}
     assert names == {"vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp"}
     assert names <= set(AXIS_RULES)

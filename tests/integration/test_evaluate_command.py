@@ -1,0 +1,105 @@
+"""Accuracy and pass@k: against enumeration, and as the command writes them."""
+
+import itertools
+import json
+
+import integration_helpers as helpers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from grpo_jax import evaluate
+from grpo_jax.data import arithmetic
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n):
+    for c in range(n + 1):
+        correct = [1] * c + [0] * (n - c)
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(correct, k))
+            expected = sum(any(subset) for subset in subsets) / len(subsets)
+            assert evaluate.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    splits = arithmetic.generate_splits(
+        num_train=6, num_val=0, num_sft=0, difficulty=1, direct_share=0.0, seed=3
+    )
+    return arithmetic.write_splits(tmp_path_factory.mktemp("data"), splits)["train"]
+
+
+def run(model_folder, data, tmp_path, *argv):
+    files = [f"--json={tmp_path / 'out.json'}", f"--generations={tmp_path / 'out.jsonl'}"]
+    common = [f"--model={model_folder}", f"--data={data}", "--max_response_length=8"]
+    result = helpers.call(evaluate.main, [*common, *files, *argv])
+    assert result.code == 0, result.err
+    return result, json.loads((tmp_path / "out.json").read_text()), helpers.read_jsonl(tmp_path / "out.jsonl")
+
+
+def test_greedy(model_folder, data, reward_file, tmp_path):
+    result, summary, records = run(model_folder, data, tmp_path, f"--reward={reward_file}:score")
+    rows = pq.read_table(data).to_pylist()
+    assert [r["prompt_id"] for r in records] == [f"train/{i}" for i in range(6)]
+    for record, row in zip(records, rows, strict=True):
+        assert row["prompt"][0]["content"] in record["prompt"]
+        assert record["ground_truth"] == row["reward_model"]["ground_truth"]
+        assert record["reward"] == helpers.score(record["completion"])
+        assert record["num_tokens"] <= 8
+    accuracy = sum(r["reward"] >= 1 for r in records) / 6
+    assert summary == {"accuracy": pytest.approx(accuracy), "num": 6}
+    assert f"accuracy={accuracy:.4f}" in result.out
+    # Greedy means greedy: the seed does not matter.
+    assert run(model_folder, data, tmp_path, f"--reward={reward_file}:score", "--seed=1")[2] == records
+
+
+def test_pass_at_k_of_samples(model_folder, data, reward_file, tmp_path):
+    argv = [f"--reward={reward_file}:score", "--num=5", "--num_samples=4", "--temperature=1"]
+    _, summary, records = run(model_folder, data, tmp_path, *argv)
+    assert len(records) == 20
+    rewards = np.array([helpers.score(r["completion"]) for r in records]).reshape(5, 4)
+    assert [r["reward"] for r in records] == rewards.ravel().tolist()
+    is_correct = rewards >= 1
+    assert 0 < is_correct.sum() < 20  # or the test would show little
+    assert set(summary) == {"accuracy", "num", "pass@1", "pass@2", "pass@4"} and summary["num"] == 5
+    assert summary["accuracy"] == pytest.approx(is_correct.mean())
+    for k in (1, 2, 4):
+        by_prompt = [np.mean([any(s) for s in itertools.combinations(row, k)]) for row in is_correct]
+        assert summary[f"pass@{k}"] == pytest.approx(np.mean(by_prompt))
+    again = run(model_folder, data, tmp_path, *argv)[2]
+    assert again == records
+    assert run(model_folder, data, tmp_path, *argv, "--seed=1")[2] != records
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(model_folder, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = pq.read_table(data).to_pylist()
+    lengths = [
+        len(tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"])
+        for r in rows
+    ]
+    limit = sorted(lengths)[3] - 1
+    result, summary, _ = run(model_folder, data, tmp_path, f"--max_prompt_length={limit}")
+    kept = sum(n <= limit for n in lengths)
+    assert summary["num"] == kept < 6
+    assert f"{6 - kept} prompts longer than {limit} tokens are left out" in result.out
+
+
+def test_a_reward_that_fails_is_counted_as_0(model_folder, data, tmp_path):
+    file = tmp_path / "failing.py"
+    file.write_text("def score(**kwargs):\n    raise KeyError('no such answer')\n")
+    result, summary, _ = run(model_folder, data, tmp_path, f"--reward={file}:score", "--num=2")
+    assert summary == {"accuracy": 0.0, "num": 2}
+    assert result.out.count("reward error, counted as 0: prompt train/") == 2
+
+
+def test_it_gives_what_training_reported(whole_run, reward_file, tmp_path):
+    workdir, _ = whole_run
+    argv = [f"--reward={reward_file}:score"]
+    _, summary, records = run(workdir / "checkpoint-epoch-2", workdir / "data" / "val.parquet", tmp_path, *argv)
+    assert summary["accuracy"] == pytest.approx(helpers.read_lines(workdir)[-1]["val/accuracy"])
+    expected = helpers.read_jsonl(workdir / "validation" / "step-000006.jsonl")
+    assert [r["completion"] for r in records] == [r["completion"] for r in expected]

@@ -1,0 +1,95 @@
+"""Runs that go wrong stop with the last good checkpoint named, or warn so that one cannot miss it."""
+
+import re
+
+import integration_helpers as helpers
+import numpy as np
+
+HUGE_LATER = """
+calls = 0
+
+def score(*, data_source, solution_str, ground_truth, extra_info):
+    global calls
+    calls += 1
+    if calls > 16:  # from the second step on
+        return (-1) ** calls * 3e38
+    return sum(solution_str.encode()) % 5 / 4
+"""
+
+
+def parameters(workdir, step):
+    arrays, _ = helpers.read_checkpoint(workdir, step)
+    return {
+        name: np.frombuffer(data, dtype).reshape(shape)
+        for name, (dtype, shape, data) in arrays.items()
+        if not name.startswith("optimizer['step']")
+    }
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(tmp_path, whole_run_overrides):
+    file = tmp_path / "huge.py"
+    file.write_text(HUGE_LATER)
+    overrides = whole_run_overrides | {
+        "reward.function": f"{file}:score",
+        "eval.before_training": False,
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 1,
+        "checkpoint.max_to_keep": 9,
+        "trainer.max_nonfinite_updates": 4,
+    }
+    result = helpers.run_train(tmp_path / "run", overrides)
+    assert result.code == 1
+    # Two updates a step, good ones in the first: the fourth bad one in a row is the last of step 3.
+    error = result.err.splitlines()[-1]
+    assert error.startswith("error: phase update_actor: ")
+    assert "not finite in 4 updates in a row" in error and "trainer.max_nonfinite_updates" in error
+    assert "the last good checkpoint is that of step 3" in error
+    lines = helpers.read_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["actor/skipped_updates"] for line in lines] == [0, 2, 2]
+    assert lines[1]["actor/loss"] is None  # NaN is not JSON
+    first, last = (parameters(tmp_path / "run", step) for step in (1, 3))
+    assert all(np.isfinite(array).all() for array in last.values())
+    for name, array in first.items():
+        np.testing.assert_array_equal(last[name], array)
+
+
+def test_a_learning_rate_that_is_absurd(tmp_path, whole_run_overrides):
+    overrides = whole_run_overrides | {"optim.learning_rate": 1e30, "eval.before_training": False}
+    result = helpers.run_train(tmp_path / "run", overrides | {"checkpoint.every_steps": 1})
+    assert result.code == 1
+    error = result.err.splitlines()[-1]
+    found = re.search(r"in 3 updates in a row .*; the last good checkpoint is that of step (\d)$", error)
+    assert found, error
+    assert "a lower optim.learning_rate may help" in error
+    lines = helpers.read_lines(tmp_path / "run")
+    assert sum(line["actor/skipped_updates"] for line in lines) >= 3
+    assert all(np.isfinite(a).all() for a in parameters(tmp_path / "run", int(found[1])).values())
+
+
+def test_rewards_without_any_spread_give_a_loud_warning(tmp_path, whole_run_overrides):
+    """An untrained model never writes "####", so GSM8K's rule gives 0 throughout."""
+    overrides = whole_run_overrides | {
+        "reward.function": "gsm8k",
+        "trainer.flat_reward_steps": 2,
+        "trainer.num_steps": 5,
+    }
+    out = helpers.train_ok(tmp_path / "run", overrides)
+    lines = helpers.read_lines(tmp_path / "run")[1:]
+    assert [line["frac_reward_zero_std"] for line in lines] == [1.0] * 5
+    warnings = re.split(r"^WARNING: ", out, flags=re.M)[1:]
+    assert len(warnings) == 2  # after 2 and 4 steps
+    for number, warning in zip((2, 4), warnings, strict=True):
+        record = helpers.read_jsonl(tmp_path / "run" / "rollouts" / f"step-{number:06d}.jsonl")[0]
+        assert warning.startswith(f"for {number} steps the completions of each prompt all got the same reward")
+        assert f"  prompt:       {record['prompt'].strip()}\n" in warning
+        assert f"  ground truth: {record['ground_truth']}\n" in warning
+        assert f"  completion:   {record['completion'].strip() or '(empty)'}\n" in warning
+        assert '  reward:       0, since no "####" before the answer' in warning
+    assert "WARNING: for 2 steps" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_rewards_with_spread_give_none(whole_run):
+    assert "WARNING" not in whole_run[1]
+    lines = helpers.read_lines(whole_run[0])
+    assert all(line["frac_reward_zero_std"] < 1 for line in lines[1:])

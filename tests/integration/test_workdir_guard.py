@@ -1,0 +1,81 @@
+"""A workdir that holds another run is refused, and not a byte of it changes; unless one insists."""
+
+import shutil
+
+import integration_helpers as helpers
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "old"),
+    [
+        ("optim.learning_rate", 0.005, "0.01"),
+        ("algorithm.group_size", 2, "4"),
+        ("trainer.seed", 1, "0"),
+        ("data.shuffle", False, "True"),
+        ("random_model.hidden_size", 64, "32"),
+    ],
+)
+def test_another_runs_workdir_is_refused(key, value, old, tmp_path, whole_run, whole_run_overrides):
+    workdir, _ = whole_run
+    before = helpers.tree_digest(workdir)
+    result = helpers.run_train(workdir, whole_run_overrides | {key: value})
+    assert result.code == 2
+    assert result.err.startswith(f"error: {key}={value}: ") and result.err.count("\n") == 1
+    assert f"the run in {workdir} has {old}" in result.err
+    assert "--workdir" in result.err and "checkpoint.resume=force" in result.err
+    assert helpers.tree_digest(workdir) == before
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": ')
+    before = helpers.tree_digest(tmp_path)
+    result = helpers.run_train(tmp_path)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "--workdir" in result.err and "cannot be read" in result.err
+    assert helpers.tree_digest(tmp_path) == before
+
+
+def test_total_epochs_are_not_free_where_the_schedule_depends_on_them(tmp_path, whole_run_overrides):
+    overrides = whole_run_overrides | {"optim.schedule": "cosine", "trainer.num_steps": 1}
+    helpers.train_ok(tmp_path / "run", overrides)
+    before = helpers.tree_digest(tmp_path)
+    result = helpers.run_train(tmp_path / "run", overrides | {"trainer.total_epochs": 3})
+    assert result.code == 2 and "trainer.total_epochs=3" in result.err
+    assert helpers.tree_digest(tmp_path) == before
+
+
+def test_who_insists_goes_on(tmp_path, whole_run, whole_run_overrides):
+    """With another learning rate, from the parameters that are there."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run[0], workdir)
+    changed = {"optim.learning_rate": 0.005, "trainer.num_steps": 7, "trainer.total_epochs": 3}
+    out = helpers.train_ok(workdir, whole_run_overrides | changed | {"checkpoint.resume": "force"})
+    assert "Going on after step 6 of 7." in out
+    lines = helpers.read_lines(workdir)
+    assert [line["step"] for line in lines] == list(range(8))
+    assert lines[6]["actor/lr"] == pytest.approx(0.01) and lines[7]["actor/lr"] == pytest.approx(0.005)
+    # From now on it is a run with the new learning rate.
+    result = helpers.run_train(workdir, whole_run_overrides)
+    assert result.code == 2 and "optim.learning_rate=0.01" in result.err
+
+
+def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrides):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run[0], workdir)
+    free = {
+        "eval.every_steps": 0,
+        "eval.num_prompts": 2,
+        "checkpoint.every_steps": 1,
+        "checkpoint.max_to_keep": 9,
+        "logging.num_text_samples": 0,
+        "logging.loggers": ("console",),
+        "trainer.total_epochs": 3,
+        "trainer.num_steps": 8,
+        "trainer.flat_reward_steps": 50,
+        "rollout.batch_size": 16,
+    }
+    out = helpers.train_ok(workdir, whole_run_overrides | free)
+    assert "Going on after step 6 of 8." in out
+    steps = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert steps == {"4", "6", "7", "8"}

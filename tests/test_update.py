@@ -1,0 +1,591 @@
+"""The update against itself on other meshes and micro-batches, and against PyTorch on transformers' model."""
+
+import copy
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_jax.batching import make_train_batch
+from grpo_jax.config import ActorSection, AlgorithmSection, MeshSection, OptimSection
+from grpo_jax.losses import grpo_loss
+from grpo_jax.model.hf import inspect_folder, load_params, save_folder
+from grpo_jax.model.sharding import make_mesh
+from grpo_jax.types import Completion, Prompt, RolloutGroup
+from grpo_jax.update import (
+    copy_params,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_score_step,
+    make_update_step,
+    score_rows,
+    to_micro_batches,
+)
+
+VOCAB = 56
+TEMPERATURE = 0.8
+ALGORITHM = AlgorithmSection(
+    adv_estimator="grpo",
+    group_size=2,
+    clip_low=0.2,
+    clip_high=0.25,
+    dual_clip=3.0,
+    loss_agg="token-mean",
+    loss_norm=10.0,
+    kl_coef=0.1,
+    kl_estimator="k3",
+    kl_in="loss",
+    entropy_coef=0.01,
+)
+OPTIM = OptimSection(
+    learning_rate=1e-3,
+    schedule="constant",
+    warmup_steps=0,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+)
+ACTOR = ActorSection(
+    num_minibatches=1,
+    num_epochs=1,
+    micro_batch_size_per_device=100,
+    micro_batch_tokens_per_device=0,
+    logits_chunk_tokens=8,
+)
+LENGTHS = [(3, 9), (3, 2), (7, 1), (7, 4), (2, 13), (2, 6)]  # prompt and completion of each row: B = 6
+COMPLETION_LENGTHS = np.array([n for _, n in LENGTHS])
+T = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
+    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Qwen2, every weight random, as transformers' module and as a folder."""
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    torch_model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in torch_model.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.2)
+    path = tmp_path_factory.mktemp("qwen2")
+    torch_model.save_pretrained(path)
+    return torch_model, inspect_folder(path)
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """Six rows of different lengths; old log-probabilities far enough away for both clips to act."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: tuple(map(int, rng.integers(0, VOCAB, n)))
+    groups = []
+    for (prompt_length, first), (_, second) in zip(LENGTHS[::2], LENGTHS[1::2], strict=True):
+        completions = tuple(Completion(draw(n), (0.0,) * n, "", "stop", 0) for n in (first, second))
+        groups.append(RolloutGroup(Prompt("", draw(prompt_length), "", "", "", {}), completions))
+    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    mask = batch.completion_mask
+    assert batch.tokens.shape == (6, T) and mask.sum(axis=1).tolist() == COMPLETION_LENGTHS.tolist()
+    logprobs = torch_logprobs(model[0], batch)[0].detach().numpy()
+    noise = lambda scale: (scale * rng.normal(size=mask.shape)).astype(np.float32)
+    advantages = np.array([1.5, -0.7, 0.4, -1.1, 0.9, -2.0], np.float32)[:, None]
+    return batch.replace(
+        advantages=advantages * mask,
+        old_logprobs=(logprobs + noise(0.6)) * mask,
+        ref_logprobs=(logprobs + noise(0.5)) * mask,
+        sampler_logprobs=(logprobs + noise(0.1)) * mask,
+    )
+
+
+def torch_logprobs(torch_model, batch):
+    """[B, T] log-probabilities and entropies in the convention of `TrainBatch`, by transformers and torch."""
+    tokens = torch.tensor(batch.tokens).long()
+    attention = torch.tensor(batch.segment_ids)
+    logits = torch_model(tokens, attention_mask=attention).logits / TEMPERATURE
+    log_p = torch.log_softmax(logits, dim=-1)[:, :-1]
+    first = torch.zeros(len(tokens), 1)
+    chosen = log_p.gather(2, tokens[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return torch.cat([first, chosen], 1), torch.cat([first, entropy], 1)
+
+
+def mesh_of(*sizes):
+    return make_mesh(MeshSection(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+ONE = (1, 1, 1)
+OPTIMIZER = make_optimizer(OPTIM, make_schedule(OPTIM, 10))
+
+
+@functools.cache
+def update_step(config, sizes, algorithm, chunk_tokens=8):
+    """Compiled once for each set of arguments and shape of batch."""
+    return make_update_step(
+        config,
+        mesh_of(*sizes),
+        OPTIMIZER,
+        lambda step: 0.25,
+        functools.partial(grpo_loss, algorithm=algorithm),
+        loss_agg=algorithm.loss_agg,
+        loss_norm=algorithm.loss_norm,
+        temperature=TEMPERATURE,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+@functools.cache
+def _first_state(path, config, sizes):
+    folder, mesh = inspect_folder(path), mesh_of(*sizes)
+    state = init_state(load_params(folder, config, mesh), config, OPTIMIZER, mesh)
+    return on_host(state), jax.tree.map(lambda x: x.sharding, state)
+
+
+def on_host(tree):
+    # Copies: a view of a JAX array on the CPU would keep its buffer from being donated.
+    return jax.tree.map(np.array, tree)
+
+
+def place(model, host_state=None, *, sizes=ONE, config=None):
+    """A train state on the mesh, from the model's weights or from a state on the host."""
+    first, shardings = _first_state(model[1].path, config or model[1].config, sizes)
+    return jax.device_put(host_state or first, shardings)
+
+
+def run(model, batch, *, state=None, sizes=ONE, actor=ACTOR, algorithm=ALGORITHM, config=None):
+    """One update; returns the new state and the metrics, both on the host."""
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        state = place(model, state, sizes=sizes, config=config)
+        micro_batches = to_micro_batches(batch, actor, mesh)
+        state, metrics = update_step(config or model[1].config, sizes, algorithm)(state, micro_batches)
+    return on_host(state), {name: float(value) for name, value in metrics.items()}
+
+
+def first_moment(state):
+    """AdamW's mu; after the first update it is (1 - beta1) times the clipped gradient."""
+    has_mu = lambda part: hasattr(part, "mu")
+    return next(part.mu for part in jax.tree.leaves(state.opt_state, is_leaf=has_mu) if has_mu(part))
+
+
+def gradients(state):
+    return jax.tree.map(lambda mu: mu / (1 - OPTIM.beta1), first_moment(state))
+
+
+def agree(got, expected, atol, rtol=0.0):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, expected)
+
+
+def updates_agree(got, expected):
+    """Both (state, metrics) of one first update.
+
+    The clipped gradient has norm 0.5 and elements of up to some 0.1, sums of a few hundred terms in float32: they
+    may differ by some 1e-7. AdamW's first step has the size of the learning rate, 1e-3, wherever the gradient is
+    far above its epsilon of 1e-8; near it, rounding decides. 1e-5 is 1 % of a step.
+    """
+    (state, metrics), (expected_state, expected_metrics) = got, expected
+    agree(gradients(state), gradients(expected_state), atol=1e-6)
+    agree(state.params, expected_state.params, atol=1e-5)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
+    assert metrics["actor/grad_norm"] > 0.5 and metrics["actor/skipped_updates"] == 0
+
+
+# Meshes
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)], ids=str)
+def test_every_mesh_gives_the_update_of_one_device(model, batch, sizes):
+    """Six rows divide neither by 8 nor by 4."""
+    updates_agree(run(model, batch, sizes=sizes), run(model, batch))
+
+
+def test_state_lives_where_its_parameters_do(model, batch):
+    sizes = (2, 2, 2)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        step = update_step(model[1].config, sizes, ALGORITHM)
+        new, _ = step(place(model, sizes=sizes), to_micro_batches(batch, ACTOR, mesh))
+    for tree in (new.params, first_moment(new)):
+        for name, shape in (
+            ("embedding", (28, 8)),
+            ("final_norm", (8,)),
+        ):  # 56 x 16 and 16, by tensor and fsdp
+            [leaf] = jax.tree.leaves(tree[name])
+            assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}
+
+
+# Micro-batches
+
+
+def hand_weights(loss_agg):
+    """The weight of a token in each row, for six completions of 35 tokens in all."""
+    assert COMPLETION_LENGTHS.sum() == 35
+    return {
+        "token-mean": np.full(6, 1 / 35),
+        "seq-mean-token-sum": np.full(6, 1 / 6),
+        "seq-mean-token-mean": 1 / (6 * COMPLETION_LENGTHS),
+        "seq-mean-token-sum-norm": np.full(6, 1 / (6 * 10.0)),
+    }[loss_agg]
+
+
+def torch_token_losses(logprobs, entropy, batch, algorithm):
+    """Each token's loss, in plain torch from the papers' formulas."""
+    old, ref, advantages = (
+        torch.tensor(x) for x in (batch.old_logprobs, batch.ref_logprobs, batch.advantages)
+    )
+    ratio = torch.exp(logprobs - old)
+    clipped = torch.clamp(ratio, 1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    surrogate = torch.max(-advantages * ratio, -advantages * clipped)
+    surrogate = torch.where(
+        advantages < 0, torch.min(surrogate, -advantages * algorithm.dual_clip), surrogate
+    )
+    kl = torch.exp(ref - logprobs) - (ref - logprobs) - 1
+    return surrogate + algorithm.kl_coef * kl - algorithm.entropy_coef * entropy, kl
+
+
+def torch_update(torch_model, batch, weights, algorithm=ALGORITHM):
+    """Loss, norm of its gradient, and the clipped gradient by Hugging Face's names, all by torch."""
+    torch_model = copy.deepcopy(torch_model)
+    logprobs, entropy = torch_logprobs(torch_model, batch)
+    token_losses, _ = torch_token_losses(logprobs, entropy, batch, algorithm)
+    loss = (token_losses * torch.tensor(weights[:, None] * batch.completion_mask)).sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(torch_model.parameters(), OPTIM.max_grad_norm)
+    return loss.item(), norm.item(), {name: p.grad.numpy() for name, p in torch_model.named_parameters()}
+
+
+def by_name(tree, model, path):
+    """A tree like the parameters, by Hugging Face's names: by way of a folder, as test_hf.py tests it."""
+    save_folder(path, tree, model[1].config, files_from=model[1].path, dtype="F32")
+    return load_file(path / "model.safetensors")
+
+
+def first_update_equals_torchs(got, expected, model, path):
+    """Two frameworks: log-probabilities, and with them ratios and gradients, differ by some 1e-6 of their size."""
+    (state, metrics), (loss, norm, torch_gradients) = got, expected
+    assert metrics["actor/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    tensors = by_name(gradients(state), model, path / "gradients")
+    assert set(tensors) == set(torch_gradients)
+    agree(tensors, torch_gradients, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss_agg", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
+def test_two_micro_batches_give_the_gradient_of_the_whole_in_every_mode(model, batch, tmp_path, loss_agg):
+    """Rows of 9 + 2 + 1 and 4 + 13 + 6 tokens: an average of the two micro-batches would be another loss."""
+    algorithm = dataclasses.replace(ALGORITHM, loss_agg=loss_agg)
+    expected = torch_update(model[0], batch, hand_weights(loss_agg), algorithm)
+    actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=3)
+    got = run(model, batch, algorithm=algorithm, actor=actor)
+    first_update_equals_torchs(got, expected, model, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_micro_batches_equal_one_batch(model, batch, rows):
+    actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=rows)
+    updates_agree(run(model, batch, actor=actor), run(model, batch))
+
+
+def test_micro_batches_by_tokens_equal_one_batch(model, batch):
+    actor = dataclasses.replace(ACTOR, micro_batch_tokens_per_device=2 * T)
+    updates_agree(run(model, batch, actor=actor), run(model, batch))
+
+
+def test_rows_of_padding_weigh_nothing(model, batch, tmp_path):
+    """Five rows in micro-batches of three: one row of padding. Their 29 tokens alone make the mean."""
+    five = jax.tree.map(lambda x: x[:5], batch)
+    actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=3)
+    assert to_micro_batches(five, actor, mesh_of(*ONE)).tokens.shape == (2, 3, T)
+    expected = torch_update(model[0], five, np.full(5, 1 / 29))
+    first_update_equals_torchs(run(model, five, actor=actor), expected, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "sizes", "shape"),
+    [
+        (100, 0, ONE, (1, 6, T)),
+        (4, 0, ONE, (2, 3, T)),  # evenly, and not 4 + 2
+        (100, 2 * T, ONE, (3, 2, T)),
+        (100, 3 * T - 1, ONE, (3, 2, T)),  # 47 tokens hold two rows of 16
+        (1, 100 * T, ONE, (1, 6, T)),  # tokens count where they are set
+        (100, T - 1, ONE, (6, 1, T)),  # at least one row
+        (1, 0, (2, 2, 2), (2, 4, T)),  # 6 rows over 4 data shards: 8
+        (100, 0, (8, 1, 1), (1, 8, T)),
+    ],
+)
+def test_shapes_of_micro_batches(batch, rows, tokens, sizes, shape):
+    actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=tokens)
+    placed = to_micro_batches(batch, actor, mesh_of(*sizes))
+    for name in ("tokens", "completion_mask", "advantages", "old_logprobs"):
+        field, host = np.asarray(getattr(placed, name)), getattr(batch, name)
+        assert field.shape == shape
+        np.testing.assert_array_equal(field.reshape(-1, T)[:6], host)
+        assert not field.reshape(-1, T)[6:].any()
+    data_shards = sizes[0] * sizes[1]
+    assert {s.data.shape for s in placed.tokens.addressable_shards} == {
+        (shape[0], shape[1] // data_shards, T)
+    }
+
+
+def test_the_logits_of_all_tokens_never_exist(model, batch):
+    """In the whole update as it is handed to the compiler; 6 rows x 16 columns x 56 words."""
+    folder, mesh = model[1], mesh_of(*ONE)
+
+    def largest_over_vocabulary(chunk_tokens):
+        with jax.set_mesh(mesh):
+            step = update_step(folder.config, ONE, ALGORITHM, chunk_tokens)
+            text = step.lower(place(model), to_micro_batches(batch, ACTOR, mesh)).as_text()
+        shapes = [
+            [int(n) for n in dims.split("x")[:-1]] for dims in re.findall(r"tensor<([\dx]+x)f32>", text)
+        ]
+        return max(math.prod(shape) for shape in shapes if shape[-1] == VOCAB and len(shape) > 2)
+
+    assert largest_over_vocabulary(6 * T) == 6 * T * VOCAB
+    assert largest_over_vocabulary(12) == 6 * 2 * VOCAB
+
+
+# Scores
+
+
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)], ids=str)
+def test_scores_equal_transformers(model, batch, sizes):
+    folder, mesh = model[1], mesh_of(*sizes)
+    actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=2)
+    with jax.set_mesh(mesh):
+        score = make_score_step(folder.config, mesh, temperature=TEMPERATURE, chunk_tokens=8)
+        got = score_rows(score, load_params(folder, folder.config, mesh), batch, actor, mesh)
+    expected = torch_logprobs(model[0], batch)[0].detach().numpy() * batch.completion_mask
+    assert got.dtype == np.float32 and got.shape == (6, T)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    assert not got[batch.completion_mask == 0].any()
+
+
+# Updates that must not happen
+
+
+@pytest.mark.parametrize(
+    ("field", "poison"),
+    [("advantages", np.nan), ("advantages", np.inf), ("old_logprobs", np.nan), ("ref_logprobs", np.nan)],
+)
+def test_a_loss_that_is_not_finite_changes_nothing(model, batch, field, poison):
+    state, _ = run(model, batch)  # moments that are not zero
+    values = np.array(getattr(batch, field))
+    row, column = 3, 7 + 2  # the third completion token of row 3, whose prompt has 7
+    assert batch.completion_mask[row, column] == 1
+    values[row, column] = poison
+    after, metrics = run(model, batch.replace(**{field: values}), state=state)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert (after.step, metrics["actor/skipped_updates"]) == (1, 1)
+    assert not np.isfinite(metrics["actor/loss"])
+    # The next update goes on as if nothing had been.
+    again, metrics = run(model, batch, state=after)
+    assert (again.step, metrics["actor/skipped_updates"]) == (2, 0)
+    expected, _ = run(model, batch, state=state)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(model, batch):
+    """The loss may be finite where its gradient is not: 35 advantages of 1e37 sum up, their squares do not."""
+    huge = batch.replace(advantages=batch.completion_mask * np.float32(1e37))
+    after, metrics = run(model, huge)
+    assert np.isfinite(metrics["actor/loss"]) and not np.isfinite(metrics["actor/grad_norm"])
+    assert (after.step, metrics["actor/skipped_updates"]) == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, after, on_host(place(model)))
+
+
+def test_what_lies_outside_the_completions_is_not_read(model, batch):
+    outside = batch.completion_mask == 0
+    fields = ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    poisoned = batch.replace(**{f: np.where(outside, np.float32(np.nan), getattr(batch, f)) for f in fields})
+    state, metrics = run(model, poisoned)
+    expected, expected_metrics = run(model, batch)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert metrics == expected_metrics
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, {0: 1, 5: 1, 1000: 1}),
+        ("constant", 4, {0: 1 / 4, 1: 2 / 4, 3: 1, 4: 1, 9: 1}),
+        ("constant", 1, {0: 1, 1: 1}),
+        ("linear", 0, {0: 1, 5: 1 / 2, 9: 1 / 10, 10: 0, 12: 0}),
+        (
+            "linear",
+            4,
+            {0: 1 / 4, 2: 3 / 4, 3: 1, 4: 1, 7: 1 / 2, 10: 0},
+        ),  # six updates of decay: 7 is half way
+        ("cosine", 0, {0: 1, 5: 1 / 2, 2.5: (1 + math.sqrt(0.5)) / 2, 10: 0}),
+        ("cosine", 4, {0: 1 / 4, 3: 1, 4: 1, 6: 3 / 4, 7: 1 / 2, 8: 1 / 4, 10: 0}),  # cos 60 degrees = 1/2
+    ],
+)
+def test_schedules_by_hand(schedule, warmup, expected):
+    section = dataclasses.replace(OPTIM, learning_rate=0.02, schedule=schedule, warmup_steps=warmup)
+    rate = make_schedule(section, num_updates=10)
+    for update, share in expected.items():
+        assert float(rate(update)) == pytest.approx(0.02 * share, abs=1e-8), update
+
+
+def test_a_run_shorter_than_its_warm_up_has_a_schedule():
+    section = dataclasses.replace(OPTIM, schedule="cosine", warmup_steps=8)
+    assert float(make_schedule(section, num_updates=3)(2)) == pytest.approx(1e-3 * 3 / 8)
+
+
+def test_the_optimizer_equals_torchs():
+    """Three steps of given gradients, the second below the clipping norm; the learning rate falls linearly."""
+    rng = np.random.default_rng(0)
+    section = dataclasses.replace(OPTIM, schedule="linear", learning_rate=0.03)
+    values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", (5,)))}
+    optimizer = make_optimizer(section, make_schedule(section, 4))
+    params = {name: jnp.asarray(value) for name, value in values.items()}
+    opt_state = optimizer.init(params)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in values.items()}
+    adamw = torch.optim.AdamW(theirs.values(), lr=0.03, betas=(0.9, 0.99), weight_decay=0.1)
+    clipped = []
+    for step, scale in enumerate((1.0, 0.01, 3.0)):
+        gradients = {
+            name: (scale * rng.normal(size=v.shape)).astype(np.float32) for name, v in values.items()
+        }
+        updates, opt_state = optimizer.update(jax.tree.map(jnp.asarray, gradients), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradients[name])
+        clipped.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)) > 0.5)
+        adamw.param_groups[0]["lr"] = 0.03 * (1 - step / 4)
+        adamw.step()
+        for name, parameter in theirs.items():
+            np.testing.assert_allclose(params[name], parameter.detach(), rtol=0, atol=1e-6)
+    assert clipped == [True, False, True]
+
+
+def test_the_learning_rate_is_reported(model, batch):
+    _, metrics = run(model, batch)
+    assert metrics["actor/lr"] == 0.25  # what the schedule of these tests says
+
+
+# The whole update
+
+
+def test_the_update_equals_plain_pytorch(model, batch, tmp_path):
+    """Two updates: same loss, same gradient norm, same parameters. The parameters' tolerance is 1 % of a step of
+    AdamW, whose size is the learning rate: float32 rounding decides where a gradient is near its epsilon.
+    """
+    folder = model[1]
+    torch_model = Qwen2ForCausalLM.from_pretrained(folder.path).eval()
+    names = dict(torch_model.named_parameters())
+    adamw = torch.optim.AdamW(names.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    mask = torch.tensor(batch.completion_mask)
+    mesh = mesh_of(*ONE)
+    with jax.set_mesh(mesh):
+        state = place(model)
+        step = update_step(folder.config, ONE, ALGORITHM)
+        for number in range(2):
+            state, metrics = step(state, to_micro_batches(batch, ACTOR, mesh))
+
+            logprobs, entropy = torch_logprobs(torch_model, batch)
+            token_losses, kl = torch_token_losses(logprobs, entropy, batch, ALGORITHM)
+            mean = lambda x: (x * mask).sum() / mask.sum()
+            loss = mean(token_losses)
+            adamw.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(names.values(), 0.5)
+            adamw.step()
+
+            ratio = torch.exp(logprobs - torch.tensor(batch.old_logprobs))
+            advantages = torch.tensor(batch.advantages)
+            clipped = ((advantages > 0) & (ratio > 1.25)) | ((advantages < 0) & (ratio < 0.8))
+            dual = (advantages < 0) & (ratio > 3)
+            assert 0 < mean(clipped.float()) < 1 and mean(dual.float()) > 0 and norm > 0.5
+            expected = {
+                "actor/loss": loss,
+                "actor/grad_norm": norm,
+                "actor/entropy": mean(entropy),
+                "kl/mean": mean(kl),
+                "actor/pg_clipfrac": mean(clipped.float()),
+                "actor/pg_clipfrac_lower": mean(dual.float()),
+                "actor/ppo_kl": mean(torch.tensor(batch.old_logprobs) - logprobs),
+            }
+            for name, value in expected.items():
+                assert float(metrics[name]) == pytest.approx(value.item(), rel=1e-4, abs=1e-5), (number, name)
+    saved = by_name(state.params, model, tmp_path / "saved")
+    assert set(saved) == set(names)
+    start = load_file(folder.path / "model.safetensors")
+    for name, parameter in names.items():
+        np.testing.assert_allclose(saved[name], parameter.detach(), rtol=0, atol=1e-5, err_msg=name)
+        assert np.abs(saved[name] - start[name]).max() > 1e-3, name  # two steps of up to 1e-3 each
+
+
+def test_the_first_update_needs_no_old_log_probabilities(model, batch, tmp_path):
+    """They are those of the policy itself: ratio 1 everywhere, nothing clipped."""
+    logprobs = torch_logprobs(model[0], batch)[0].detach().numpy() * batch.completion_mask
+    filled = batch.replace(old_logprobs=logprobs)
+    expected = torch_update(model[0], filled, hand_weights("token-mean"))
+    state, metrics = run(model, batch.replace(old_logprobs=None))
+    first_update_equals_torchs((state, metrics), expected, model, tmp_path)
+    assert metrics["actor/pg_clipfrac"] == metrics["actor/ppo_kl"] == 0
+
+
+# Donation, precision
+
+
+def test_the_state_is_donated_and_a_copy_survives(model, batch):
+    mesh = mesh_of(*ONE)
+    state = place(model)
+    before = on_host(state.params)
+    reference, half = copy_params(state.params, jnp.float32), copy_params(state.params, jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        step = update_step(model[1].config, ONE, ALGORITHM)
+        new, _ = step(state, to_micro_batches(batch, ACTOR, mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    jax.tree.map(np.testing.assert_array_equal, reference, before)
+    jax.tree.map(lambda h, b: np.testing.assert_array_equal(h, b.astype(jnp.bfloat16)), half, before)
+    jax.tree.map(
+        lambda after, before: np.testing.assert_array_compare(np.not_equal, after, before), new.params, before
+    )
+
+
+def test_bfloat16_activations_stay_near_float32(model, batch):
+    """bfloat16 rounds to 2^-9 = 0.2 %, some twenty times in a row. Without old log-probabilities, since a ratio
+    that crosses a clipping bound changes the gradient by a jump.
+    """
+    config = dataclasses.replace(model[1].config, dtype=jnp.bfloat16)
+    first = batch.replace(old_logprobs=None)
+    expected, expected_metrics = run(model, first)
+    state, metrics = run(model, first, config=config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    for name in ("actor/loss", "actor/grad_norm", "actor/entropy", "kl/mean"):
+        assert metrics[name] == pytest.approx(expected_metrics[name], rel=0.05), name
+        assert metrics[name] != expected_metrics[name]  # it is not float32 after all
+    flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    got, want = flat(gradients(state)), flat(gradients(expected))
+    assert got @ want / (np.linalg.norm(got) * np.linalg.norm(want)) > 0.99
