@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import runpy
 import statistics
 import sys
 import time
@@ -23,21 +24,51 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def quickstart() -> Any:
+    """The `ConfigDict` of configs/quickstart.py, where the default shapes come from."""
+    path = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+    return runpy.run_path(str(path))["get_config"]()
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes of the random Qwen2-shaped model; the defaults are those of configs/quickstart.py."""
-    sizes = (("vocab", 512), ("hidden", 128), ("mlp", 384), ("layers", 2), ("heads", 4), ("kv_heads", 2))
-    for name, default in sizes:
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--scan_layers", action="store_true", help="model.scan_layers (quickstart: off)")
+    """Sizes of the random Qwen2-shaped model; the quickstart's by default."""
+    config = quickstart()
+    sizes = config.random_model
+    parser.add_argument("--vocab", type=int, default=sizes.vocab_size)
+    parser.add_argument("--hidden", type=int, default=sizes.hidden_size)
+    parser.add_argument("--mlp", type=int, default=sizes.intermediate_size)
+    parser.add_argument("--layers", type=int, default=sizes.num_layers)
+    parser.add_argument("--heads", type=int, default=sizes.num_heads)
+    parser.add_argument("--kv_heads", type=int, default=sizes.num_kv_heads)
+    parser.add_argument(
+        "--scan_layers",
+        action=argparse.BooleanOptionalAction,
+        default=config.model.scan_layers,
+        help="model.scan_layers",
+    )
+
+
+def describe_model(args: Any) -> str:
+    heads = f"{args.heads}/{args.kv_heads} heads"
+    sizes = f"width {args.hidden}, MLP {args.mlp}, {args.layers} layers, {heads}, vocabulary {args.vocab:,}"
+    return f"model     {sizes}, float32, layers {'scanned' if args.scan_layers else 'unrolled'}"
 
 
 def print_environment() -> None:
     """Hardware, load, versions and date: figures mean nothing without them."""
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    load, cpus = os.getloadavg(), os.cpu_count() or 1
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    threads = os.environ.get("OMP_WAIT_POLICY", "(default)")
     print(f"date      {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
-    print(f"hardware  {_cpu_name()}, {os.cpu_count()} CPUs, {_memory_gb():.0f} GB; load averages {load}")
+    print(f"hardware  {_cpu_name()}, {cpus} CPUs, {_memory_gb():.0f} GB")
+    print(f"load      {', '.join(f'{x:.1f}' for x in load)} (1, 5, 15 minutes); OMP_WAIT_POLICY {threads}")
     print(f"versions  Python {platform.python_version()}, {versions}")
+
+
+def warn_if_busy() -> None:
+    """torch's threads spin while they wait for a core, and lose far more by that than ours."""
+    if os.getloadavg()[0] > (os.cpu_count() or 1) / 4 and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
+        print("warning   other work is running: OMP_WAIT_POLICY=PASSIVE is fairer to PyTorch then")
 
 
 def _version(name: str) -> str:
@@ -122,5 +153,7 @@ def print_comparison(seconds: Sequence[Sequence[float]], tokens: int, peer: str,
     ratios = statistics.median(theirs) / statistics.median(ours), min(theirs) / min(ours)
     ratio = min(ratios)
     verdict = "reached" if ratio >= aim else "not reached"
-    print(f"  ratio                  {ratios[0]:>9.2f}           fastest round {ratios[1]:>9.2f} (aim {aim:g}: {verdict})")
+    print(
+        f"  {'ratio':<22} {ratios[0]:>9.2f}           fastest round {ratios[1]:>9.2f} (aim {aim:g}: {verdict})"
+    )
     return ratio

@@ -40,8 +40,10 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    parser.add_argument("--prompts", type=int, default=32, help="different prompts")
-    parser.add_argument("--samples", type=int, default=8, help="completions a prompt, all decoded at once")
+    config = common.quickstart()
+    prompts, samples = config.data.train_batch_size, config.algorithm.group_size
+    parser.add_argument("--prompts", type=int, default=prompts, help="different prompts")
+    parser.add_argument("--samples", type=int, default=samples, help="completions a prompt, decoded at once")
     parser.add_argument("--prompt_tokens", type=int, default=40, help="mean prompt length; 3/4 to 5/4 of it")
     parser.add_argument("--new", type=int, default=32, help="tokens a completion")
     parser.add_argument("--rounds", type=int, default=5)
@@ -49,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     common.require_peer()
     common.print_environment()
+    common.warn_if_busy()
     if not args.table:
         measure(args)
         return
@@ -69,8 +72,7 @@ def measure(args: Any) -> float:
     prompts = [rng.integers(3, min(args.vocab, 260), n).tolist() for n in lengths]  # no special tokens
     rows = args.prompts * args.samples
     print(
-        f"model     width {args.hidden}, MLP {args.mlp}, {args.layers} layers, {args.heads}/{args.kv_heads} heads, "
-        f"vocabulary {args.vocab:,}, float32\n"
+        f"{common.describe_model(args)}\n"
         f"batch     {rows} completions of {args.new} tokens ({args.prompts} prompts of "
         f"{min(lengths)} to {max(lengths)} tokens x {args.samples})"
     )

@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, int]] = {
         hidden=512, mlp=1536, layers=8, heads=8, rows=16, prompt_tokens=64, new=128, micro_rows=8
     ),
     "width 512, 8 layers, vocabulary 32,000": dict(
-        hidden=512, mlp=1536, layers=8, heads=8, vocab=32000, rows=16, prompt_tokens=64, new=128, micro_rows=8
+        hidden=512, mlp=1536, layers=8, heads=8, vocab=32000, rows=8, prompt_tokens=64, new=128, micro_rows=8
     ),
 }
 
@@ -44,10 +44,15 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    parser.add_argument("--rows", type=int, default=256, help="completions an update")
-    parser.add_argument("--micro_rows", type=int, default=256, help="actor.micro_batch_size_per_device")
-    parser.add_argument("--chunk_tokens", type=int, default=65536, help="actor.logits_chunk_tokens")
-    parser.add_argument("--remat", default="none", help="model.remat: none, dots, full")
+    config = common.quickstart()
+    rows, actor = config.data.train_batch_size * config.algorithm.group_size, config.actor
+    micro_rows, chunk = actor.micro_batch_size_per_device, actor.logits_chunk_tokens
+    parser.add_argument("--rows", type=int, default=rows, help="completions an update")
+    parser.add_argument(
+        "--micro_rows", type=int, default=micro_rows, help="actor.micro_batch_size_per_device"
+    )
+    parser.add_argument("--chunk_tokens", type=int, default=chunk, help="actor.logits_chunk_tokens")
+    parser.add_argument("--remat", default=config.model.remat, help="model.remat: none, dots, full")
     parser.add_argument("--prompt_tokens", type=int, default=36, help="mean prompt length; 5/6 to 7/6 of it")
     parser.add_argument("--new", type=int, default=18, help="mean completion length; 5/6 to 7/6 of it")
     parser.add_argument("--rounds", type=int, default=9)
@@ -55,6 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     common.require_peer()
     common.print_environment()
+    common.warn_if_busy()
     if not args.table:
         measure(args)
         return
@@ -72,8 +78,7 @@ def measure(args: Any) -> float:
     batch = make_batch(args)
     tokens = int(batch.segment_ids.sum())
     print(
-        f"model     width {args.hidden}, MLP {args.mlp}, {args.layers} layers, {args.heads}/{args.kv_heads} heads, "
-        f"vocabulary {args.vocab:,}, float32, remat {args.remat}\n"
+        f"{common.describe_model(args)}, remat {args.remat}\n"
         f"batch     {args.rows} rows of {batch.tokens.shape[1]} columns, {tokens:,} tokens, "
         f"{int(batch.completion_mask.sum()):,} of them completions; micro-batches of {args.micro_rows} rows"
     )
@@ -115,7 +120,12 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.update import (
-        init_state, make_optimizer, make_schedule, make_score_step, make_update_step, score_rows,
+        init_state,
+        make_optimizer,
+        make_schedule,
+        make_score_step,
+        make_update_step,
+        score_rows,
         to_micro_batches,
     )  # fmt: skip
 

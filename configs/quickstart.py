@@ -4,8 +4,8 @@
 
 What it does: makes a tokenizer and a small random Qwen2-shaped model, generates three-step arithmetic word
 problems, teaches the model by supervised training (the warm start), then improves it with GRPO. About two
-thirds of the worked examples only state the answer ("#### 9"), the others work it out ("7 + 5 = 12, 12 - 3 = 9
-#### 9"). The warm-started model imitates the more frequent kind and is mostly wrong; sampled at temperature 1
+thirds of the worked examples only state the answer ("#### 9"), the others work it out ("7+5=12, 12-3=9 ####
+9"). The warm-started model imitates the more frequent kind and is mostly wrong; sampled at temperature 1
 it sometimes works a problem out, which earns more, and GRPO makes that its habit and corrects its arithmetic.
 
 Measured results over several seeds, with the hardware: docs/benchmarks.md.
@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
     config.arithmetic.update(num_train=1280, num_val=256, num_sft=8192, difficulty=3, direct_share=0.65)
     config.sft.update(num_steps=600, batch_size=64, learning_rate=3e-3)
 
-    config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=40)
+    config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=32)
     config.algorithm.group_size = 8
     config.rollout.temperature = 1.0
     config.optim.learning_rate = 1e-4  # the model is small, and not pretrained

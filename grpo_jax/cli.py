@@ -6,19 +6,23 @@ Standard library only, so that `--help` and a mistyped flag answer at once.
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from grpo_jax.config import ConfigError, nearest
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a `ConfigError` into `error: ...` on stderr and exit code 2. Works as a decorator too."""
+def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turns a `ConfigError` into `error: ...` on stderr and exit code 2. Works as a decorator too.
+
+    Args: flags: configuration key -> the flag by which this command's user set it.
+    """
     try:
         yield
     except ConfigError as error:
-        _exit(str(error))
+        name = (flags or {}).get(error.key, error.key)
+        _exit(str(ConfigError(name, error.value, error.rule)))
 
 
 def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:

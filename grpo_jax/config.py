@@ -334,7 +334,10 @@ def _parse_section(section: str, section_type: Any, values: Mapping[str, Any]) -
     hints = typing.get_type_hints(section_type)
     for key in values:
         if key not in hints:
-            hint = nearest(key, hints) or nearest(f"{section}.{key}", known_keys())
+            # The key's own name decides: with the section's name before it, anything in the section is near.
+            siblings = {name: f"{section}.{name}" for name in hints}
+            close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+            hint = f" (did you mean {siblings[close[0]]}?)" if close else nearest(key, known_keys())
             raise ConfigError(f"{section}.{key}", values[key], f"there is no such key{hint}")
     for key in hints:
         if key not in values:

@@ -122,7 +122,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default="", help="file for the result")
     parser.add_argument("--generations", default="", help="file for the completions, a JSON line each")
-    with one_line_errors():
+    flags = {
+        "model.path": "--model",
+        "data.max_prompt_length": "--max_prompt_length",
+        "reward.function": "--reward",
+    }
+    with one_line_errors(flags):
         args = parser.parse_args()
         _check_arguments(args)
         _run(args)

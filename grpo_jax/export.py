@@ -43,7 +43,7 @@ def main() -> None:
     parser = make_parser("grpo_jax.export", __doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--output", required=True)
-    with one_line_errors():
+    with one_line_errors({"--workdir": "--checkpoint", "model.path": "--checkpoint"}):
         args = parser.parse_args()
         step = export(Path(args.checkpoint), Path(args.output))
         print(f"step {step} of {args.checkpoint} -> {args.output}")

@@ -26,6 +26,8 @@ def print_report(config: Config, workdir: Workdir, model: Path) -> None:
         logger.info("Accuracy on held-out problems (%s): %.1f %% before, %.1f %% after.",
                     how, 100 * before, 100 * after)  # fmt: skip
         _print_problems(workdir, first, last, config.eval.num_samples)
+    elif accuracies:
+        logger.info("Accuracy on held-out problems: %.1f %%.", 100 * accuracies[0][1])
     logger.info("Learning curve:  %s", workdir.learning_curve)
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
@@ -90,5 +92,5 @@ def _question(prompt: str) -> str:
 
 
 def _one_line(text: str, limit: int = 200) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text.split()) or "(empty)"
     return text if len(text) <= limit else text[: limit - 3] + "..."

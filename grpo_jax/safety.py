@@ -29,20 +29,35 @@ class RunWatch:
     def __init__(self, section: TrainerSection, reward: Reward):
         self._section, self._reward = section, reward
         self._skipped = 0
+        self._most_skipped = 0
         self._flat_steps = 0
 
-    def check(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, updates: Sequence[Metrics]) -> None:
-        """Raises: TrainingStopped: too many updates in a row were not finite."""
+    @property
+    def is_healthy(self) -> bool:
+        """False while updates are being skipped."""
+        return self._skipped == 0
+
+    @property
+    def is_lost(self) -> bool:
+        """True once too many updates in a row were not finite."""
+        return self._most_skipped >= self._section.max_nonfinite_updates
+
+    def look(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, updates: Sequence[Metrics]) -> None:
+        """Takes note of one step, and warns when rewards have taught nothing for some steps."""
         for update in updates:
             self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
-            if self._skipped >= self._section.max_nonfinite_updates:
-                raise TrainingStopped(
-                    f"loss or gradient was not finite in {self._skipped} updates in a row "
-                    "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
-                )
+            self._most_skipped = max(self._most_skipped, self._skipped)
         self._flat_steps = self._flat_steps + 1 if frac_zero_std(rewards) == 1 else 0
         if self._flat_steps and self._flat_steps % self._section.flat_reward_steps == 0:
             self._warn_of_flat_rewards(groups, rewards)
+
+    def stop_if_lost(self) -> None:
+        """Raises: TrainingStopped: too many updates in a row were not finite."""
+        if self.is_lost:
+            raise TrainingStopped(
+                f"loss or gradient was not finite in {self._most_skipped} updates in a row "
+                "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
+            )
 
     def _warn_of_flat_rewards(self, groups: Sequence[RolloutGroup], rewards: np.ndarray) -> None:
         group, reward = groups[0], float(rewards[0, 0])

@@ -107,7 +107,10 @@ def main() -> None:
         inputs = read_inputs(config, workdir)
         mesh = make_mesh(config.mesh)
         workdir.open(config)
-        make_model(config, inputs, workdir, mesh)
+        try:
+            make_model(config, inputs, workdir, mesh)
+        except FloatingPointError as error:
+            raise SystemExit(f"error: {error}") from None  # exit code 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
         stages.engine.load_weights(state.params, version=step + 1)
     metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
     metrics["reward/num_errors"] = len(scored.errors)
-    for error in scored.errors:
-        logger.warning("reward error, counted as 0: %s", error)
+    _log_reward_errors(scored.errors)
     return state, StepResult(groups, scored.rewards, updates, metrics)
 
 
@@ -189,11 +189,15 @@ def _run_steps(
                                 for g in result.groups for c in g.completions])  # fmt: skip
             devices = stages.mesh.devices.size
             metrics |= timings | performance_metrics(stages.folder.config, lengths, devices, timings)
+            watch.look(result.groups, result.rewards, result.updates)
             stopping = stop.requested  # read once: what is asked for after saving is for the next step
-            _save(stages, state, done, workdir, checkpointer, stopping)
+            # While updates are skipped, the checkpoint from before the trouble is the good one.
+            must_save = (stopping or done == stages.num_steps) and not watch.is_lost
+            if watch.is_healthy or must_save:
+                _save(stages, state, done, workdir, checkpointer, stopping)
             metrics |= stages.timers.collect()
             _report_step(stages, result, metrics, done, epoch, workdir, writer)
-            watch.check(result.groups, result.rewards, result.updates)
+            watch.stop_if_lost()
             if stopping and done < stages.num_steps:
                 checkpointer.wait()
                 logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
@@ -224,8 +228,14 @@ def _validate(stages: Stages, workdir: Workdir, writer: MetricsWriter, *, step: 
     write_jsonl(workdir.validation / f"step-{step:06d}.jsonl", records)
     texts = [_show(r) for r in records[: config.logging.num_text_samples]]
     writer.write_text("val/completions", texts, step=step)
-    summary = result.summary()
-    return {f"val/{name}": value for name, value in summary.items() if name != "num"}
+    _log_reward_errors(result.errors)
+    summary = {name: value for name, value in result.summary().items() if name != "num"}
+    return {f"val/{name}": value for name, value in (summary | {"num_errors": len(result.errors)}).items()}
+
+
+def _log_reward_errors(errors: Sequence[str]) -> None:
+    for error in errors:
+        logger.warning("reward error, counted as 0: %s", error)
 
 
 def _save(

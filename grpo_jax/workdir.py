@@ -13,7 +13,8 @@ logger = logging.getLogger("grpo_jax")
 
 # May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
 FREE_SECTIONS = ("eval", "checkpoint", "logging")
-FREE_KEYS = {"trainer.total_epochs", "trainer.num_steps", "trainer.flat_reward_steps", "rollout.batch_size"}
+FREE_KEYS = {"trainer.flat_reward_steps", "rollout.batch_size", "reward.num_workers", "reward.timeout_s"}
+LENGTH_KEYS = {"trainer.total_epochs", "trainer.num_steps"}  # free too, unless the schedule depends on them
 
 
 class Workdir:
@@ -63,7 +64,7 @@ class Workdir:
             raise ConfigError("--workdir", str(self.path), rule) from None
         for key, (old, new) in _differences(held, config.to_dict()).items():
             is_free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
-            if is_free and not (key.startswith("trainer.") and config.optim.schedule != "constant"):
+            if is_free or (key in LENGTH_KEYS and config.optim.schedule == "constant"):
                 continue
             raise ConfigError(
                 key,

@@ -3,7 +3,7 @@
     python -m grpo_jax.data.arithmetic --local_dir=data/arithmetic --num_train=4096 --difficulty=2
 
 A problem is a short story of `difficulty` changes to a number of things. Its answer in `extra_info` is
-either worked out, "7 + 5 = 12, 12 - 3 = 9 #### 9", or direct, "#### 9": a small model gets the
+either worked out, "7+5=12, 12-3=9 #### 9", or direct, "#### 9": a small model gets the
 first kind right far more often, and reinforcement learning has to find that out.
 """
 
@@ -48,7 +48,7 @@ def make_problem(rng: random.Random, difficulty: int) -> tuple[str, list[str], i
             change = rng.randint(2, min(9, total))
             sentence, sign, after = rng.choice(FEWER).format(change), "-", total - change
         sentences.append(f"{name} {sentence}.")
-        steps.append(f"{total} {sign} {change} = {after}")
+        steps.append(f"{total}{sign}{change}={after}")
         total = after
     return " ".join([*sentences, f"How many {things} does {name} have now?"]), steps, total
 
@@ -131,7 +131,12 @@ def main() -> None:
     if not 0 <= args["direct_share"] <= 1:
         raise ConfigError("--direct_share", args["direct_share"], "must be from 0 to 1")
     folder = Path(args.pop("local_dir"))
-    for split, path in write_splits(folder, generate_splits(**args)).items():
+    splits = generate_splits(**args)
+    try:
+        paths = write_splits(folder, splits)
+    except OSError as error:
+        raise ConfigError("--local_dir", str(folder), f"cannot be written to: {error}") from None
+    for split, path in paths.items():
         print(f"{split}: {path}")
 
 

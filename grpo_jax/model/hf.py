@@ -209,8 +209,8 @@ def inspect_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        fetch = f"`hf download {path} --local-dir models/{folder.name}`, then model.path=models/{folder.name}"
-        raise ConfigError(KEY, str(path), f"there is no such folder; to fetch a model from the hub: {fetch}")
+        fetch = f"`hf download OWNER/NAME --local-dir {path}` fetches a model from the hub"
+        raise ConfigError(KEY, str(path), f"there is no such folder; {fetch}")
     hf = read_json(folder / "config.json")
     config = parse_hf_config(hf, **overrides)
     tensors = _read_headers(folder)
@@ -264,6 +264,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     wanted = 8 + length + max(ends, default=0)
     if size < wanted:
         raise ConfigError(KEY, str(file), f"is cut short at {size} of {wanted} bytes; download it again")
+    if size > wanted:  # safetensors would refuse it, but only once devices hold part of the model
+        raise ConfigError(KEY, str(file), f"has {size} bytes instead of {wanted}; download it again")
     return tensors
 
 

@@ -113,10 +113,11 @@ class Transformer(nn.Module):
         # Looked up whole in width: split rows of a split table would have to be gathered twice.
         table = constrain(embedding.astype(c.dtype), "vocab", None)
         x = constrain(table[tokens], "batch", None, None)
-        x, cache = self._split_layers(x, inputs, cache) if isinstance(cache, tuple) else self._layers(x, inputs, cache)
+        layers = self._split_layers if isinstance(cache, tuple) else self._stacked_layers
+        x, cache = layers(x, inputs, cache)  # type: ignore[arg-type]
         return RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="final_norm")(x), cache
 
-    def _layers(
+    def _stacked_layers(
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         """All layers, their parameters and caches stacked."""
@@ -194,12 +195,13 @@ def init_cache(config: ModelConfig, batch: int, columns: int) -> KVCache:
     return KVCache(*(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(2)))
 
 
-def split_layers(params: Params, cache: KVCache) -> tuple[Params, tuple[KVCache, ...]]:
+def split_layers(params: Params, cache: Cache) -> tuple[Params, tuple[KVCache, ...]]:
     """Takes parameters and cache of every layer out of their stacks, for `forward_cached`.
 
     Worth a copy of the parameters before a decoding loop with unrolled layers: from a stack, each step would
     copy the layers' weights and caches again before it multiplies them.
     """
+    assert isinstance(cache, KVCache)
     num_layers = len(cache.keys)
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(num_layers)}

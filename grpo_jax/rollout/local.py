@@ -17,9 +17,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grpo_jax.batching import bucket_length
-from grpo_jax.model.attention import KVCache
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
-from grpo_jax.model.transformer import ModelConfig, forward_cached, head_matrix, init_cache, split_layers
+from grpo_jax.model.transformer import (
+    Cache,
+    ModelConfig,
+    forward_cached,
+    head_matrix,
+    init_cache,
+    split_layers,
+)
 from grpo_jax.rollout.base import SamplingParams
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
 
@@ -149,9 +155,9 @@ def sample_completions(
     size, limit = sampling.num_samples, sampling.max_tokens
     columns = prompt_tokens.shape[1]
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)  # once, and not at every token
-    hidden, cache = _prefill(params, config, prompt_tokens, prompt_lengths)
+    hidden, read = _prefill(params, config, prompt_tokens, prompt_lengths)
     hidden = jnp.repeat(hidden, size, axis=0)
-    cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), cache)
+    cache: Cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), read)
     lengths = jnp.repeat(prompt_lengths, size)
     rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_lengths))
     keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
@@ -194,15 +200,15 @@ def sample_completions(
 
 def _prefill(
     params: Params, config: ModelConfig, tokens: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, Cache]:
     """Reads the prompts. Returns the hidden state of each last token, [P, D], and the filled cache."""
     prompts, columns = tokens.shape
     column = jnp.arange(columns)[None]
     first = columns - lengths[:, None]
     positions = jnp.maximum(column - first, 0)
     mask = (column <= column.T)[None] & (column >= first)[:, None, :]
-    cache = init_cache(config, prompts, columns)
-    hidden, cache = forward_cached(params, config, tokens, positions, mask[:, None], cache, 0)
+    empty = init_cache(config, prompts, columns)
+    hidden, cache = forward_cached(params, config, tokens, positions, mask[:, None], empty, 0)
     return hidden[:, -1], cache
 
 

@@ -18,14 +18,14 @@ STEPS_PER_EPOCH = 13 // 4
 
 # A reward that depends on the text alone and has some spread whatever an untrained model writes.
 # A file "slow" beside it gives a test the time to interrupt a step.
-REWARD_FILE = '''
+REWARD_FILE = """
 import pathlib, time
 
 def score(*, data_source, solution_str, ground_truth, extra_info):
     if pathlib.Path(__file__).with_name("slow").exists():
         time.sleep(0.05)
     return sum(solution_str.encode()) % 5 / 4
-'''
+"""
 
 
 def score(text):
@@ -168,13 +168,12 @@ def read_checkpoint(workdir, step):
 
     folder = Path(workdir).absolute() / "checkpoints" / str(step)
     arrays = {}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target_of = lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device)
     with ocp.StandardCheckpointer() as checkpointer:
         for item in ("params", "optimizer"):
             metadata = checkpointer.metadata(folder / item).item_metadata
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), dict(metadata)
-            )
+            target = jax.tree.map(target_of, dict(metadata))
             restored = checkpointer.restore(folder / item, target)
             for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
                 leaf = np.asarray(leaf)

@@ -43,9 +43,8 @@ def file_case(name, config, *expected):
 
 def data_case(name, file, *expected, key="data.train_files"):
     """Training data that cannot be used; the other split is in order."""
-    files = {"arithmetic.num_train": 0, "data.train_files": ("good",), "data.val_files": ("good",)}
-    files[key] = (file,)
-    paths = {k: repr(tuple(f"{DATA}/{f}.parquet" for f in v)) for k, v in files.items() if k != "arithmetic.num_train"}
+    files = {"data.train_files": "good", "data.val_files": "good", key: file}
+    paths = {k: repr((f"{DATA}/{name}.parquet",)) for k, name in files.items()}
     return Case(name, {"arithmetic.num_train": 0, **paths}, (f"{key}='{DATA}/{file}.parquet'", *expected))
 
 
@@ -97,7 +96,7 @@ CASES = [
     file_case("config-raises", "raises.py", "raises.py", "cannot be loaded", "ZeroDivisionError"),
     file_case("config-without-function", "empty.py", "empty.py", "get_config"),
     file_case("config-returns-a-dict", "plain.py", "plain.py", "ConfigDict"),
-    Case("config-extra-key", {}, ("algorithm.grop_size=4", "no such key", "did you mean group_size?"),
+    Case("config-extra-key", {}, ("algorithm.grop_size=4", "no such key", "did you mean algorithm.group_size?"),
          config="inputs/configs/extra_key.py"),
     Case("config-extra-section", {}, ("algoritm", "no such section", "did you mean algorithm?"),
          config="inputs/configs/extra_section.py"),
@@ -290,7 +289,9 @@ def command(case):
 COMMANDS = {case.name: command(case) for case in CASES} | {
     name: (module, argv) for name, (module, argv, _) in OTHERS.items()
 }
-EXPECTED = {case.name: case.expected for case in CASES} | {name: parts for name, (*_, parts) in OTHERS.items()}
+EXPECTED = {case.name: case.expected for case in CASES} | {
+    name: parts for name, (*_, parts) in OTHERS.items()
+}
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,11 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(model_folder, data, 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = pq.read_table(data).to_pylist()
     lengths = [
-        len(tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"])
+        len(
+            tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        )
         for r in rows
     ]
     limit = sorted(lengths)[3] - 1
@@ -99,7 +103,9 @@ def test_a_reward_that_fails_is_counted_as_0(model_folder, data, tmp_path):
 def test_it_gives_what_training_reported(whole_run, reward_file, tmp_path):
     workdir, _ = whole_run
     argv = [f"--reward={reward_file}:score"]
-    _, summary, records = run(workdir / "checkpoint-epoch-2", workdir / "data" / "val.parquet", tmp_path, *argv)
+    _, summary, records = run(
+        workdir / "checkpoint-epoch-2", workdir / "data" / "val.parquet", tmp_path, *argv
+    )
     assert summary["accuracy"] == pytest.approx(helpers.read_lines(workdir)[-1]["val/accuracy"])
     expected = helpers.read_jsonl(workdir / "validation" / "step-000006.jsonl")
     assert [r["completion"] for r in records] == [r["completion"] for r in expected]

@@ -114,7 +114,9 @@ def test_metrics_and_completions_are_the_same(interrupted, whole_run):
     workdir, _ = interrupted
     whole, _ = whole_run
     lines, expected = helpers.read_lines(workdir), helpers.read_lines(whole)
-    assert [helpers.without_clock(line) for line in lines] == [helpers.without_clock(line) for line in expected]
+    assert [helpers.without_clock(line) for line in lines] == [
+        helpers.without_clock(line) for line in expected
+    ]
     assert [set(line) for line in lines] == [set(line) for line in expected]
     for folder in ("rollouts", "validation"):
         assert helpers.tree_digest(workdir / folder) == helpers.tree_digest(whole / folder)
@@ -142,7 +144,9 @@ def test_a_run_that_left_no_checkpoint_starts_again(tmp_path, whole_run, whole_r
     helpers.train_ok(workdir, whole_run_overrides | {"trainer.num_steps": 2})
     lines = helpers.read_lines(workdir)
     expected = helpers.read_lines(whole)[:3]
-    assert [helpers.without_clock(line) for line in lines] == [helpers.without_clock(line) for line in expected]
+    assert [helpers.without_clock(line) for line in lines] == [
+        helpers.without_clock(line) for line in expected
+    ]
     assert {step for _, step in helpers.read_events(workdir)[0]} == {0, 1, 2}
 
 

@@ -9,15 +9,17 @@ import pytest
 
 G, P = 4, 4
 STEPS = 6
-ALWAYS = """
-    reward/mean reward/std reward/max reward/min accuracy kl/mean actor/loss actor/grad_norm actor/lr
-    actor/entropy actor/pg_clipfrac actor/ppo_kl response_length/mean response_length/max response_length/min
-    response_length/clip_ratio prompt_length/mean prompt_length/max prompt_length/min frac_reward_zero_std
-    training/global_step training/epoch training/policy_version training/rollout_probs_diff_mean
-    training/rollout_probs_diff_max training/token_mult_prob_error timing_s/gen timing_s/reward
-    timing_s/old_log_prob timing_s/ref timing_s/update_actor timing_s/update_weights timing_s/save_checkpoint
-    timing_s/step perf/throughput perf/max_memory_allocated_gb
-""".split()
+ALWAYS = [
+    "reward/mean", "reward/std", "reward/max", "reward/min", "accuracy", "kl/mean", "actor/loss",
+    "actor/grad_norm", "actor/lr", "actor/entropy", "actor/pg_clipfrac", "actor/ppo_kl",
+    "response_length/mean", "response_length/max", "response_length/min", "response_length/clip_ratio",
+    "prompt_length/mean", "prompt_length/max", "prompt_length/min", "frac_reward_zero_std",
+    "training/global_step", "training/epoch", "training/policy_version",
+    "training/rollout_probs_diff_mean", "training/rollout_probs_diff_max",
+    "training/token_mult_prob_error", "timing_s/gen", "timing_s/reward", "timing_s/old_log_prob",
+    "timing_s/ref", "timing_s/update_actor", "timing_s/update_weights", "timing_s/save_checkpoint",
+    "timing_s/step", "perf/throughput", "perf/max_memory_allocated_gb",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +250,14 @@ def test_the_tokenizer_is_the_same_when_it_is_loaded(workdir):
     rows = helpers.read_jsonl(workdir / "rollouts" / "step-000001.jsonl")
     made = make_tokenizer([row["prompt"] for row in rows], 300)
     made.save_pretrained(workdir.parent / "tokenizer")
-    (workdir.parent / "tokenizer" / "config.json").write_text((workdir / "model_files/config.json").read_text())
+    (workdir.parent / "tokenizer" / "config.json").write_text(
+        (workdir / "model_files/config.json").read_text()
+    )
     loaded = AutoTokenizer.from_pretrained(workdir.parent / "tokenizer")
-    texts = [row["prompt"] for row in rows] + ["12 + 3=15.\n#### 15", "it's  a\ttab\n\n", "Cafe\u0301 2,5 \u20ac"]
+    texts = [row["prompt"] for row in rows] + [
+        "12 + 3=15.\n#### 15",
+        "it's  a\ttab\n\n",
+        "Cafe\u0301 2,5 \u20ac",
+    ]
     assert loaded(texts)["input_ids"] == made(texts)["input_ids"]
     assert [made.decode(made(t)["input_ids"]) for t in texts[-3:-1]] == texts[-3:-1]

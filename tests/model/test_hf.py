@@ -472,7 +472,7 @@ def test_broken_json_and_missing_files_are_refused(refused, tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"architectures": [')
     with pytest.raises(ConfigError, match=r"config.json.*is not JSON"):
         inspect_folder(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"no such folder.*hf download org/name"):
+    with pytest.raises(ConfigError, match=r"org/name.*no such folder.*hf download"):
         inspect_folder("org/name")
 
 
@@ -528,6 +528,16 @@ def test_a_file_that_is_cut_short_is_refused(refused, where):
 
     message = refused(cut)
     assert "model.safetensors" in message and "cut short" in message
+
+
+def test_a_file_that_is_too_long_is_refused(refused):
+    """A download that was resumed at the wrong place; safetensors would refuse to open it later."""
+
+    def append(folder):
+        with (folder / "model.safetensors").open("ab") as file:
+            file.write(b"once more")
+
+    assert "instead of" in refused(append)
 
 
 @pytest.mark.parametrize(
@@ -640,4 +650,4 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, fsdp):
     assert result.returncode == 0, result.stderr
     growth, loaded = map(int, result.stdout.split("PEAK")[1].split())
     assert loaded == size
-    assert size <= growth <= 1.2 * size, f"{growth / size:.2f} times the model"
+    assert 0.9 * size < growth <= 1.2 * size, f"{growth / size:.2f} times the model"

@@ -113,7 +113,7 @@ def make_prompts(*lengths, seed=0):
 
 @pytest.fixture(scope="module")
 def sample(models, tokenizer):
-    """Returns `sample(prompts, ...)`: groups from a fresh engine on the given mesh, greedy unless told otherwise."""
+    """Returns `sample(prompts, ...)`: groups from a fresh engine, greedy unless told otherwise."""
 
     def sample(
         prompts, *, family="qwen2", stops=(), batch_size=64, sizes=(1, 1, 1), seed=0, scan=True, **sampling
