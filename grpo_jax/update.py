@@ -172,7 +172,7 @@ def make_update_step(
         with jax.named_scope("gradients"):
             grads, metrics = gradients(state.params, batch)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

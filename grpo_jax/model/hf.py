@@ -6,6 +6,7 @@ not its own, and the host never holds more than one tensor. `save_folder` writes
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -221,12 +222,16 @@ def inspect_folder(path: str | Path, **overrides: Any) -> ModelFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a model's folder; ConfigError where it is missing or is something else."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(KEY, str(path), "this file is missing from the model's folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(KEY, str(path), f"is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(KEY, str(path), "is not a JSON object")
+    return content
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -315,18 +320,19 @@ def _read_stacked(
     folder: ModelFolder, spec: TensorSpec, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
 ) -> jax.Array:
     """Fills a parameter that is stacked over layers in place, so that only one layer is ever held twice."""
-    stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    insert = jax.jit(
-        lambda stacked, layer, i: jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0),
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
+    stacked = jnp.zeros(shape, dtype, device=sharding)
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for i in range(shape[0]):
         layer = _read_tensor(folder, spec.name.format(i), spec, shape[1:], dtype, layer_sharding)
         # Waiting keeps the host from reading ahead: dispatched but unfinished copies would pile up in memory.
-        stacked = jax.block_until_ready(insert(stacked, layer, i))
+        stacked = jax.block_until_ready(_insert(stacked, layer, i, sharding=sharding))
     return stacked
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+def _insert(stacked: jax.Array, layer: jax.Array, i: int, *, sharding: NamedSharding) -> jax.Array:
+    inserted = jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+    return jax.lax.with_sharding_constraint(inserted, sharding)
 
 
 def _read_tensor(
