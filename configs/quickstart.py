@@ -33,7 +33,9 @@ def get_config() -> config_dict.ConfigDict:
     config.optim.learning_rate = 1e-4  # the model is small, and not pretrained
     config.trainer.total_epochs = 1  # 40 steps
 
-    config.actor.micro_batch_size_per_device = 32  # what the CPU's memory allocator likes; 256 takes twice as long
+    config.actor.micro_batch_size_per_device = (
+        32  # what the CPU's memory allocator likes; 256 takes twice as long
+    )
     config.actor.logits_chunk_tokens = 32768
     config.eval.every_steps = 10
     config.logging.experiment_name = "quickstart"

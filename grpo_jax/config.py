@@ -160,6 +160,7 @@ class TrainerSection:
     total_epochs: int
     num_steps: int
     seed: int
+    deterministic: bool
     max_nonfinite_updates: int
     flat_reward_steps: int
 

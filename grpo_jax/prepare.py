@@ -6,6 +6,7 @@ it once: a run that goes on finds what it made the first time.
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import random_model, sft
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config, ConfigError, TrainerSection
 from grpo_jax.data import arithmetic
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder
@@ -48,6 +49,16 @@ def model_overrides(config: Config) -> dict[str, Any]:
         remat=section.remat,
         scan_layers=section.scan_layers,
     )
+
+
+def set_determinism(section: TrainerSection) -> None:
+    """Makes XLA's GPU compiler choose kernels that always give the same bits; before any device is touched.
+
+    Otherwise it times kernels and takes the quickest, another one each time, and adds in any order.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if section.deterministic and "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def read_inputs(config: Config, workdir: Workdir) -> Inputs:

@@ -92,7 +92,7 @@ def main() -> None:
     from grpo_jax.config import ConfigError
     from grpo_jax.config_file import parse_command_line
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import make_model, read_inputs
+    from grpo_jax.prepare import make_model, read_inputs, set_determinism
     from grpo_jax.workdir import Workdir, start_logging
 
     with one_line_errors():
@@ -105,6 +105,7 @@ def main() -> None:
         workdir.check(config)
         start_logging()
         inputs = read_inputs(config, workdir)
+        set_determinism(config.trainer)
         mesh = make_mesh(config.mesh)
         workdir.open(config)
         try:

@@ -40,7 +40,7 @@ from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_m
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
-from grpo_jax.prepare import make_model, read_inputs
+from grpo_jax.prepare import make_model, read_inputs, set_determinism
 from grpo_jax.rewards import make_reward
 from grpo_jax.rollout import eval_sampling, rollout_sampling
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
@@ -144,6 +144,7 @@ def train(config: Config, path: Path) -> None:
     workdir.check(config)
     start_logging()
     inputs = read_inputs(config, workdir)
+    set_determinism(config.trainer)
     with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         workdir.open(config)
