@@ -4,11 +4,11 @@
     python benchmarks/generate.py --table    # these and larger models, smaller batches, longer completions
     python benchmarks/generate.py --hidden=512 --mlp=1536 --layers=8 --heads=8 --prompts=4 --samples=4 --new=128
 
-Aim: at least 3 times the tokens/s at the quickstart's shapes (docs/benchmarks.md has what was
-reached). Both sides load the same random float32 model and continue the same prompts, as many samples a prompt, with temperature 1 over the whole vocabulary;
-the stop id is one that no token has, so that every completion has the full length. What is timed: on our
-side `LocalEngine.generate`, which also returns log-probabilities and decodes to text; on the other only
-`generate`, which does neither. The first call of each, ours compiling, is not timed.
+Aim: at least 3 times the tokens/s at the quickstart's shapes; docs/benchmarks.md has what was reached. Both
+sides load the same random float32 model and continue the same prompts, as many samples a prompt, with
+temperature 1 over the whole vocabulary; the stop id is one that no token has, so that every completion has the
+full length. What is timed: on our side `LocalEngine.generate`, which also returns log-probabilities and decodes
+to text; on the other only `generate`, which does neither. The first call of each, ours compiling, is not timed.
 """
 
 import argparse
