@@ -68,6 +68,9 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 kl_estimator="k3",  # k1, k2, k3, abs
                 kl_in="loss",  # loss, reward
                 entropy_coef=0.0,  # >= 0, bonus for entropy
+                old_logprobs="trainer",  # denominator of the ratio: trainer (its own), sampler (the engine's)
+                rollout_is="none",  # corrects sampler against trainer: none, token (truncated importance weight)
+                rollout_is_threshold=2.0,  # largest weight of rollout_is=token, > 0
             ),
             optim=dict(  # AdamW
                 learning_rate=1e-6,  # peak, > 0
@@ -86,12 +89,33 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 logits_chunk_tokens=1024,  # tokens a device projects to the vocabulary at once, >= 1
             ),
             rollout=dict(
-                engine="local",  # local: the jitted JAX sampler
+                engine="vllm",  # vllm: Ray-managed vLLM on NVIDIA GPUs; local: the jitted JAX sampler, anywhere
                 temperature=0.6,  # > 0
                 top_p=1.0,  # (0, 1]; below 1 the trainer's distribution differs from the sampled one
                 top_k=0,  # 0: off
-                batch_size=256,  # completions decoded at once, >= 1
                 stop_token_ids=(),  # ends a completion, beside the model's own EOS
+                batch_size=256,  # local: completions decoded at once, >= 1
+                # The rest is for vllm.
+                max_lag=0,  # batches sampled ahead, with weights so many steps old; 0: on-policy and exact
+                update_weights="between",  # with max_lag: between (batches), during (in the middle of one)
+                placement="colocated",  # colocated: on the trainer's GPUs; separate: on the last ones of the host
+                num_replicas=1,  # engines, >= 1
+                tensor_parallel_size=1,  # GPUs of one engine, >= 1
+                gpu_memory_utilization=0.4,  # share of a GPU for vLLM, (0, 1); colocated: JAX gets what is left
+                max_num_seqs=1024,  # completions that one engine decodes at once, >= 1
+                enforce_eager=False,  # True: no compilation, no CUDA graphs; quicker to start, slower
+                sleep=False,  # True: colocated engines give up their memory while the trainer works
+                engine_args=(),  # any other vLLM engine argument, as ("max_num_batched_tokens=16384",)
+                python="",  # interpreter of an environment with vLLM; "": the trainer's own
+                ray_address="",  # of a running Ray cluster, or "auto"; "": one is started
+                weight_sync="auto",  # ipc (colocated), nccl (separate), host (any); auto: the one that fits
+                bucket_mb=256,  # MiB of weights under way at once, >= 1
+                probe_every=10,  # pushes between two comparisons of log-probabilities; 0: after the first only
+                probe_threshold=0.1,  # nats a token that engine and trainer may differ on average, > 0
+                start_timeout_s=900.0,  # seconds until an engine must be ready, > 0
+                timeout_s=300.0,  # seconds without any answer until an engine counts as dead, > 0
+                max_restarts=3,  # of one engine in a run, >= 0
+                api_port=0,  # the live policy answers OpenAI requests on this port of 127.0.0.1; 0: none
             ),
             reward=dict(
                 function="gsm8k",  # gsm8k, gsm8k_flexible, math, or FILE.py:NAME (verl's compute_score arguments)
@@ -151,7 +175,7 @@ def _shrink(config: config_dict.ConfigDict) -> None:
     config.data.train_batch_size = 4
     config.data.max_prompt_length = 256
     config.data.max_response_length = 32
-    config.rollout.temperature = 1.0
+    config.rollout.update(engine="local", temperature=1.0)
     config.eval.num_prompts = 16
     config.trainer.total_epochs = 1
     config.trainer.num_steps = 2

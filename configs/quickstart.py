@@ -29,7 +29,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=32)
     config.algorithm.group_size = 8
-    config.rollout.temperature = 1.0
+    config.rollout.update(engine="local", temperature=1.0)
     config.optim.learning_rate = 1e-4  # the model is small, and not pretrained
     config.trainer.total_epochs = 1  # 40 steps
 

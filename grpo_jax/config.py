@@ -80,6 +80,9 @@ class AlgorithmSection:
     kl_estimator: str
     kl_in: str
     entropy_coef: float
+    old_logprobs: str
+    rollout_is: str
+    rollout_is_threshold: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +111,28 @@ class RolloutSection:
     temperature: float
     top_p: float
     top_k: int
-    batch_size: int
     stop_token_ids: tuple[int, ...]
+    batch_size: int
+    max_lag: int
+    update_weights: str
+    placement: str
+    num_replicas: int
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    max_num_seqs: int
+    enforce_eager: bool
+    sleep: bool
+    engine_args: tuple[str, ...]
+    python: str
+    ray_address: str
+    weight_sync: str
+    bucket_mb: int
+    probe_every: int
+    probe_threshold: float
+    start_timeout_s: float
+    timeout_s: float
+    max_restarts: int
+    api_port: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +223,13 @@ class Config:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """False where the only update of a step finds the policy as it sampled: old and current are one."""
+        """Whether the trainer scores the batch before the first update.
+
+        False where the sampler's stand for the old ones, and where the only update of a step finds the
+        policy as it sampled: old and current are one.
+        """
+        if self.algorithm.old_logprobs == "sampler":
+            return False
         return self.updates_per_step > 1 or self.algorithm.kl_in == "reward"
 
     @property
@@ -230,8 +259,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "algorithm.kl_estimator": ("k1", "k2", "k3", "abs"),
     "algorithm.kl_in": ("loss", "reward"),
+    "algorithm.old_logprobs": ("trainer", "sampler"),
+    "algorithm.rollout_is": ("none", "token"),
     "optim.schedule": ("constant", "linear", "cosine"),
-    "rollout.engine": ("local",),
+    "rollout.engine": ("vllm", "local"),
+    "rollout.update_weights": ("between", "during"),
+    "rollout.placement": ("colocated", "separate"),
+    "rollout.weight_sync": ("auto", "ipc", "nccl", "host"),
     "reward.on_error": ("stop", "zero"),
     "checkpoint.resume": ("auto", "force"),
 }
@@ -258,6 +292,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "algorithm.loss_norm": (0, True),
     "algorithm.kl_coef": (0, True),
     "algorithm.entropy_coef": (0, True),
+    "algorithm.rollout_is_threshold": (0, False),
     "optim.learning_rate": (0, False),
     "optim.warmup_steps": (0, True),
     "optim.beta1": (0, True),
@@ -273,6 +308,18 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "rollout.top_p": (0, False),
     "rollout.top_k": (0, True),
     "rollout.batch_size": (1, True),
+    "rollout.max_lag": (0, True),
+    "rollout.num_replicas": (1, True),
+    "rollout.tensor_parallel_size": (1, True),
+    "rollout.gpu_memory_utilization": (0, False),
+    "rollout.max_num_seqs": (1, True),
+    "rollout.bucket_mb": (1, True),
+    "rollout.probe_every": (0, True),
+    "rollout.probe_threshold": (0, False),
+    "rollout.start_timeout_s": (0, False),
+    "rollout.timeout_s": (0, False),
+    "rollout.max_restarts": (0, True),
+    "rollout.api_port": (0, True),
     "reward.num_workers": (1, True),
     "reward.timeout_s": (0, False),
     "eval.every_epochs": (0, True),
@@ -404,6 +451,11 @@ def _check_upper_bounds(config: Config) -> None:
             raise ConfigError(key, _get(config, key), "must be below 1")
     if config.rollout.top_p > 1:
         raise ConfigError("rollout.top_p", config.rollout.top_p, "must be at most 1")
+    if config.rollout.gpu_memory_utilization >= 1:
+        utilization = config.rollout.gpu_memory_utilization
+        raise ConfigError("rollout.gpu_memory_utilization", utilization, "must be below 1")
+    if config.rollout.api_port >= 2**16:
+        raise ConfigError("rollout.api_port", config.rollout.api_port, "must be below 65536")
     if not 0 <= config.arithmetic.direct_share <= 1:
         raise ConfigError("arithmetic.direct_share", config.arithmetic.direct_share, "must be from 0 to 1")
     if not 1 <= config.arithmetic.difficulty <= 4:
@@ -441,8 +493,42 @@ def _check_combinations(config: Config) -> None:
         )
     if config.algorithm.kl_in == "reward" and not config.uses_reference:
         raise ConfigError("algorithm.kl_in", "reward", "needs algorithm.kl_coef above 0")
+    if config.algorithm.rollout_is != "none" and config.algorithm.old_logprobs == "sampler":
+        raise ConfigError(
+            "algorithm.rollout_is",
+            config.algorithm.rollout_is,
+            "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler already, "
+            "and every weight would be 1",
+        )
+    _check_rollout(config)
     _check_mesh(config.mesh)
     _check_data(config)
+
+
+def _check_rollout(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.max_lag and rollout.engine == "local":
+        rule = "must be 0 with rollout.engine=local, which samples on the trainer's own devices"
+        raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
+    is_corrected = config.algorithm.rollout_is != "none" or config.algorithm.old_logprobs == "sampler"
+    if rollout.max_lag and not is_corrected:
+        rule = "samples with old weights: needs algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
+        raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
+    if rollout.update_weights == "during" and not rollout.max_lag:
+        rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
+        raise ConfigError("rollout.update_weights", "during", rule)
+    if rollout.sleep and rollout.max_lag:
+        raise ConfigError("rollout.sleep", True, "needs rollout.max_lag=0: an engine that samples cannot sleep")
+    if rollout.weight_sync == "ipc" and rollout.placement == "separate":
+        rule = "needs rollout.placement=colocated: memory is shared within one GPU"
+        raise ConfigError("rollout.weight_sync", "ipc", rule)
+    if rollout.weight_sync == "nccl" and rollout.placement == "colocated":
+        rule = "needs rollout.placement=separate: NCCL joins different GPUs"
+        raise ConfigError("rollout.weight_sync", "nccl", rule)
+    for argument in rollout.engine_args:
+        name, equals, _ = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError("rollout.engine_args", argument, "must be like 'NAME=VALUE', a vLLM engine argument")
 
 
 def _check_mesh(mesh: MeshSection) -> None:

@@ -7,6 +7,7 @@ Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ...
 line a completion.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -114,7 +115,10 @@ def main() -> None:
     parser.add_argument(
         "--max_prompt_length", type=int, default=2048, help="tokens; longer prompts are left out"
     )
-    parser.add_argument("--batch_size", type=int, default=256, help="completions decoded at once")
+    parser.add_argument("--batch_size", type=int, default=256, help="local: completions decoded at once")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help="vllm: share of a GPU")
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="vllm: GPUs of the engine")
+    parser.add_argument("--python", default="", help="vllm: interpreter of the environment that has it")
     parser.add_argument(
         "--dtype", default="float32", choices=CHOICES["model.dtype"], help="of the computation"
     )
@@ -152,18 +156,55 @@ def _check_arguments(args: Any) -> None:
             raise ConfigError(f"--{name}", getattr(args, name), "its folder does not exist")
 
 
+def _rollout_section(args: Any) -> Any:
+    """The engine of this command: one, on the GPUs that it shares with JAX, given its weights once."""
+    from grpo_jax.config import RolloutSection
+
+    return RolloutSection(
+        engine=args.engine,
+        temperature=args.temperature,
+        top_p=1.0,
+        top_k=0,
+        stop_token_ids=(),
+        batch_size=args.batch_size,
+        max_lag=0,
+        update_weights="between",
+        placement="colocated",
+        num_replicas=1,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        max_num_seqs=1024,
+        enforce_eager=False,
+        sleep=False,
+        engine_args=(),
+        python=args.python,
+        ray_address="",
+        weight_sync="auto",
+        bucket_mb=256,
+        probe_every=0,
+        probe_threshold=0.1,
+        start_timeout_s=900.0,
+        timeout_s=300.0,
+        max_restarts=0,
+        api_port=0,
+    )
+
+
 def _run(args: Any) -> None:
     import jax.numpy as jnp
 
-    from grpo_jax.config import MeshSection, RewardSection, RolloutSection
+    from grpo_jax.config import MeshSection, RewardSection
     from grpo_jax.data.schema import read_rows
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import check_tokenizer
+    from grpo_jax.prepare import check_tokenizer, share_gpus
     from grpo_jax.prompts import encode_prompts, load_tokenizer
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import make_engine
+    from grpo_jax.rollout import check_engine, make_engine
 
+    section = _rollout_section(args)
+    check_engine(section)
+    share_gpus(section)
     rows = read_rows([args.data], "--data")
     dtype = jnp.dtype(args.dtype)
     folder = inspect_folder(args.model, dtype=dtype, param_dtype=dtype)
@@ -177,16 +218,18 @@ def _run(args: Any) -> None:
     prompts = prompts[: args.num or None]
     with make_reward(RewardSection(args.reward, num_workers=2, timeout_s=10.0, on_error="zero")) as reward:
         mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         engine = make_engine(
-            RolloutSection(args.engine, args.temperature, 1.0, 0, args.batch_size, ()),
-            model=folder.config,
+            section,
+            folder=folder,
             mesh=mesh,
             tokenizer=tokenizer,
-            eos_token_ids=folder.eos_token_ids,
+            max_model_len=longest + args.max_response_length,
         )
-        engine.load_weights(load_params(folder, folder.config, mesh), version=0)
-        sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
-        result = evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
+        with contextlib.closing(engine):
+            engine.load_weights(load_params(folder, folder.config, mesh), version=0)
+            sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
+            result = evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
     for error in result.errors:
         print(f"reward error, counted as 0: {error}")
     summary = result.summary()

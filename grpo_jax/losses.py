@@ -3,9 +3,10 @@
 Log-probabilities enter, never models, so that four numbers make a test; a scalar to differentiate leaves,
 with the metrics of the update. The aggregated loss is
 
-    L = sum_bt w[b, t] * (surrogate[b, t] + kl_coef * KL[b, t] - entropy_coef * entropy[b, t])
+    L = sum_bt w[b, t] * (c[b, t] * surrogate[b, t] + kl_coef * KL[b, t] - entropy_coef * entropy[b, t])
 
-where `loss_weights` takes w from the mask of the whole mini-batch. Denominators live in w alone; hence the
+where `loss_weights` takes w from the mask of the whole mini-batch, and c is 1 or, to correct the difference
+between sampler and trainer, `sampler_correction`. Denominators live in w alone; hence the
 losses of micro-batches, their gradients and their metrics add up to those of the mini-batch.
 
 Columns outside the completion (prompt, padding, rows of padding) may hold anything, NaN and -inf included:
@@ -27,6 +28,10 @@ LOG_RATIO_BOUND = 20.0
 
 K3_BOUND = 10.0
 """The k3 estimate is clamped to [-10, 10], as in verl: exp(log-ratio) is heavy-tailed."""
+
+FIRST_UPDATE = "first_update:"
+"""Begins the name of a metric that later updates of a step cannot measure, the policy having moved. Merging
+the updates (`metrics.merge_updates`) takes the value of the first one and drops the prefix."""
 
 
 @flax.struct.dataclass
@@ -109,6 +114,26 @@ def clipped_surrogate(
     dual_clipped = (advantages < 0) & (loss > bound)
     loss = jnp.where(dual_clipped, bound, loss)
     return loss, clipped.astype(jnp.float32), dual_clipped.astype(jnp.float32)
+
+
+def sampler_correction(old_logprobs: jax.Array, sampler_logprobs: jax.Array, threshold: float) -> jax.Array:
+    """The truncated importance weight of each token, a constant factor of its policy loss.
+
+        c = stop_gradient(min(p_old / p_sampler, threshold))
+
+    Tokens come from the engine's distribution p_sampler, the policy gradient wants them from the trainer's
+    p_old; the cap trades a little bias for a bounded variance. Truncated importance sampling (TIS):
+    fengyao.notion.site/off-policy-rl, and verl's `rollout_is=token`. The log-ratio is clamped as in `log_ratio`.
+
+    Args:
+        old_logprobs, sampler_logprobs: [B, T] float32.
+        threshold: above 0.
+
+    Returns:
+        [B, T] float32 in (0, threshold].
+    """
+    ratio = jnp.exp(log_ratio(old_logprobs, sampler_logprobs))
+    return jax.lax.stop_gradient(jnp.minimum(ratio, threshold))
 
 
 # Estimators of KL(p || p_ref) from tokens sampled from p (joschu.net/blog/kl-approx.html).
@@ -203,6 +228,7 @@ def grpo_loss(
         old_logprobs = jax.lax.stop_gradient(logprobs)
     else:
         old_logprobs = _where_completion(batch.old_logprobs, mask)
+    sampler_logprobs = _where_completion(batch.sampler_logprobs, mask)
 
     per_token, clipped, dual_clipped = clipped_surrogate(
         logprobs,
@@ -218,6 +244,19 @@ def grpo_loss(
         "actor/pg_clipfrac_lower": dual_clipped,
         "actor/ppo_kl": -log_ratio(logprobs, old_logprobs),
     }
+    if algorithm.old_logprobs == "sampler":  # then only the first update still finds the policy that sampled
+        mismatch, largest = _sampler_mismatch(jax.lax.stop_gradient(logprobs), sampler_logprobs, FIRST_UPDATE)
+    else:
+        mismatch, largest = _sampler_mismatch(old_logprobs, sampler_logprobs)
+    values |= mismatch
+    if algorithm.rollout_is == "token":
+        cap = algorithm.rollout_is_threshold
+        correction = sampler_correction(old_logprobs, sampler_logprobs, cap)
+        per_token *= correction
+        values["rollout_corr/is_weight_mean"] = correction
+        values["rollout_corr/is_clipped_frac"] = (correction >= cap).astype(jnp.float32)
+        # Outside the completion the weight is 1, which may be more than any within.
+        largest["rollout_corr/is_weight_max"] = jnp.max(correction * mask)
     if batch.ref_logprobs is not None:
         kl_estimator = KL_ESTIMATORS[algorithm.kl_estimator]
         kl = kl_estimator(logprobs, _where_completion(batch.ref_logprobs, mask))
@@ -227,29 +266,27 @@ def grpo_loss(
     if algorithm.entropy_coef:
         per_token -= algorithm.entropy_coef * entropy
     loss = jnp.sum(weights * per_token)
-
-    mismatch, largest = _sampler_mismatch(old_logprobs, _where_completion(batch.sampler_logprobs, mask))
-    sums = {name: jnp.sum(value * mask) for name, value in (values | mismatch).items()}
+    sums = {name: jnp.sum(value * mask) for name, value in values.items()}
     return loss, LossMetrics(loss=loss, tokens=jnp.sum(mask), token_sums=sums, token_maxima=largest)
 
 
 def _sampler_mismatch(
-    old_logprobs: jax.Array, sampler_logprobs: jax.Array
+    trainer_logprobs: jax.Array, sampler_logprobs: jax.Array, prefix: str = ""
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """How far the trainer's probabilities are from those that the engine sampled with.
 
-    The differences of probabilities are verl's metrics. exp |log p_old - log p_sampler|, 1 where both agree,
-    is NeMo-RL's (docs.nvidia.com/nemo/rl, "Add New Models").
+    The differences of probabilities are verl's metrics. exp |log p_trainer - log p_sampler|, 1 where both
+    agree, is NeMo-RL's (docs.nvidia.com/nemo/rl, "Add New Models").
 
-    Args:    both [B, T] float32, equal outside the completion.
+    Args:    both [B, T] float32, equal outside the completion; `prefix` begins each name.
     Returns: [B, T] float32 arrays by metric name, and maxima by metric name.
     """
-    difference = jnp.abs(jnp.exp(old_logprobs) - jnp.exp(sampler_logprobs))
+    difference = jnp.abs(jnp.exp(trainer_logprobs) - jnp.exp(sampler_logprobs))
     values = {
-        "training/rollout_probs_diff_mean": difference,
-        "training/token_mult_prob_error": jnp.exp(jnp.abs(old_logprobs - sampler_logprobs)),
+        f"{prefix}training/rollout_probs_diff_mean": difference,
+        f"{prefix}training/token_mult_prob_error": jnp.exp(jnp.abs(trainer_logprobs - sampler_logprobs)),
     }
-    return values, {"training/rollout_probs_diff_max": jnp.max(difference)}
+    return values, {f"{prefix}training/rollout_probs_diff_max": jnp.max(difference)}
 
 
 def nll_loss(

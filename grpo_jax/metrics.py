@@ -17,6 +17,7 @@ import numpy as np
 
 from grpo_jax.advantages import frac_zero_std
 from grpo_jax.config import Config
+from grpo_jax.losses import FIRST_UPDATE
 from grpo_jax.model.transformer import ModelConfig
 from grpo_jax.types import Metrics, RolloutGroup
 from grpo_jax.workdir import Workdir
@@ -58,9 +59,15 @@ def rollout_metrics(groups: Sequence[RolloutGroup], rewards: np.ndarray, config:
 
 
 def merge_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Metrics of several updates as those of one step: means, but sums of counts and maxima of maxima."""
+    """Metrics of several updates as those of one step: means, but sums of counts and maxima of maxima.
+
+    What only the first update can measure (`losses.FIRST_UPDATE`) is taken from there.
+    """
     merged: Metrics = {}
     for name in updates[0]:
+        if name.startswith(FIRST_UPDATE):
+            merged[name.removeprefix(FIRST_UPDATE)] = float(updates[0][name])
+            continue
         values = np.array([float(update[name]) for update in updates])
         combine = np.sum if name == "actor/skipped_updates" else np.max if name.endswith("_max") else np.mean
         merged[name] = float(combine(values))

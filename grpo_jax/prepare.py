@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import random_model, sft
-from grpo_jax.config import Config, ConfigError, TrainerSection
+from grpo_jax.config import Config, ConfigError, RolloutSection, TrainerSection
 from grpo_jax.data import arithmetic
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder
@@ -23,6 +23,9 @@ from grpo_jax.types import Prompt
 from grpo_jax.workdir import Workdir
 
 logger = logging.getLogger(__name__)
+
+CONTEXT_SHARE = 0.07
+"""Of a GPU's memory: CUDA contexts, kernels and buffers for weights under way, which no pool counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,29 @@ def set_determinism(section: TrainerSection) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if section.deterministic and "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def share_gpus(section: RolloutSection) -> None:
+    """Leaves vLLM its GPUs, or its part of their memory; before any device is touched.
+
+    It is set in the environment, where JAX looks for it; what the user set there stays.
+    """
+    if section.engine == "local":
+        return
+    if section.placement == "separate":
+        from grpo_jax.rollout.ray_cluster import split_gpus
+
+        ours, theirs = split_gpus(section)
+        if theirs and not section.ray_address:  # the nodes of a cluster have GPUs of their own
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ours)
+        return
+    if section.sleep:
+        # Both want most of the memory, one after the other: JAX must not keep what it does not need.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    left = 1 if section.sleep else 1 - section.gpu_memory_utilization
+    share = max(0.05, left - CONTEXT_SHARE)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
 
 
 def read_inputs(config: Config, workdir: Workdir) -> Inputs:

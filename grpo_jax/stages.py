@@ -18,7 +18,8 @@ from grpo_jax.model.transformer import ModelConfig, abstract_params
 from grpo_jax.prepare import Inputs
 from grpo_jax.prompts import PromptIterator
 from grpo_jax.rewards.base import Reward
-from grpo_jax.rollout import RolloutEngine, make_engine
+from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
+from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 from grpo_jax.update import (
     copy_params,
@@ -27,8 +28,10 @@ from grpo_jax.update import (
     make_schedule,
     make_score_step,
     make_update_step,
+    score_rows,
     state_shardings,
 )
+from grpo_jax.weight_sync.verify import Probe, make_probe
 from grpo_jax.workdir import Workdir
 
 
@@ -42,12 +45,45 @@ class Stages:
     inputs: Inputs
     prompts: PromptIterator
     engine: RolloutEngine
+    rollouts: RolloutsAhead
+    probe: Probe | None
+    """Compares engine and trainer; None where both are one."""
     reward: Reward
     score: Callable[[Params, TrainBatch], jax.Array]
     update: Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
     ref_params: Params
     timers: Timers
     num_steps: int
+
+
+def derive_seed(seed: int, step: int, purpose: str) -> int:
+    """A seed of its own for each step and purpose, below 2**31."""
+    words = [seed, step, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
+
+
+def start_engine(config: Config, inputs: Inputs, folder: ModelFolder, mesh: Mesh) -> RolloutEngine:
+    """The rollout engine, which may go on starting while the trainer loads. The caller closes it."""
+    return make_engine(
+        config.rollout,
+        folder=folder,
+        mesh=mesh,
+        tokenizer=inputs.tokenizer,
+        max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+    )
+
+
+def give_weights(stages: Stages, params: Params, version: int, *, is_first: bool = False) -> None:
+    """Gives the engine the policy's weights, and compares both where that is due.
+
+    Raises: WeightSyncError: the weights did not arrive, or the engine computes something else with them.
+    """
+    with stages.timers("update_weights"):
+        stages.engine.load_weights(params, version=version)
+    every = stages.config.rollout.probe_every
+    if stages.probe is not None and (is_first or (every and version % every == 0)):
+        with stages.timers("probe"):
+            stages.probe(stages.engine, params)
 
 
 def build_stages(
@@ -57,6 +93,7 @@ def build_stages(
     folder: ModelFolder,
     mesh: Mesh,
     reward: Reward,
+    engine: RolloutEngine,
     timers: Timers,
     checkpointer: Checkpointer,
 ) -> tuple[Stages, TrainState, int | None]:
@@ -76,35 +113,7 @@ def build_stages(
         temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
     )
     params = load_params(folder, model, mesh)
-    stages = Stages(
-        config=config,
-        folder=folder,
-        mesh=mesh,
-        inputs=inputs,
-        prompts=prompts,
-        engine=make_engine(
-            config.rollout,
-            model=model,
-            mesh=mesh,
-            tokenizer=inputs.tokenizer,
-            eos_token_ids=folder.eos_token_ids,
-        ),
-        reward=reward,
-        score=make_score_step(model, mesh, **common),
-        update=make_update_step(
-            model,
-            mesh,
-            optimizer,
-            schedule,
-            functools.partial(grpo_loss, algorithm=config.algorithm),
-            loss_agg=config.algorithm.loss_agg,
-            loss_norm=config.loss_norm,
-            **common,
-        ),
-        ref_params=copy_params(params, model.dtype) if config.uses_reference else None,
-        timers=timers,
-        num_steps=num_steps,
-    )
+    ref_params = copy_params(params, model.dtype) if config.uses_reference else None
     if checkpointer.latest_step is None:
         workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
         copy_side_files(folder.path, workdir.model_files)
@@ -115,8 +124,54 @@ def build_stages(
         state, progress = checkpointer.restore(abstract_state(model, optimizer, mesh))
         prompts.restore(progress.prompt_iterator)
         first, version = progress.global_step, progress.policy_version
-    stages.engine.load_weights(state.params, version=version)
+    score = make_score_step(model, mesh, **common)
+    stages = Stages(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        inputs=inputs,
+        prompts=prompts,
+        engine=engine,
+        rollouts=RolloutsAhead(
+            prompts,
+            engine,
+            rollout_sampling(config),
+            lambda step: derive_seed(config.trainer.seed, step, "rollout"),
+            max_lag=config.rollout.max_lag,
+            first_step=first or 0,
+            num_steps=num_steps,
+        ),
+        probe=_make_probe(config, inputs, score, mesh),
+        reward=reward,
+        score=score,
+        update=make_update_step(
+            model,
+            mesh,
+            optimizer,
+            schedule,
+            functools.partial(grpo_loss, algorithm=config.algorithm),
+            loss_agg=config.algorithm.loss_agg,
+            loss_norm=config.loss_norm,
+            **common,
+        ),
+        ref_params=ref_params,
+        timers=timers,
+        num_steps=num_steps,
+    )
+    give_weights(stages, state.params, version, is_first=True)
     return stages, state, first
+
+
+def _make_probe(config: Config, inputs: Inputs, score: Any, mesh: Mesh) -> Probe | None:
+    if config.rollout.engine == "local":  # the trainer's own parameters and functions
+        return None
+    return make_probe(
+        inputs.train_prompts,
+        rollout_sampling(config),
+        functools.partial(score_rows, score, actor=config.actor, mesh=mesh),
+        threshold=config.rollout.probe_threshold,
+        pad_id=inputs.tokenizer.pad_token_id or 0,
+    )
 
 
 def abstract_state(model: ModelConfig, optimizer: Any, mesh: Mesh) -> TrainState:

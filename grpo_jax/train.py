@@ -10,7 +10,7 @@ One step (`grpo_step`), in seven sentences:
 4. `advantages.py` turns rewards [P, G] into advantages [P, G].
 5. `batching.py` packs the completions into a `TrainBatch`; `losses.py` is the mathematics.
 6. `update.py` holds the jitted steps: score (old and reference log-probabilities) and update.
-7. The engine takes the new weights; `checkpoint.py` saves, `metrics.py` reports.
+7. `weight_sync/` gives the new weights to the engine; `checkpoint.py` saves, `metrics.py` reports.
 
 The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash.
 """
@@ -40,11 +40,11 @@ from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_m
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
-from grpo_jax.prepare import make_model, read_inputs, set_determinism
+from grpo_jax.prepare import make_model, read_inputs, set_determinism, share_gpus
 from grpo_jax.rewards import make_reward
-from grpo_jax.rollout import eval_sampling, rollout_sampling
+from grpo_jax.rollout import check_engine, eval_sampling
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
-from grpo_jax.stages import Stages, build_stages
+from grpo_jax.stages import Stages, build_stages, derive_seed, give_weights, start_engine
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
 from grpo_jax.update import score_rows, to_micro_batches
 from grpo_jax.workdir import Workdir, start_logging
@@ -65,9 +65,8 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
     """Step number `step`, counted from 0: prompts, rollouts, rewards, advantages, updates, new weights."""
     config, timers = stages.config, stages.timers
     with timers("gen"):
-        prompts = next(stages.prompts)
-        seed = derive_seed(config.trainer.seed, step, "rollout")
-        groups = stages.engine.generate(prompts, rollout_sampling(config), seed=seed, progress="rollouts")
+        groups = stages.rollouts.take()
+        stages.engine.sleep()
     with timers("reward"):
         scored = stages.reward.score(groups)
     batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
@@ -76,9 +75,9 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
     batch = add_advantages(batch, advantages)
     with timers("update_actor"):
         state, updates = run_updates(stages, state, batch, step)
-    with timers("update_weights"):
-        stages.engine.load_weights(state.params, version=step + 1)
+    give_weights(stages, state.params, version=step + 1)
     metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
+    metrics["training/policy_lag"] = step - metrics["training/policy_version"]
     metrics["reward/num_errors"] = len(scored.errors)
     _log_reward_errors(scored.errors)
     return state, StepResult(groups, scored.rewards, updates, metrics)
@@ -87,13 +86,16 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
 def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
     """Adds the old and the reference log-probabilities where they are needed.
 
-    With one update a step and no penalty in the reward, the old ones are the update's own.
+    With one update a step and no penalty in the reward, the old ones are the update's own. The sampler's
+    came with the completions.
     """
     config = stages.config
     score = functools.partial(score_rows, stages.score, actor=config.actor, mesh=stages.mesh)
     if config.needs_old_logprobs:
         with stages.timers("old_log_prob"):
             batch = dataclasses.replace(batch, old_logprobs=score(params, batch))
+    elif config.algorithm.old_logprobs == "sampler":
+        batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
     if config.uses_reference:
         with stages.timers("ref"):
             batch = dataclasses.replace(batch, ref_logprobs=score(stages.ref_params, batch))
@@ -143,8 +145,10 @@ def train(config: Config, path: Path) -> None:
     workdir = Workdir(path)
     workdir.check(config)
     start_logging()
+    check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
+    share_gpus(config.rollout)
     with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         workdir.open(config)
@@ -153,8 +157,10 @@ def train(config: Config, path: Path) -> None:
         stack.callback(checkpointer.close)
         with reported_failure(timers, checkpointer), jax.set_mesh(mesh):
             folder = make_model(config, inputs, workdir, mesh)
+            engine = start_engine(config, inputs, folder, mesh)
+            stack.callback(engine.close)
             stages, state, first = build_stages(
-                config, workdir, inputs, folder, mesh, reward, timers, checkpointer
+                config, workdir, inputs, folder, mesh, reward, engine, timers, checkpointer
             )
             writer = MetricsWriter(workdir, config, resume_step=first)
             stack.callback(writer.close)
@@ -261,7 +267,7 @@ def _save(
                 global_step=done,
                 policy_version=done,
                 seed=stages.config.trainer.seed,
-                prompt_iterator=stages.prompts.state(),
+                prompt_iterator=stages.rollouts.state(),
                 hf_dtype=stages.folder.dtype,
             )
             checkpointer.save(state, progress)
@@ -283,12 +289,6 @@ def _report_step(
     writer.write_text("rollouts", [_show(r) for r in records[: section.num_text_samples]], step=done)
     if section.save_rollouts:
         write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", records)
-
-
-def derive_seed(seed: int, step: int, purpose: str) -> int:
-    """A seed of its own for each step and purpose, below 2**31."""
-    words = [seed, step, *purpose.encode()]
-    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def _final_model(stages: Stages, workdir: Workdir) -> Path:

@@ -82,7 +82,8 @@ class TrainBatch:
     advantages: jax.Array
     """float32; the completion's advantage on each of its tokens."""
     old_logprobs: Any = None
-    """float32; the trainer's own before the first update; None where the update is the first one."""
+    """float32; the trainer's own before the first update, or the sampler's (`algorithm.old_logprobs`);
+    None where the update is the first one."""
     ref_logprobs: Any = None
     """float32; the frozen reference's; None without a KL term."""
 

@@ -13,7 +13,15 @@ logger = logging.getLogger("grpo_jax")
 
 # May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
 FREE_SECTIONS = ("eval", "checkpoint", "logging")
-FREE_KEYS = {"trainer.flat_reward_steps", "rollout.batch_size", "reward.num_workers", "reward.timeout_s"}
+FREE_KEYS = {"trainer.flat_reward_steps", "reward.num_workers", "reward.timeout_s"}
+FREE_KEYS |= {
+    f"rollout.{key}"
+    for key in (
+        "batch_size", "placement", "num_replicas", "tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs",
+        "enforce_eager", "sleep", "python", "ray_address", "weight_sync", "bucket_mb", "probe_every",
+        "probe_threshold", "start_timeout_s", "timeout_s", "max_restarts", "api_port",
+    )
+}  # fmt: skip
 LENGTH_KEYS = {"trainer.total_epochs", "trainer.num_steps"}  # free too, unless the schedule depends on them
 
 

@@ -72,6 +72,16 @@ def test_derived_sizes():
     assert not parse_config(changed({"algorithm.kl_coef": 0.0})).uses_reference
 
 
+def test_old_logprobs_are_scored_where_the_update_cannot_know_them():
+    several, penalty = {"actor.num_minibatches": 2}, {"algorithm.kl_in": "reward"}
+    needed = lambda changes: parse_config(changed(changes)).needs_old_logprobs
+    assert not needed({})
+    assert not needed({"algorithm.rollout_is": "token"})  # the weight is against the update's own
+    assert needed(several) and needed(penalty) and needed({"actor.num_epochs": 2})
+    for changes in (several, penalty, several | penalty):
+        assert not needed(changes | {"algorithm.old_logprobs": "sampler"})
+
+
 # Keys
 
 
@@ -186,6 +196,12 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"actor.num_minibatches": 3}, "actor.num_minibatches", "divide the 1024 completions"),
     ({"eval.num_samples": 2}, "eval.num_samples", "eval.temperature is 0"),
     ({"algorithm.kl_in": "reward", "algorithm.kl_coef": 0.0}, "algorithm.kl_in", "algorithm.kl_coef above 0"),
+    (
+        {"algorithm.rollout_is": "token", "algorithm.old_logprobs": "sampler"},
+        "algorithm.rollout_is",
+        "must be none while algorithm.old_logprobs is sampler",
+    ),
+    ({"algorithm.rollout_is_threshold": -1.0}, "algorithm.rollout_is_threshold", "greater than 0"),
     ({"mesh.tensor": 0}, "mesh.tensor", "at least 1, or -1"),
     ({"mesh.data": -2}, "mesh.data", "at least 1, or -1"),
     ({"mesh.data": -1}, "mesh", "only one axis"),
@@ -217,6 +233,9 @@ def test_a_broken_rule_names_key_value_and_rule(changes, key, rule):
         {"rollout.top_p": 1.0, "rollout.top_k": 0},
         {"eval.num_samples": 8, "eval.temperature": 1.0},
         {"algorithm.kl_in": "reward"},
+        {"algorithm.kl_in": "reward", "algorithm.old_logprobs": "sampler"},
+        {"algorithm.rollout_is": "token", "algorithm.rollout_is_threshold": 0.5},
+        {"algorithm.rollout_is": "none", "algorithm.old_logprobs": "sampler"},
         {"mesh.data": -1, "mesh.fsdp": 1},
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
         {"arithmetic.num_train": 10, "arithmetic.num_val": 5, "data.train_files": (), "data.val_files": ()},

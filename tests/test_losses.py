@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax import config, losses
 from grpo_jax.config import AlgorithmSection
+from grpo_jax.metrics import merge_updates
 from grpo_jax.types import TrainBatch
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_verl_0.9.1.json").read_text())
@@ -29,6 +30,9 @@ ALGORITHM = AlgorithmSection(
     kl_estimator="k3",
     kl_in="loss",
     entropy_coef=0.0,
+    old_logprobs="trainer",
+    rollout_is="none",
+    rollout_is_threshold=2.0,
 )
 
 
@@ -193,6 +197,138 @@ def test_sampler_mismatch_by_hand():
     np.testing.assert_allclose(metrics["training/token_mult_prob_error"], (1.25 + 2 + 1) / 3, rtol=1e-5)
 
 
+# The correction of sampler against trainer
+
+TIS = dataclasses.replace(ALGORITHM, rollout_is="token", rollout_is_threshold=1.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "sampler", "threshold", "expected"),
+    [
+        (0.5, 0.4, 2.0, 1.25),
+        (0.25, 0.5, 2.0, 0.5),
+        (0.3, 0.3, 2.0, 1.0),
+        (0.5, 0.2, 2.0, 2.0),  # 2.5, cut
+        (0.5, 0.4, 0.75, 0.75),
+    ],
+)
+def test_correction_by_hand(old, sampler, threshold, expected):
+    old, sampler = array([[math.log(old)]]), array([[math.log(sampler)]])
+    correct = functools.partial(losses.sampler_correction, threshold=threshold)
+    np.testing.assert_allclose(correct(old, sampler), [[expected]], rtol=1e-6)
+    grads = jax.grad(lambda *args: correct(*args).sum(), argnums=(0, 1))(old, sampler)
+    assert not np.asarray(grads).any()  # a constant
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(1000.0, 20.0), (np.inf, 20.0), (-1000.0, -20.0)])
+def test_the_log_of_the_correction_is_clamped(difference, expected):
+    weight = losses.sampler_correction(array([[difference]]), array([[0.0]]), 1e30)
+    np.testing.assert_allclose(weight, [[math.exp(expected)]], rtol=1e-5)
+
+
+def test_corrected_loss_by_hand():
+    # The three tokens have ratios 1.5, 0.5, 0.5 and losses -1.2 (clipped), -0.5, 1.6 (clipped), see above;
+    # old probabilities 0.4, 0.6, 0.2 and the sampler's 0.5, 0.3, 0.4 give weights 0.8, 2 -> 1.5, 0.5.
+    sampler = [[-9.0, math.log(0.5), math.log(0.3), -9.0], [-9.0, -9.0, math.log(0.4), -9.0]]
+    batch = make_batch(MASK, advantages=ADVANTAGES, old=OLD, sampler=sampler)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    value, metrics, grad = loss_and_grad(LOGPROBS, batch, weights, TIS)
+    np.testing.assert_allclose(value, (-0.8 * 1.2 - 1.5 * 0.5 + 0.5 * 1.6) / 3, rtol=1e-5)
+    np.testing.assert_allclose(grad, [[0, 0, -1.5 * 0.5 / 3, 0], [0, 0, 0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(metrics["rollout_corr/is_weight_mean"], (0.8 + 1.5 + 0.5) / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["rollout_corr/is_weight_max"], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["rollout_corr/is_clipped_frac"], 1 / 3, rtol=1e-6)
+    # What is clipped, and how far sampler and trainer are apart, are other questions.
+    _, plain, _ = loss_and_grad(LOGPROBS, batch, weights, ALGORITHM)
+    assert not any(name.startswith("rollout_corr/") for name in plain)
+    assert {name: metrics[name] for name in plain if name != "actor/loss"} == {
+        name: number for name, number in plain.items() if name != "actor/loss"
+    }
+
+
+def test_the_largest_correction_is_that_of_a_completion_token():
+    # p_old / p_sampler = 1/2 on the only token; prompt and padding, where all is 0, would give 1.
+    batch = make_batch([[0, 1, 0]], old=[[0, math.log(0.2), 0]], sampler=[[0, math.log(0.4), 0]])
+    _, metrics, _ = loss_and_grad([[0, -1.0, 0]], batch, batch.completion_mask, TIS)
+    np.testing.assert_allclose(metrics["rollout_corr/is_weight_max"], 0.5, rtol=1e-6)
+
+
+def test_the_correction_leaves_kl_and_entropy_alone():
+    # With advantages 0 nothing of the surrogate is left: (0.1 * k1 - 0.01 * entropy) / 3, gradient 0.1 / 3.
+    ref = np.array(OLD) + math.log(2)
+    entropy = [[7.0, 1.0, 2.0, 7.0], [7.0, 7.0, 3.0, 7.0]]
+    batch = make_batch(MASK, ref=ref, sampler=np.array(OLD) - 0.3)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    terms = dataclasses.replace(TIS, kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
+    value, metrics, grad = loss_and_grad(OLD, batch, weights, terms, entropy)
+    np.testing.assert_allclose(value, -0.1 * math.log(2) - 0.01 * 2, rtol=1e-5)
+    np.testing.assert_allclose(grad, np.array(MASK) * 0.1 / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rollout_corr/is_weight_mean"], math.exp(0.3), rtol=1e-5)
+
+
+def test_the_first_corrected_update_is_the_weighted_policy_gradient():
+    """With one update a step the old log-probabilities are the update's own: gradient -w c A, c of those."""
+    logprobs, entropy, batch = random_batch(6, old=None, ref=None)
+    weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
+    _, metrics, grad = loss_and_grad(logprobs, batch, weights, TIS, entropy)
+    correction = np.minimum(np.exp(np.asarray(logprobs - batch.sampler_logprobs)), 1.5)
+    np.testing.assert_allclose(grad, -weights * correction * batch.advantages, rtol=1e-5)
+    assert 0 < metrics["rollout_corr/is_clipped_frac"] < 1
+    assert metrics["actor/ppo_kl"] == metrics["actor/pg_clipfrac"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rollout_is", "threshold", "expected"),
+    [
+        # Policy: a, b with probability 1/2 each; sampler: a with 3/4, b with 1/4; A(a) = 1, A(b) = -2.
+        # With logits (x, 0), d log p(a) / dx = 1/2 and d log p(b) / dx = -1/2, so the policy gradient is
+        # 1/2 * 1 * 1/2 + 1/2 * (-2) * (-1/2) = 3/4. Of four tokens the sampler draws a, a, a, b.
+        ("none", 2.0, -(3 * 1 / 2 + 1) / 4),  # -0.625: that of another policy
+        ("token", 4.0, -3 / 4),  # weights 2/3 and 2: 3 * 2/3 * 1/2 + 2 * 1 over 4
+        ("token", 2.0, -3 / 4),  # a weight on the cap is whole
+        ("token", 1.0, -(3 * 2 / 3 * 1 / 2 + 1) / 4),  # -0.5: the price of the cap
+    ],
+)
+def test_the_correction_makes_the_gradient_that_of_the_policy(rollout_is, threshold, expected):
+    is_a = jnp.array([[1], [1], [1], [0]])
+    sampler = np.log([[0.75], [0.75], [0.75], [0.25]])
+    batch = make_batch(np.ones((4, 1)), advantages=[[1], [1], [1], [-2]], sampler=sampler)
+    weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
+    algorithm = dataclasses.replace(ALGORITHM, rollout_is=rollout_is, rollout_is_threshold=threshold)
+
+    def loss(x):
+        logprobs = jnp.where(is_a == 1, jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x))
+        return losses.grpo_loss(logprobs, jnp.zeros((4, 1)), batch, weights, algorithm)[0]
+
+    np.testing.assert_allclose(jax.grad(loss)(0.0), expected, rtol=1e-6)
+
+
+def test_against_the_sampler_the_trainer_is_still_measured():
+    # The ratio is against the sampler's 0.4, 0.5, 0.1 (1.25, 0.5, 1); the policy is at 0.5, 0.25, 0.1.
+    logprobs = np.log([[1, 0.5, 0.25, 1], [1, 1, 0.1, 1]])
+    sampler = np.log([[1, 0.4, 0.5, 1], [1, 1, 0.1, 1]])
+    batch = make_batch(MASK, advantages=ADVANTAGES, old=sampler, sampler=sampler)
+    weights = losses.loss_weights(array(MASK), "token-mean", 1)
+    algorithm = dataclasses.replace(ALGORITHM, old_logprobs="sampler")
+    value, metrics, grad = loss_and_grad(logprobs, batch, weights, algorithm)
+    np.testing.assert_allclose(value, (-1.2 - 0.5 + 2) / 3, rtol=1e-5)  # 1.25 is clipped to 1.2
+    np.testing.assert_allclose(grad, [[0, 0, -0.5 / 3, 0], [0, 0, 2 / 3, 0]], rtol=1e-5)
+    merged = merge_updates([metrics])
+    assert merged["training/rollout_probs_diff_mean"] == pytest.approx((0.1 + 0.25 + 0) / 3, rel=1e-5)
+    assert merged["training/rollout_probs_diff_max"] == pytest.approx(0.25, rel=1e-5)
+    assert merged["training/token_mult_prob_error"] == pytest.approx((1.25 + 2 + 1) / 3, rel=1e-5)
+    # Later updates have moved the policy away from the one that sampled: the first one's numbers count.
+    # Others are means over the updates: of log(p_old / p), 1 more in the second, 0.5 more.
+    _, later, _ = loss_and_grad(logprobs - 1.0, batch, weights, algorithm)
+    both = merge_updates([metrics, later])
+    for name in (name for name in merged if name.startswith("training/")):
+        assert both[name] == merged[name]
+    np.testing.assert_allclose(both["actor/ppo_kl"], merged["actor/ppo_kl"] + 0.5, rtol=1e-5)
+    # Against the trainer's own, all updates compare the same old ones, each on its mini-batch: their mean.
+    names = loss_and_grad(logprobs, batch, weights, ALGORITHM)[1]
+    assert set(names) == set(merged) and not any(name.startswith(losses.FIRST_UPDATE) for name in names)
+
+
 def test_nll_loss_by_hand():
     logprobs = array([[9, -1, -2, 9], [9, 9, -6, 9]])
     batch = make_batch(MASK)
@@ -341,7 +477,7 @@ def random_batch(seed, num_rows=6, length=7, **without):
     return array(logprobs), array(entropy), make_batch(mask, **fields)
 
 
-FULL = dataclasses.replace(ALGORITHM, dual_clip=3.0, kl_coef=0.3, entropy_coef=0.02)
+FULL = dataclasses.replace(ALGORITHM, dual_clip=3.0, kl_coef=0.3, entropy_coef=0.02, rollout_is="token")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -46,6 +46,9 @@ ALGORITHM = AlgorithmSection(
     kl_estimator="k3",
     kl_in="loss",
     entropy_coef=0.01,
+    old_logprobs="trainer",
+    rollout_is="none",
+    rollout_is_threshold=2.0,
 )
 OPTIM = OptimSection(
     learning_rate=1e-3,

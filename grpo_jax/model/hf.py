@@ -275,7 +275,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_tensors(config: ModelConfig, tensors: dict[str, StoredTensor], folder: Path) -> None:
-    expected = {name: _stored_shape(spec, shape) for spec, name, _, shape in _each_tensor(config)}
+    expected = {name: stored_shape(spec, shape) for spec, name, _, shape in _each_tensor(config)}
     for name, shape in expected.items():
         if name not in tensors:
             raise ConfigError(KEY, str(folder), f"tensor {name} is missing")
@@ -442,7 +442,7 @@ def _plan_shards(
 def _to_stored(params: Params, spec: TensorSpec, layer: int | None, dtype: Any) -> np.ndarray:
     leaf = _get(params, spec.path)
     array = np.asarray(leaf if layer is None else leaf[layer])
-    stored = _stored_shape(spec, array.shape)
+    stored = stored_shape(spec, array.shape)
     array = array.reshape(stored[::-1]).T if spec.num_inputs else array.reshape(stored)
     return np.ascontiguousarray(array, dtype=dtype)
 
@@ -463,7 +463,8 @@ def _each_tensor(config: ModelConfig) -> Iterator[tuple[TensorSpec, str, int | N
             yield spec, spec.name.format(layer), layer, _get(shapes, spec.path).shape[1:]
 
 
-def _stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the Hugging Face tensor of a parameter (of one layer of it) of the given shape."""
     whole = _stored_index(spec, shape, (slice(None),) * len(shape))
     return tuple(s.stop for s in whole)
 

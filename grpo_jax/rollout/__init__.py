@@ -1,34 +1,66 @@
-"""Rollout engines: where completions come from."""
+"""Rollout engines: where completions come from.
+
+The engine's own processes import this file on their way to `vllm_server.py`, perhaps in an environment without
+JAX: it must stay as light as it is.
+"""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import RolloutSection
-from grpo_jax.rollout.base import RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
+from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from grpo_jax.model.transformer import ModelConfig
+    from grpo_jax.config import RolloutSection
+    from grpo_jax.model.hf import ModelFolder
 
-__all__ = ["RolloutEngine", "SamplingParams", "eval_sampling", "make_engine", "rollout_sampling"]
+__all__ = [
+    "EngineError",
+    "RolloutEngine",
+    "SamplingParams",
+    "check_engine",
+    "eval_sampling",
+    "make_engine",
+    "rollout_sampling",
+]
+
+
+def check_engine(section: RolloutSection) -> None:
+    """Checks, before any device is touched, that the engine `section.engine` can be had here.
+
+    Raises: ConfigError: what it needs is missing, or of a version that does not work.
+    """
+    if section.engine == "vllm":
+        from grpo_jax.rollout.vllm_check import find_vllm
+
+        find_vllm(section)
 
 
 def make_engine(
-    section: RolloutSection,
-    *,
-    model: "ModelConfig",
-    mesh: "Mesh",
-    tokenizer: Any,
-    eos_token_ids: tuple[int, ...],
+    section: RolloutSection, *, folder: ModelFolder, mesh: Mesh, tokenizer: Any, max_model_len: int
 ) -> RolloutEngine:
-    """The engine that `section.engine` names; "local" is the only one of this version.
+    """The engine that `section.engine` names. It may still be starting when this returns.
 
     Args:
-        tokenizer: decodes completions; its own EOS stops them too.
-        eos_token_ids: of the model.
+        folder: of the model; its EOS ids stop completions, and so does the tokenizer's.
+        tokenizer: decodes completions.
+        max_model_len: tokens of the longest prompt and completion together.
     """
+    stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
+    stop_token_ids = tuple(sorted(stops))
+    if section.engine == "vllm":
+        from grpo_jax.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            section,
+            folder=folder,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            stop_token_ids=stop_token_ids,
+            max_model_len=max_model_len,
+        )
     from grpo_jax.rollout.local import LocalEngine
 
-    stops = {*eos_token_ids, *section.stop_token_ids}
-    stops |= {tokenizer.eos_token_id} - {None}
-    return LocalEngine(model, mesh, tokenizer, tuple(sorted(stops)), section.batch_size)
+    return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)

@@ -1,11 +1,18 @@
-"""What the trainer asks of a rollout engine."""
+"""What the trainer asks of a rollout engine. Imports nothing heavy: the engine's own processes read it too."""
+
+from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from grpo_jax.config import Config
-from grpo_jax.types import Params, Prompt, RolloutGroup
+if TYPE_CHECKING:
+    from grpo_jax.config import Config
+    from grpo_jax.types import Params, Prompt, RolloutGroup
+
+
+class EngineError(RuntimeError):
+    """The rollout engine cannot go on; the message says why and what may help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +47,35 @@ def eval_sampling(config: Config) -> SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    """Holds one version of the policy's weights and samples from it."""
+    """Holds one version of the policy's weights and samples from it. `close` it at the end."""
 
     def load_weights(self, params: Params, version: int) -> None:
-        """Takes the policy's parameters; later completions are stamped with `version`."""
+        """Takes the policy's parameters; later completions are stamped with `version`.
 
-    def generate(
+        The arrays must stay alive until the next call, except while rollouts that were submitted are not asked
+        for: an engine that has to be restarted gets them again.
+        """
+
+    def submit(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
-    ) -> list[RolloutGroup]:
-        """Completes each prompt `sampling.num_samples` times, in the order of `prompts`.
+    ) -> Callable[[], list[RolloutGroup]]:
+        """Begins to complete each prompt `sampling.num_samples` times, where the engine can do so by itself.
 
         Args:
             seed: the same weights, prompts and seed give the same completions.
             progress: label of a progress bar; "" shows none.
+
+        Returns:
+            A function that waits for the groups and returns them in the order of `prompts`; to be called once.
         """
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
+    ) -> list[RolloutGroup]:
+        """`submit`, and waits."""
+
+    def sleep(self) -> None:
+        """Gives up what memory the engine can do without until the next `load_weights`."""
+
+    def close(self) -> None:
+        """Ends the engine's processes."""

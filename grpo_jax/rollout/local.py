@@ -6,7 +6,7 @@ seed, the prompt's place in the call, the sample's number and the token's number
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,18 @@ class LocalEngine:
     def load_weights(self, params: Params, version: int) -> None:
         """Keeps a reference; the arrays must stay alive until the next call."""
         self._params, self._version = params, version
+
+    def submit(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `RolloutEngine.submit`. The work is done when it is asked for: there is one set of devices."""
+        return partial(self.generate, prompts, sampling, seed=seed, progress=progress)
+
+    def sleep(self) -> None:
+        """Nothing to give up: the parameters are the trainer's."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""

@@ -1,0 +1,239 @@
+"""Ray around the engines: a cluster to run them in, their actors, and what their failures mean."""
+
+import contextlib
+import functools
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.config import ConfigError, RolloutSection
+from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.vllm_check import python_is_ours
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # everything is in the model's folder
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; on a CPU vLLM would take nearly all memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would pin itself to a core that the trainer uses
+}
+"""Set for the engines unless the trainer's environment sets them."""
+
+START_REMEDIES = (
+    ("less than desired GPU memory utilization", "lower rollout.gpu_memory_utilization, or stop what else uses the GPU"),
+    ("No available memory for the cache blocks", "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"),
+    ("larger than the available KV cache memory", "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"),
+    ("out of memory", "lower rollout.gpu_memory_utilization, rollout.max_num_seqs or XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    ("no kernel image is available", "this GPU is not supported by the installed vLLM; choose rollout.engine=local"),
+    ("compute capability", "this GPU is not supported by the installed vLLM; choose rollout.engine=local"),
+    ("address already in use", "choose another rollout.api_port"),
+    ("unexpected keyword argument", "a name in rollout.engine_args is not one of vLLM's engine arguments"),
+    ("No module named", "install what is missing in the engine's environment (rollout.python)"),
+)  # fmt: skip
+"""(part of what vLLM says when it cannot start, what to do about it)"""
+
+
+class TimedOut(RuntimeError):
+    """An engine did not answer in time."""
+
+
+def dead_errors() -> tuple[type[Exception], ...]:
+    """What a call to an engine raises when the engine, or its process, is gone or broken."""
+    import ray
+
+    return (ray.exceptions.RayError, TimedOut)
+
+
+class Cluster:
+    """Ray, and a place in it for each replica."""
+
+    def __init__(self, section: RolloutSection, *, uses_gpus: bool):
+        self._section, self._is_ours, self._links = section, False, None
+        self._gpus = section.tensor_parallel_size if uses_gpus else 0
+        self._connect()
+        import ray
+
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self._group = self._reserve()
+
+    def _connect(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        address = self._section.ray_address
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would hide the GPUs from the trainer's children that ask for none.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options: dict[str, Any] = {}
+        if not address:
+            # The trainer's process takes no part in Ray's accounts: all GPUs are the engines'.
+            replicas = self._section.num_replicas
+            options = {"num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False}
+            if self._gpus:
+                options["num_gpus"] = self._gpus * replicas
+        try:
+            with _visible_gpus(self._section if self._gpus and not address else None):
+                ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            rule = (
+                f"Ray could not be started or reached ({_first_line(error)}); `ray stop` ends a cluster that was "
+                "left over, and rollout.ray_address='' starts a new one"
+            )
+            raise ConfigError("rollout.ray_address", address, rule) from error
+        self._is_ours = True
+
+    def _reserve(self) -> Any:
+        """A placement group with a bundle for each replica."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        section = self._section
+        bundle = {"CPU": 1.0} | ({"GPU": float(self._gpus)} if self._gpus else {})
+        group = placement_group([bundle] * section.num_replicas, strategy="PACK")
+        if not group.wait(30):
+            have = ray.cluster_resources()
+            raise EngineError(
+                f"Ray has no place for {section.num_replicas} engine(s) of {bundle} each: the cluster has "
+                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower rollout.num_replicas or "
+                "rollout.tensor_parallel_size, or end other jobs of this cluster"
+            )
+        return group
+
+    def make_actor(self, number: int) -> Any:
+        """Creates the actor of a replica; its process starts in the background."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from grpo_jax.rollout.vllm_server import EngineActor
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+        options = {
+            "num_cpus": 1,
+            "num_gpus": self._gpus,
+            "scheduling_strategy": strategy,
+            "runtime_env": self._runtime_env(),
+            "max_concurrency": 1000,
+        }
+        return ray.remote(EngineActor).options(**options).remote()
+
+    def _runtime_env(self) -> dict[str, Any]:
+        variables = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+        if python_is_ours(self._section):
+            old = os.environ.get("PYTHONPATH")
+            variables["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_ROOT), *([old] if old else [])])
+            return {"env_vars": variables}
+        # The engine's environment gets this package and nothing else of ours.
+        if self._links is None:
+            self._links = tempfile.TemporaryDirectory(prefix="grpo_jax-")
+            (Path(self._links.name) / "grpo_jax").symlink_to(PACKAGE_ROOT / "grpo_jax")
+        variables["PYTHONPATH"] = self._links.name
+        return {"env_vars": variables, "py_executable": self._section.python}
+
+    def is_alive(self, actor: Any) -> bool:
+        """False once the actor's process is gone."""
+        import ray
+
+        try:
+            ray.get(actor.node_id.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return False
+        return True
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor and its processes, however they are."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.get(actor.stop.remote(), timeout=10)
+        with contextlib.suppress(Exception):
+            ray.kill(actor)
+
+    def close(self, actors: list[Any]) -> None:
+        """Ends the actors, and Ray where it was started here."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        if not ray.is_initialized():
+            return
+        for actor in actors:
+            self.kill(actor)
+        with contextlib.suppress(Exception):
+            remove_placement_group(self._group)
+        if self._is_ours:
+            ray.shutdown()
+        if self._links is not None:
+            self._links.cleanup()
+
+
+def start(section: RolloutSection, *, uses_gpus: bool) -> Cluster:
+    """Starts Ray, or joins the cluster that `rollout.ray_address` names."""
+    return Cluster(section, uses_gpus=uses_gpus)
+
+
+@contextlib.contextmanager
+def _visible_gpus(section: RolloutSection | None) -> Any:
+    """While Ray's processes start: the GPUs that are the engines' (`split_gpus`), and not those of the trainer."""
+    is_split = section is not None and section.placement == "separate"
+    devices = ",".join(split_gpus(section)[1]) if is_split and section is not None else ""
+    old = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if devices:
+            if old is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = old
+
+
+@functools.cache
+def split_gpus(section: RolloutSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """For `rollout.placement`=separate on one host: the GPUs of the trainer, and those of the engines, the last ones.
+
+    Remembers its first answer: afterwards CUDA_VISIBLE_DEVICES names the trainer's alone.
+
+    Raises: ConfigError: none would be left for the trainer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        devices = [name for name in visible.split(",") if name]
+    else:
+        devices = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    wanted = section.num_replicas * section.tensor_parallel_size
+    if devices and wanted >= len(devices):
+        rule = (
+            f"{wanted} GPU(s) for engines (num_replicas={section.num_replicas} x tensor_parallel_size="
+            f"{section.tensor_parallel_size}) leave none of {len(devices)} for the trainer; choose colocated"
+        )
+        raise ConfigError("rollout.placement", "separate", rule)
+    return tuple(devices[: len(devices) - wanted]), tuple(devices[len(devices) - wanted :])
+
+
+def explain_start(error: Exception, section: RolloutSection) -> str:
+    """One line: why vLLM did not start, and what to do."""
+    text = str(error)
+    cause = root_cause(error)
+    for part, remedy in START_REMEDIES:
+        if part.lower() in text.lower():
+            return f"vLLM did not start: {cause}; {remedy}"
+    return f"vLLM did not start: {cause}; its log is under /tmp/ray/session_latest/logs"
+
+
+def root_cause(error: Exception) -> str:
+    """The last line of a remote traceback that names an exception."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    return (named or lines or [type(error).__name__])[-1][:400]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

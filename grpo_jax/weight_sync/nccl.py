@@ -1,0 +1,162 @@
+"""Both ends of the transport to engines on other GPUs: NCCL broadcasts, from the trainer's first device.
+
+A bucket is broadcast while the next one is packed; a receiver loads bucket k while k + 1 arrives in the other of
+its two buffers. NCCL is called through ctypes, with the library that JAX's or PyTorch's wheels bring along, so
+that the trainer needs no PyTorch. Both ends must find the same major version of NCCL.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.weight_sync import cuda
+from grpo_jax.weight_sync.wire import Layout, WeightSyncError, bucket_size
+
+NCCL_UINT8 = 1
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_char * 128),)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    names = [os.environ["VLLM_NCCL_SO_PATH"]] if os.environ.get("VLLM_NCCL_SO_PATH") else []
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        names += map(str, Path(folder).glob("*/lib/libnccl.so.2"))
+    for name in [*names, "libnccl.so.2"]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise WeightSyncError("libnccl.so.2 cannot be loaded; pip install nvidia-nccl-cu13")
+
+
+def _call(name: str, *args: object) -> None:
+    function = getattr(_library(), name)
+    code = function(*args)
+    if code:
+        _library().ncclGetErrorString.restype = ctypes.c_char_p
+        raise WeightSyncError(f"{name}: {_library().ncclGetErrorString(code).decode()} ({code})")
+
+
+def unique_id() -> str:
+    """What all ranks of a new communicator need to know, hexadecimal."""
+    uid = _UniqueId()
+    _call("ncclGetUniqueId", ctypes.byref(uid))
+    return bytes(uid).hex()
+
+
+class Communicator:
+    """One rank of a group that rank 0 broadcasts to. All ranks must be created at the same time."""
+
+    def __init__(self, uid: str, rank: int, size: int, ordinal: int):
+        self._ordinal, self._comm, self._stream = ordinal, ctypes.c_void_p(), ctypes.c_void_p()
+        raw = _UniqueId.from_buffer_copy(bytes.fromhex(uid))
+        _library().ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, _UniqueId, ctypes.c_int]
+        with cuda.on_device(ordinal):
+            _call("ncclCommInitRank", ctypes.byref(self._comm), size, raw, rank)
+            cuda.call("cuStreamCreate", ctypes.byref(self._stream), 1)  # 1: does not wait for stream 0
+
+    def broadcast(self, pointer: int, num_bytes: int, stream: int | None = None) -> None:
+        """Broadcasts device memory from rank 0 to all, in place, on `stream` (None: the communicator's own)."""
+        handle = self._stream if stream is None else ctypes.c_void_p(stream)
+        data, count = ctypes.c_void_p(pointer), ctypes.c_size_t(num_bytes)
+        with cuda.on_device(self._ordinal):
+            _call("ncclBroadcast", data, data, count, NCCL_UINT8, 0, self._comm, handle)
+
+    def synchronize(self, check: Callable[[], None]) -> None:
+        """Waits for the communicator's own stream; `check` raises where waiting has no more sense."""
+        with cuda.on_device(self._ordinal):
+            cuda.wait_for_stream(self._stream, check)
+
+    def close(self) -> None:
+        with cuda.on_device(self._ordinal):
+            _call("ncclCommAbort", self._comm)  # never waits for a rank that is gone
+
+
+class NcclSender:
+    """The trainer's end: rank 0."""
+
+    def __init__(self, num_readers: int, device: Any):
+        """Args: device: the JAX device that broadcasts."""
+        self._uid, self._size, self._device = unique_id(), 1 + num_readers, device
+        self._communicator: Communicator | None = None
+
+    def link(self, first_reader: int) -> dict[str, Any]:
+        """What the workers of a replica need to join."""
+        return {"uid": self._uid, "size": self._size, "first_rank": 1 + first_reader}
+
+    def connect(self) -> None:
+        """Joins; returns when all workers have, which must be doing so at the same time."""
+        self._communicator = Communicator(self._uid, 0, self._size, self._device.local_hardware_id)
+
+    def reset(self) -> None:
+        """Broadcasts keep no count: nothing to do."""
+
+    def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
+        """Sends device arrays that the broadcasting device holds whole."""
+        assert self._communicator is not None, "connect comes before send"
+        for flat in buckets:
+            flat.block_until_ready()
+            (data,) = (shard.data for shard in flat.addressable_shards if shard.device == self._device)
+            self._communicator.broadcast(data.unsafe_buffer_pointer(), data.nbytes)
+            self._communicator.synchronize(check)  # the next bucket is being packed meanwhile
+
+    def close(self) -> None:
+        if self._communicator is not None:
+            self._communicator.close()
+
+
+class NcclReceiver:
+    """The end of one engine worker."""
+
+    def __init__(self, link: dict[str, Any], rank: int, device: Any):
+        import torch
+
+        torch.zeros(1, device=device)
+        self._device = device
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self._communicator = Communicator(link["uid"], link["first_rank"] + rank, link["size"], ordinal)
+
+    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[Any]:
+        """As `IpcReceiver.buckets`. The receive buffers exist during the push only."""
+        import torch
+
+        receive, load = torch.cuda.Stream(self._device), torch.cuda.current_stream()
+        slots = [torch.empty(layout.bucket_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        received = [torch.cuda.Event() for _ in layout.buckets]
+        loaded: list[Any] = []
+        for number, pieces in enumerate(layout.buckets):
+            self._request(number, slots, layout, receive, received, loaded)
+            load.wait_event(received[number])
+            yield slots[number % 2][: bucket_size(pieces)]
+            loaded.append(load.record_event())
+        load.synchronize()
+
+    def _request(
+        self,
+        number: int,
+        slots: list[Any],
+        layout: Layout,
+        receive: Any,
+        received: list[Any],
+        loaded: list[Any],
+    ) -> None:
+        """Puts on the stream the broadcasts up to bucket `number` + 1, as far as their slots are free."""
+        last = min(number + 1, len(layout.buckets) - 1)
+        for k in ([0] if number == 0 else []) + list(range(number + 1, last + 1)):
+            if k >= 2:
+                receive.wait_event(loaded[k - 2])
+            self._communicator.broadcast(
+                slots[k % 2].data_ptr(), bucket_size(layout.buckets[k]), receive.cuda_stream
+            )
+            receive.record_event(received[k])
+
+    def close(self) -> None:
+        self._communicator.close()

@@ -1,0 +1,238 @@
+"""The engine's end of a push: a back end of vLLM's weight-transfer API, loaded into each of its workers.
+
+vLLM knows how its own parameters (fused, split over tensor-parallel ranks) are filled from Hugging Face tensors.
+That knowledge is taken from it once: its `load_weights` is run on tensors without data, and every copy it would
+make is written down (`record_load_plan`). A push then replays those copies straight from the bucket into the live
+parameters: no second copy of any tensor, no Python of vLLM's loaders, the same on CPU and GPU. Run backwards, the
+plan reads the parameters out again, and their checksums are compared with the trainer's.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.platforms import current_platform
+
+from grpo_jax.weight_sync.host import HostReceiver
+from grpo_jax.weight_sync.ipc import IpcReceiver
+from grpo_jax.weight_sync.nccl import NcclReceiver
+from grpo_jax.weight_sync.wire import (
+    BLOCK_WORDS,
+    WORD_WEIGHTS,
+    Layout,
+    Piece,
+    WeightSyncError,
+    deadline_check,
+    piece_checksums,
+)
+
+BACKEND = "grpo_jax"
+RECEIVERS: dict[str, Any] = {"ipc": IpcReceiver, "nccl": NcclReceiver, "host": HostReceiver}
+SLAB_BLOCKS = 8192  # 32 MiB of a bucket are summed at once
+
+if current_platform.is_cpu():
+    # oneDNN would keep packed copies of the weights, and a tied output head the old ones for ever.
+    import vllm._custom_ops as custom_ops
+
+    custom_ops._supports_onednn = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """One copy that vLLM makes when it loads a tensor: `target` is filled from a view of the tensor."""
+
+    target: torch.Tensor
+    offset: int
+    """Elements from the start of the tensor, or of the piece once it is placed in a bucket."""
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+LoadPlan = dict[str, list[Copy]]
+"""Hugging Face name -> the copies that load it."""
+
+
+class _CopyRecorder(TorchDispatchMode):
+    """Writes down the copies out of the given tensors instead of making them."""
+
+    def __init__(self, sources: dict[str, torch.Tensor]):
+        super().__init__()
+        self._names = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
+        self.plan: LoadPlan = {name: [] for name in sources}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default and args[1].device.type == "meta":
+            target, source = args[0], args[1]
+            name = self._names[source.untyped_storage()._cdata]
+            source = source.expand(target.shape)
+            copy = Copy(target, source.storage_offset(), tuple(source.size()), source.stride())
+            self.plan[name].append(copy)
+            return target
+        return func(*args, **(kwargs or {}))
+
+
+def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
+    """Asks a vLLM model how it loads the tensors of `layout`; its parameters stay as they are.
+
+    Raises:
+        WeightSyncError: a tensor that the model does not load, or a parameter that no tensor fills.
+    """
+    dtype = getattr(torch, layout.dtype)
+    sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in layout.tensors.items()}
+    recorder = _CopyRecorder(sources)
+    with torch.no_grad(), recorder:
+        model.load_weights(iter(sources.items()))
+    for name, copies in recorder.plan.items():
+        if not copies:
+            raise WeightSyncError(f"the engine does not load tensor {name}: is it of the trainer's model?")
+    filled: dict[int, int] = {}
+    for copy in (copy for copies in recorder.plan.values() for copy in copies):
+        storage = copy.target.untyped_storage().data_ptr()
+        filled[storage] = filled.get(storage, 0) + copy.target.numel()
+    for name, parameter in model.named_parameters():
+        missing = parameter.numel() - filled.get(parameter.untyped_storage().data_ptr(), 0)
+        # A vocabulary is padded to a multiple of 64 rows for each rank, and those rows are never read.
+        is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if missing and (not is_vocabulary or missing == parameter.numel()):
+            raise WeightSyncError(f"no tensor fills {missing} elements of the engine's parameter {name}")
+    return recorder.plan
+
+
+def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize: int) -> list[Copy]:
+    """The copies out of one piece of a bucket; offsets count from the start of the bucket."""
+    start = piece.offset // itemsize
+    if piece.num_rows == shape[0]:
+        return [dataclasses.replace(copy, offset=start + copy.offset) for copy in plan[piece.name]]
+    placed = []
+    width = shape[1]  # only [V, D] tensors are cut
+    for copy in plan[piece.name]:
+        first, count = copy.offset // width, copy.size[0]  # the rows that this copy reads
+        low, high = max(first, piece.first_row), min(first + count, piece.first_row + piece.num_rows)
+        if low < high:
+            offset = start + (low - piece.first_row) * width
+            placed.append(
+                Copy(copy.target[low - first : high - first], offset, (high - low, width), (width, 1))
+            )
+    return placed
+
+
+def block_sums(bucket: torch.Tensor) -> np.ndarray:
+    """The inner sums of `wire.piece_checksums`. bucket: [n] uint8 -> [n / BLOCK_BYTES] uint32."""
+    words = bucket.view(torch.int32).view(-1, BLOCK_WORDS)
+    weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(bucket.device)
+    sums = [(slab * weights).sum(dim=1, dtype=torch.int64) for slab in words.split(SLAB_BLOCKS)]
+    return (torch.cat(sums) & 0xFFFFFFFF).cpu().numpy().astype(np.uint32)
+
+
+@dataclasses.dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Sent once, before the first push."""
+
+    transport: str
+    link: dict[str, Any]
+    layout: dict[str, Any]
+
+
+@dataclasses.dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Sent with each push."""
+
+    timeout_s: float
+
+
+class PushReceiver(WeightTransferEngine):
+    """Fills the live parameters of one worker."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Records the load plan and opens the worker's end of the transport."""
+        self._layout = Layout.from_dict(init_info.layout)
+        plan = record_load_plan(self.model, self._layout)
+        itemsize = np.dtype("float32").itemsize if self._layout.dtype == "float32" else 2
+        self._copies = [
+            [
+                copy
+                for piece in pieces
+                for copy in place_copies(plan, piece, self._layout.tensors[piece.name], itemsize)
+            ]
+            for pieces in self._layout.buckets
+        ]
+        self._is_whole = self.parallel_config.tensor_parallel_size == 1
+        self.checksums: list[list[int]] = []
+        receiver = RECEIVERS[init_info.transport]
+        self._receiver = receiver(init_info.link, self.parallel_config.rank, self.device)
+
+    def start_weight_update(self) -> None:
+        """Nothing to do: parameters are filled in place."""
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Takes all buckets of one push.
+
+        The checksums are those of the parameters, read out again, where this worker holds them whole, and of
+        what arrived where it holds a part.
+        """
+        check = deadline_check(update_info.timeout_s, "the trainer's weights did not arrive")
+        self.checksums = []
+        with torch.no_grad():
+            for number, bucket in enumerate(self._receiver.buckets(self._layout, check)):
+                pieces = self._layout.buckets[number]
+                typed = bucket.view(getattr(torch, self._layout.dtype))
+                for copy in self._copies[number]:
+                    copy.target.copy_(
+                        typed.as_strided(copy.size, copy.stride, copy.offset + typed.storage_offset())
+                    )
+                seen = self._read_out(number, bucket) if self._is_whole else bucket
+                self.checksums.append(piece_checksums(block_sums(seen), pieces))
+
+    def _read_out(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        """The bucket as the parameters now hold it; its padding is 0, as the trainer's."""
+        out = torch.zeros_like(like)
+        typed = out.view(getattr(torch, self._layout.dtype))
+        for copy in self._copies[number]:
+            typed.as_strided(copy.size, copy.stride, copy.offset).copy_(copy.target)
+        return out
+
+    def finish_weight_update(self) -> None:
+        """Nothing to do: see `start_weight_update`."""
+
+    def shutdown(self) -> None:
+        """Closes the worker's end of the transport."""
+        if receiver := getattr(self, "_receiver", None):
+            receiver.close()
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """vLLM 0.25 asks for it; the trainer's end is in this package's own senders."""
+        raise NotImplementedError("grpo_jax.weight_sync sends")
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; naming it makes each worker import this module before the model loads."""
+
+    weight_transfer_engine: Any
+    device: Any
+
+    def grpo_jax_checksums(self) -> list[list[int]]:
+        """Of the last push, in the order of the buckets and their pieces."""
+        return self.weight_transfer_engine.checksums
+
+    def grpo_jax_memory(self) -> int:
+        """The most bytes that PyTorch has held on this worker's GPU; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, PushReceiver)

@@ -1,0 +1,96 @@
+"""Did the weights arrive, and do engine and trainer compute the same distribution with them?"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.batching import make_train_batch
+from grpo_jax.rollout.base import RolloutEngine, SamplingParams
+from grpo_jax.types import Params, Prompt, TrainBatch
+from grpo_jax.weight_sync.wire import Layout, WeightSyncError
+
+logger = logging.getLogger(__name__)
+
+PROBE_PROMPTS = 4
+PROBE_TOKENS = 32
+PROBE_SEED = 20261124
+
+
+def compare_checksums(
+    layout: Layout, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]
+) -> None:
+    """Compares the checksums of every piece of every bucket.
+
+    Raises: WeightSyncError: names the first tensors that differ.
+    """
+    wrong = [
+        piece.name
+        for pieces, ours, theirs in zip(layout.buckets, sent, received, strict=True)
+        for piece, a, b in zip(pieces, ours, theirs, strict=True)
+        if a != b
+    ]
+    if wrong:
+        names = list(dict.fromkeys(wrong))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise WeightSyncError(f"weights differ between trainer and engine: {', '.join(names[:3])}{more}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A few fixed prompts, completed by the engine with a fixed seed and scored again by the trainer.
+
+    Checksums show that the weights are the same; this shows that both do the same with them.
+    """
+
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    score: Callable[[Params, TrainBatch], np.ndarray]
+    """(parameters, host batch [B, T]) -> the trainer's log-probabilities [B, T]."""
+    threshold: float
+    """Largest mean of |log p_trainer - log p_engine| over the tokens."""
+    pad_id: int
+
+    def __call__(self, engine: RolloutEngine, params: Params) -> float:
+        """Returns the mean difference, nats a token.
+
+        Raises: WeightSyncError: it is over the threshold; names what may differ.
+        """
+        groups = engine.generate(self.prompts, self.sampling, seed=PROBE_SEED)
+        batch = make_train_batch(groups, pad_id=self.pad_id, max_length=None)
+        mask = np.asarray(batch.completion_mask) > 0
+        difference = np.abs(self.score(params, batch) - np.asarray(batch.sampler_logprobs))[mask]
+        mean = float(difference.mean())
+        logger.info("engine and trainer differ by %.2g nats a token (%d tokens)", mean, difference.size)
+        if not mean <= self.threshold:
+            raise WeightSyncError(
+                f"engine and trainer differ by {mean:.3g} nats a token on {difference.size} tokens "
+                f"(rollout.probe_threshold={self.threshold:g}), although the weights are the same: "
+                f"{self._suspect(params, batch, mask)}"
+            )
+        return mean
+
+    def _suspect(self, params: Params, batch: TrainBatch, mask: np.ndarray) -> str:
+        """The setting that explains the difference best."""
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            return "rollout.top_p or rollout.top_k cuts the engine's distribution, and the trainer has the whole one"
+        first = np.zeros_like(mask)
+        first[np.arange(len(mask)), mask.argmax(axis=1)] = True
+        difference = np.abs(self.score(params, batch) - np.asarray(batch.sampler_logprobs))
+        if difference[first].mean() <= self.threshold:
+            return "the first token of each completion agrees and later ones do not: a cache of the engine is stale"
+        return (
+            "model.dtype, rollout.engine_args (quantization, dtype, hf_overrides), rope or norm settings in "
+            "config.json, or a version of vLLM that computes this model differently"
+        )
+
+
+def make_probe(
+    prompts: Sequence[Prompt], sampling: SamplingParams, score: Any, *, threshold: float, pad_id: int
+) -> Probe:
+    """A probe with the sampling of the rollouts, one short completion a prompt."""
+    tokens = min(PROBE_TOKENS, sampling.max_tokens)
+    sampling = dataclasses.replace(sampling, num_samples=1, max_tokens=tokens)
+    return Probe(tuple(prompts[:PROBE_PROMPTS]), sampling, score, threshold, pad_id)

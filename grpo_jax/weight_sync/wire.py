@@ -1,0 +1,191 @@
+"""What both ends of a push agree on: layout of the buckets, checksums, and the mailbox in shared memory.
+
+Imported by the trainer and by the engine's workers, which need not have JAX: standard library and numpy only.
+"""
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK_BYTES = 4096
+"""Tensors start on multiples of this, and each such block gets a checksum."""
+BLOCK_WORDS = BLOCK_BYTES // 4
+WORD_WEIGHTS = (2 * np.arange(BLOCK_WORDS) + 1).astype(np.uint32)
+"""Odd, hence invertible mod 2^32: no change of a single word goes unseen. All different: nor does an exchange."""
+HEADER_BYTES = 4096
+POLL_S = 5e-5
+
+
+class WeightSyncError(RuntimeError):
+    """A push that failed, or weights that did not arrive as they were sent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor, or a run of its rows, within a bucket."""
+
+    name: str
+    first_row: int
+    num_rows: int
+    offset: int
+    """Bytes from the start of the bucket."""
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Everything that a receiver has to know about the buckets of a model."""
+
+    dtype: str
+    tensors: dict[str, tuple[int, ...]]
+    """Hugging Face name -> shape."""
+    buckets: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket."""
+        return max(bucket_size(pieces) for pieces in self.buckets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON and msgpack can carry it."""
+        buckets = [[list(dataclasses.astuple(piece)) for piece in pieces] for pieces in self.buckets]
+        tensors = [[name, list(shape)] for name, shape in self.tensors.items()]
+        return {"dtype": self.dtype, "tensors": tensors, "buckets": buckets}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Layout":
+        tensors = {name: tuple(shape) for name, shape in values["tensors"]}
+        buckets = tuple(tuple(Piece(*piece) for piece in pieces) for pieces in values["buckets"])
+        return cls(values["dtype"], tensors, buckets)
+
+
+def bucket_size(pieces: Sequence[Piece]) -> int:
+    """Bytes of a bucket: its last piece ends on a whole block."""
+    last = pieces[-1]
+    return last.offset + -(-last.num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def piece_checksums(blocks: np.ndarray, pieces: Sequence[Piece]) -> list[int]:
+    """One number for each piece of a bucket.
+
+        c = sum_k (2 k + 1) sum_j (2 j + 1) w[k, j]   mod 2^32,   w the 32-bit words of block k of the bucket
+
+    Integers, so that the order of summation does not matter and both ends get the same bits.
+
+    Args: blocks: [bucket_size / BLOCK_BYTES], the inner sums mod 2^32.
+    """
+    weighted = blocks.astype(np.uint64) * (2 * np.arange(len(blocks), dtype=np.uint64) + 1)
+    starts = [piece.offset // BLOCK_BYTES for piece in pieces]
+    return [int(total) & 0xFFFFFFFF for total in np.add.reduceat(weighted & 0xFFFFFFFF, starts)]
+
+
+class Mailbox:
+    """Slots for buckets in shared memory of one host, one writer and several readers, without a lock.
+
+    A header counts the buckets that were written and that each reader has done with; bucket k lies in slot
+    k % num_slots. Transports whose bytes travel elsewhere (`slot_bytes` 0) use the counters alone.
+    """
+
+    def __init__(self, path: str, num_readers: int, num_slots: int, slot_bytes: int, *, create: bool):
+        self.path, self._create = path, create
+        self._size = HEADER_BYTES + num_slots * slot_bytes
+        self._num_slots, self._slot_bytes = num_slots, slot_bytes
+        fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        try:
+            if create:
+                os.posix_fallocate(
+                    fd, 0, self._size
+                )  # a full /dev/shm is an error here, and not a crash later
+            self._map = mmap.mmap(fd, self._size)
+        except OSError as error:
+            os.unlink(path)
+            raise WeightSyncError(
+                f"/dev/shm has no room for {self._size / 2**20:.0f} MiB ({error.strerror}); lower rollout.bucket_mb"
+            ) from None
+        finally:
+            os.close(fd)
+        self._counts = np.frombuffer(self._map, np.int64, 1 + num_readers)
+
+    @classmethod
+    def create(cls, num_readers: int, num_slots: int, slot_bytes: int) -> "Mailbox":
+        path = f"/dev/shm/grpo_jax-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        return cls(path, num_readers, num_slots, slot_bytes, create=True)
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """Arguments with which a reader opens the same mailbox."""
+        return {
+            "path": self.path,
+            "num_readers": len(self._counts) - 1,
+            "num_slots": self._num_slots,
+            "slot_bytes": self._slot_bytes,
+        }
+
+    def slot(self, bucket: int) -> np.ndarray:
+        """The bytes of the slot of bucket number `bucket`, [slot_bytes] uint8."""
+        start = HEADER_BYTES + bucket % self._num_slots * self._slot_bytes
+        return np.frombuffer(self._map, np.uint8, self._slot_bytes, start)
+
+    def reset(self) -> None:
+        """Before a push, while no reader reads."""
+        self._counts[:] = 0
+
+    def wait_writable(self, bucket: int, check: Callable[[], None]) -> None:
+        """Returns when every reader has done with what the slot of `bucket` held before."""
+        _poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
+
+    def publish(self, bucket: int) -> None:
+        self._counts[0] = bucket + 1
+
+    def wait_readable(self, bucket: int, check: Callable[[], None]) -> None:
+        _poll(lambda: self._counts[0] > bucket, check)
+
+    def release(self, reader: int, bucket: int) -> None:
+        self._counts[1 + reader] = bucket + 1
+
+    def send(
+        self, put: Callable[[int, Any], None], buckets: Iterable[Any], check: Callable[[], None]
+    ) -> None:
+        """Writes each bucket with `put(number, bucket)` when its slot is free; returns when all were read.
+
+        Args: check: called while waiting; raises where waiting has no more sense.
+        """
+        number = 0
+        for number, bucket in enumerate(buckets):
+            self.wait_writable(number, check)
+            put(number, bucket)
+            self.publish(number)
+        self.wait_writable(number + self._num_slots, check)
+
+    def close(self) -> None:
+        """The creator's removes the file; views that are still held keep their memory."""
+        self._counts = np.zeros(1, np.int64)
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        if self._create:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def deadline_check(seconds: float, what: str) -> Callable[[], None]:
+    """Returns a check that raises `WeightSyncError` once `seconds` have passed."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise WeightSyncError(f"{what} within {seconds:g} s")
+
+    return check
+
+
+def _poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
+    while not is_true():
+        check()
+        time.sleep(POLL_S)

@@ -1,0 +1,174 @@
+"""Tiny models, engines over them, and what transformers says: for the tests with the real vLLM."""
+
+import functools
+import os
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from grpo_jax.config import MeshSection, RolloutSection
+from grpo_jax.model.hf import inspect_folder, load_params
+from grpo_jax.model.sharding import make_mesh
+from grpo_jax.rollout import make_engine
+from grpo_jax.types import Prompt
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
+"""Set where the tests run on a GPU host; otherwise they run with vLLM's build for CPUs."""
+
+# vLLM's CPU attention knows heads of 32 and wider; 520 rows leave the vocabulary's padding to 576 to be seen.
+SIZES = dict(
+    vocab_size=520,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=1024,
+    initializer_range=0.15,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+FAMILIES = {
+    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen2-untied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
+    "llama3": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=False)),
+}
+STOP = 2
+
+
+def make_model(folder, family, seed=0):
+    """Writes a random model, biases and norms random too, so that no tensor is like another."""
+    cls, config = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = cls(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+class NumberTokenizer:
+    """Stands where the engine decodes completions: each id as a number."""
+
+    eos_token_id = STOP
+    pad_token_id = 0
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def section(**changes):
+    """The `rollout` section of configs/gsm8k.py for a tiny model."""
+    config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
+    values = config.rollout.to_dict() | dict(
+        max_num_seqs=64,
+        enforce_eager=True,
+        gpu_memory_utilization=0.1,
+        bucket_mb=1,
+        timeout_s=60.0,
+        start_timeout_s=300.0,
+    )
+    return RolloutSection(**(values | changes))
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh(MeshSection(data, fsdp, tensor), devices)
+
+
+def load(folder, mesh, dtype=np.float32):
+    """(inspected folder, parameters on the mesh)"""
+    inspected = inspect_folder(folder, dtype=np.dtype(dtype), param_dtype=np.dtype(np.float32))
+    return inspected, load_params(inspected, inspected.config, mesh)
+
+
+def engine_for(folder, mesh, *, max_model_len=512, **changes):
+    inspected = inspect_folder(folder, dtype=np.dtype(np.float32), param_dtype=np.dtype(np.float32))
+    return make_engine(
+        section(**changes), folder=inspected, mesh=mesh, tokenizer=NumberTokenizer(), max_model_len=max_model_len
+    )
+
+
+def perturbed(params, seed, scale=0.05):
+    """Parameters after a "training step": every leaf moved at random, where it lies."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    move = jax.jit(lambda x, key: x + scale * jax.random.normal(key, x.shape, x.dtype))
+    return jax.tree.unflatten(tree, [move(x, key) for x, key in zip(leaves, keys, strict=True)])
+
+
+def prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Prompt(f"test/{i}", tuple(int(t) for t in rng.integers(3, 520, n)), "", "", "test", {})
+        for i, n in enumerate(lengths)
+    ]
+
+
+@functools.cache
+def _reference(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference(folder):
+    """transformers' model of a folder."""
+    return _reference(str(folder))
+
+
+@torch.no_grad()
+def reference_logprobs(model, prompt, completion, temperature=1.0):
+    """log p of each completion token by transformers, [len(completion)] float32."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logprobs = torch.log_softmax(model(ids).logits[0].float() / temperature, dim=-1)
+    at = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return logprobs[at, torch.tensor(list(completion))].numpy()
+
+
+@torch.no_grad()
+def reference_greedy(model, prompt, max_tokens):
+    """Greedy token ids by transformers, one at a time, the stop token included."""
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == STOP:
+            break
+    return tuple(ids[len(prompt) :])
+
+
+def worst_difference(groups, model, temperature=1.0):
+    """Largest |log p_engine - log p_transformers| over all completion tokens."""
+    return max(
+        float(np.abs(np.array(c.sampler_logprobs)
+                     - reference_logprobs(model, g.prompt.token_ids, c.token_ids, temperature)).max())
+        for g in groups
+        for c in g.completions
+    )  # fmt: skip
+
+
+def save_as_folder(params, config, source, target):
+    """The parameters as a Hugging Face folder that transformers can load."""
+    from grpo_jax.model.hf import save_folder
+
+    save_folder(target, params, config, files_from=source, dtype="F32")
+    return target
+
+
