@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ START_REMEDIES = (
     ("No module named", "install what is missing in the engine's environment (rollout.python)"),
 )  # fmt: skip
 """(part of what vLLM says when it cannot start, what to do about it)"""
+
+
+EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*")
 
 
 class TimedOut(RuntimeError):
@@ -218,21 +222,31 @@ def split_gpus(section: RolloutSection) -> tuple[tuple[str, ...], tuple[str, ...
     return tuple(devices[: len(devices) - wanted]), tuple(devices[len(devices) - wanted :])
 
 
-def explain_start(error: Exception, section: RolloutSection) -> str:
+def explain_start(error: Exception, pid: int) -> str:
     """One line: why vLLM did not start, and what to do."""
-    text = str(error)
-    cause = root_cause(error)
+    cause, log = root_cause(error, pid)
     for part, remedy in START_REMEDIES:
-        if part.lower() in text.lower():
-            return f"vLLM did not start: {cause}; {remedy}"
-    return f"vLLM did not start: {cause}; its log is under /tmp/ray/session_latest/logs"
+        if part.lower() in f"{error} {cause}".lower():
+            return f"vLLM did not start: {cause}; {remedy} (log: {log})"
+    return f"vLLM did not start: {cause} (log: {log})"
 
 
-def root_cause(error: Exception) -> str:
-    """The last line of a remote traceback that names an exception."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return (named or lines or [type(error).__name__])[-1][:400]
+def root_cause(error: Exception, pid: int) -> tuple[str, str]:
+    """What went wrong with the engine of process `pid`, in one line, and where its log is.
+
+    vLLM's own processes write the reason down and then fail with "see above": it is looked up there.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    log = "that of the Ray worker, on its host"
+    if pid:
+        files = sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*"))
+        for file in files:
+            lines = file.read_text(errors="replace").splitlines()[-5000:] + lines
+            log = str(file)
+    reasons = [match for line in lines if (match := EXCEPTION.search(line))]
+    telling = [m for m in reasons if not any(hint in m.group() for hint in ("above", "EngineDeadError", "ray."))]
+    chosen = (telling or reasons)[-1:]
+    return (chosen[0].group() if chosen else (lines or [type(error).__name__])[-1].strip())[:400], log
 
 
 def _first_line(error: Exception) -> str:

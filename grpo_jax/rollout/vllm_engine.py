@@ -249,10 +249,19 @@ class VllmEngine:
             try:
                 about = ray.get(replica.started)
             except Exception as error:
-                raise EngineError(ray_cluster.explain_start(error, self._section)) from error
-            replica.started, replica.pid = None, about["pid"]
+                raise EngineError(ray_cluster.explain_start(error, self._pid_of(replica))) from error
+            replica.started, replica.pid = None, self._pid_of(replica)
             replica.is_local = ray.get(replica.actor.node_id.remote()) == self._cluster.node_id
             logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
+
+    def _pid_of(self, replica: _Replica) -> int:
+        """Of an engine that may not have started; 0 if it cannot be asked."""
+        import ray
+
+        try:
+            return ray.get(replica.actor.pid.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return 0
 
     def restart(self, numbers: Sequence[int], error: Exception) -> None:
         """Starts replicas anew and gives all of them the present weights.
@@ -262,13 +271,13 @@ class VllmEngine:
         for number in numbers:
             replica = self._replicas[number]
             replica.restarts += 1
-            first_line = str(error).strip().partition("\n")[0]
+            cause, log = ray_cluster.root_cause(error, replica.pid)
             if replica.restarts > self._section.max_restarts:
                 raise EngineError(
-                    f"engine {number} failed {replica.restarts} times (rollout.max_restarts="
-                    f"{self._section.max_restarts}), the last time with: {ray_cluster.root_cause(error)}"
+                    f"engine {number} failed {replica.restarts} time(s) (rollout.max_restarts="
+                    f"{self._section.max_restarts}), the last time with: {cause} (log: {log})"
                 ) from error
-            logger.warning("engine %d failed (%s); starting it again", number, first_line)
+            logger.warning("engine %d failed and is started again: %s (log: %s)", number, cause, log)
             self._cluster.kill(replica.actor)
             self._launch(replica)
         self._close_sender()

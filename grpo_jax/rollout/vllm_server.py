@@ -44,7 +44,12 @@ class EngineActor:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        scheduler = "RunScheduler" if current_platform.is_cpu() else "AsyncRunScheduler"
+        scheduler = "AsyncRunScheduler"
+        if current_platform.is_cpu():
+            scheduler = "RunScheduler"
+            # A seeded sample whose prompt was read in parts ends vLLM on a CPU: "CPU Generator does not use offset".
+            length = options["max_model_len"]
+            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length), **options}
         arguments = AsyncEngineArgs(
             load_format="dummy",
             generation_config="vllm",  # sampling comes from the trainer alone
@@ -61,7 +66,7 @@ class EngineActor:
             from grpo_jax.rollout.vllm_api import serve
 
             self._server = asyncio.create_task(serve(self._llm, arguments, api_port))
-        return {"vllm": vllm.__version__, "device": current_platform.get_device_name(), "pid": os.getpid()}
+        return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
 
     async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
         """Opens the transport of the weights.
@@ -173,6 +178,9 @@ class EngineActor:
     async def peak_memory(self) -> int:
         """Bytes that PyTorch has held at most on a worker's GPU."""
         return max(await self._llm.collective_rpc("grpo_jax_memory"))
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def node_id(self) -> str:
         import ray

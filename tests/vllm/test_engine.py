@@ -162,18 +162,19 @@ class TestOneEngine:
 
     def test_a_changed_weight_on_the_way_is_named(self, engine, monkeypatch):
         """One bit of one tensor, changed between the trainer's checksum and the engine."""
-        from grpo_jax.weight_sync.host import HostSender
+        from grpo_jax.rollout import vllm_engine
 
-        put = HostSender._put
-        piece = next(p for p in engine._plan.layout.buckets[-2] if p.name.endswith("k_proj.weight"))
+        pack = vllm_engine.pack_buckets
+        pieces = engine._plan.layout.buckets[-2]
+        piece = next(p for p in pieces if p.name.endswith("k_proj.weight"))
 
-        def spoil(self, number, bucket):
-            bucket = np.array(bucket)
-            if number == len(engine._plan.layout.buckets) - 2:
-                bucket[piece.offset + 5] ^= 1
-            put(self, number, bucket)
+        def spoiled(*args):
+            for bucket, flat, sums in pack(*args):
+                if bucket.pieces == pieces:
+                    flat = flat.at[piece.offset // 4 + 5].add(1e-3)
+                yield bucket, flat, sums
 
-        monkeypatch.setattr(HostSender, "_put", spoil)
+        monkeypatch.setattr(vllm_engine, "pack_buckets", spoiled)
         with pytest.raises(WeightSyncError, match=piece.name.replace(".", r"\.")):
             engine.load_weights(engine.test_params, version=9)
         monkeypatch.undo()

@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
 """Set where the tests run on a GPU host; otherwise they run with vLLM's build for CPUs."""
 
+if IS_GPU:
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 as vLLM computes it, not TF32
+
 # vLLM's CPU attention knows heads of 32 and wider; 520 rows leave the vocabulary's padding to 576 to be seen.
 SIZES = dict(
     vocab_size=520,

@@ -1,0 +1,141 @@
+"""Generated tokens per second: our vLLM server beside vLLM's own `LLM.generate`, on the same GPU, one after the other.
+
+    python benchmarks/rollouts.py --shape=qwen2.5-1.5b
+
+Same shape with random weights, prompts, number of completions, lengths (no stop token: every completion is of full
+length), memory and engine settings. Ours always returns log-probabilities; vLLM's is measured with and without.
+Aims: at least 0.97 of `LLM.generate` with, and 0.90 of it without log-probabilities.
+"""
+
+import contextlib
+import dataclasses
+import json
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import engine_common
+import numpy as np
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--shape", default="tiny", choices=engine_common.SHAPES)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompt_tokens", type=int, default=128)
+    parser.add_argument("--new", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
+    parser.add_argument("--enforce_eager", action="store_true")
+    parser.add_argument("--side", default="", choices=("", "ours", "theirs"), help="used by the script itself")
+    args = parser.parse_args()
+    if args.side:
+        print("RESULT " + json.dumps((ours if args.side == "ours" else theirs)(args)))
+        return
+    common.print_environment()
+    print(f"gpu       {engine_common.gpu_name()}")
+    tokens = args.prompts * args.samples * args.new
+    print(f"work      {args.shape}, {args.prompts} prompts of {args.prompt_tokens} tokens, {args.samples} completions of "
+          f"{args.new}: {tokens:,} tokens a round, {args.rounds} rounds")  # fmt: skip
+    results: dict[str, list[float]] = {}
+    for side in ("theirs", "ours"):
+        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--side={side}"], capture_output=True, text=True)
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"{side} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
+        results |= json.loads(lines[-1].removeprefix("RESULT "))
+    rate = {name: tokens / statistics.median(seconds) for name, seconds in results.items()}
+    for name, seconds in results.items():
+        print(f"  {name:<38} {rate[name]:>8,.0f} tokens/s   rounds of {', '.join(f'{s:.2f}' for s in seconds)} s")
+    mine = rate["grpo_jax, with log-probabilities"]
+    for name in list(results)[:2]:
+        print(f"  ours / {name:<31} {mine / rate[name]:>8.2f}")
+
+
+def prompts_of(args: Any) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    vocab = engine_common.SHAPES[args.shape]["vocab_size"]
+    return rng.integers(10, vocab - 10, (args.prompts, args.prompt_tokens)).tolist()
+
+
+def theirs(args: Any) -> dict[str, list[float]]:
+    import vllm
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = engine_common.write_shape(Path(temporary) / "model", args.shape)
+        llm = vllm.LLM(
+            str(folder), load_format="dummy", dtype=args.dtype, max_model_len=args.prompt_tokens + args.new,
+            max_num_seqs=1024, gpu_memory_utilization=args.gpu_memory_utilization, skip_tokenizer_init=True,
+            enforce_eager=args.enforce_eager, generation_config="vllm",
+        )  # fmt: skip
+        prompts = [{"prompt_token_ids": ids} for ids in prompts_of(args)]
+
+        def run(logprobs: int | None, new: int) -> float:
+            sampling = vllm.SamplingParams(
+                n=args.samples, temperature=1.0, max_tokens=new, logprobs=logprobs, detokenize=False, ignore_eos=True
+            )
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            assert sum(len(c.token_ids) for o in outputs for c in o.outputs) == args.prompts * args.samples * new
+            llm.reset_prefix_cache()
+            return seconds
+
+        run(0, 8)
+        return {
+            "LLM.generate, without log-probabilities": [run(None, args.new) for _ in range(args.rounds)],
+            "LLM.generate, with log-probabilities": [run(0, args.new) for _ in range(args.rounds)],
+        }
+
+
+def ours(args: Any) -> dict[str, list[float]]:
+    from grpo_jax.config import MeshSection, RolloutSection
+    from grpo_jax.prepare import share_gpus
+
+    path = Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"
+    section = RolloutSection(**runpy.run_path(str(path))["get_config"]().rollout.to_dict())
+    section = dataclasses.replace(
+        section, gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=args.enforce_eager
+    )
+    share_gpus(section)
+    import jax
+
+    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.model.transformer import init_params
+    from grpo_jax.rollout import SamplingParams, make_engine
+    from grpo_jax.types import Prompt
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = engine_common.model_folder(
+            engine_common.write_shape(Path(temporary) / "model", args.shape), args.dtype
+        )
+        mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+        engine = make_engine(
+            section, folder=folder, mesh=mesh, tokenizer=engine_common.NoTokenizer(),
+            max_model_len=args.prompt_tokens + args.new,
+        )  # fmt: skip
+        prompts = [Prompt(str(i), tuple(ids), "", "", "", {}) for i, ids in enumerate(prompts_of(args))]
+        with contextlib.closing(engine), jax.set_mesh(mesh):
+            engine.load_weights(init_params(folder.config, jax.random.key(0), mesh), version=0)
+
+            def run(new: int, seed: int) -> float:
+                start = time.perf_counter()
+                groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, new), seed=seed)
+                seconds = time.perf_counter() - start
+                assert sum(len(c.token_ids) for g in groups for c in g.completions) == args.prompts * args.samples * new
+                return seconds
+
+            run(8, 0)
+            return {"grpo_jax, with log-probabilities": [run(args.new, 1 + i) for i in range(args.rounds)]}
+
+
+if __name__ == "__main__":
+    main()
