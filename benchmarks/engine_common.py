@@ -62,11 +62,3 @@ def gpu_name() -> str:
     except (OSError, IndexError):
         return "no GPU"
 
-
-def gpu_memory_used() -> int:
-    """Bytes in use on the first GPU, by everybody; 0 without one."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return int(subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]) * 2**20
-    except (OSError, IndexError):
-        return 0

@@ -4,8 +4,7 @@
     python benchmarks/weight_sync.py --shape=qwen2.5-7b
 
 Beside it, in the same run, the time of copying as many bytes on the same device once, as the limit: a push reads
-and writes every byte at least once. Memory is what nvidia-smi saw at most during the pushes, less what it saw
-before the first. Aims (one H200): 1.5B 0.06 s, 7B 0.25 s, at most 1 GB of memory.
+and writes every byte at least once. Aims (one H200): 1.5B 0.06 s, 7B 0.25 s, at most 1 GB of memory.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import dataclasses
 import runpy
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", choices=engine_common.SHAPES)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--pushes", type=int, default=10)
-    parser.add_argument("--bucket_mb", type=int, default=256)
+    parser.add_argument("--bucket_mb", type=int, default=160)
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
     parser.add_argument("--transport", default="auto")
     args = parser.parse_args()
@@ -76,19 +74,7 @@ def measure(args: Any, engine: Any, params: Any) -> None:
     engine.load_weights(params, version=0)
     print(f"model     {args.shape}, {num_bytes / 1e9:.2f} GB; first push, engine's start included: "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
-    before = engine_common.gpu_memory_used()
-    peak, stop = [before], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            peak.append(engine_common.gpu_memory_used())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    engine.load_weights(params, version=1)
-    engine.load_weights(params, version=2)
-    stop.set()
-    watcher.join()
+    memory = memory_of_a_push(engine, params)
     seconds = []
     for version in range(3, 3 + args.pushes):
         start = time.perf_counter()
@@ -104,7 +90,33 @@ def measure(args: Any, engine: Any, params: Any) -> None:
     print(f"push      median {median:.4f} s, fastest {min(seconds):.4f}, slowest {max(seconds):.4f} "
           f"({args.pushes} pushes, {num_bytes / median / 1e9:.0f} GB/s)")  # fmt: skip
     print(f"limit     {limit:.4f} s: reading and writing the same bytes once; the push takes {median / limit:.1f} x that")
-    print(f"memory    at most {(max(peak) - before) / 1e9:.2f} GB more on the GPU during a push than between pushes")
+    print("memory    " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
+          + f": {sum(memory.values()) / 1e9:.2f} GB")  # fmt: skip
+
+
+def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
+    """Bytes on the GPU beside both models: what is held between pushes, and the most that one push adds."""
+    import jax
+    import ray
+
+    from grpo_jax.rollout import vllm_engine
+
+    device = jax.local_devices()[0]
+    in_use = lambda: (device.memory_stats() or {}).get("bytes_in_use", 0)
+    seen, pack = [before := in_use()], vllm_engine.pack_buckets
+
+    def watched(*args: Any) -> Any:
+        for packed in pack(*args):
+            seen.append(in_use())
+            yield packed
+
+    actor = engine._replicas[0].actor
+    ray.get(actor.memory_peak.remote())
+    vllm_engine.pack_buckets = watched
+    engine.load_weights(params, version=1)
+    vllm_engine.pack_buckets = pack
+    slots = getattr(engine._sender, "_slot_bytes", 0) * 2
+    return {"slots": slots, "JAX": max(seen) - before, "engine": ray.get(actor.memory_peak.remote())}
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ class EngineActor:
     async def wake_up(self) -> None:
         await self._llm.wake_up()
 
-    async def peak_memory(self) -> int:
-        """Bytes that PyTorch has held at most on a worker's GPU."""
+    async def memory_peak(self) -> int:
+        """Bytes that a worker's PyTorch held more than it does now, at most, since the last call."""
         return max(await self._llm.collective_rpc("grpo_jax_memory"))
 
     async def pid(self) -> int:

@@ -74,17 +74,19 @@ class HostReceiver:
         self._mailbox = Mailbox(**link["mailbox"], create=False)
         self._reader, self._device = link["first_reader"] + rank, device
 
-    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[Any]:
+    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
         """As `IpcReceiver.buckets`."""
         import torch
 
         for number, pieces in enumerate(layout.buckets):
             self._mailbox.wait_readable(number, check)
-            bucket = torch.from_numpy(self._mailbox.slot(number)[: bucket_size(pieces)]).to(self._device)
-            yield bucket
-            if self._device.type != "cpu":
-                torch.accelerator.synchronize()
-            self._mailbox.release(self._reader, number)
+
+            def release(number: int = number) -> None:
+                if self._device.type != "cpu":
+                    torch.accelerator.synchronize()
+                self._mailbox.release(self._reader, number)
+
+            yield torch.from_numpy(self._mailbox.slot(number)[: bucket_size(pieces)]).to(self._device), release
 
     def close(self) -> None:
         self._mailbox.close()

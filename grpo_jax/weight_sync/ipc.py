@@ -5,6 +5,7 @@ packs the next while the engine copies from the slot into its parameters. The co
 memory tell each side how far the other is; waiting costs microseconds and no remote call.
 """
 
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,16 +76,22 @@ class IpcReceiver:
         self._mailbox = Mailbox(**link["mailbox"], create=False)
         self._reader = link["first_reader"] + rank
 
-    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[Any]:
-        """Yields each bucket, [n] uint8 on this worker's device; it must be done with when the next is asked for."""
+    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
+        """Yields each bucket, [n] uint8 on this worker's device, and what gives its memory back.
+
+        To be called when all reading of the bucket is on the device's stream, and before the next is asked for.
+        """
         import torch
 
         for number, pieces in enumerate(layout.buckets):
             self._mailbox.wait_readable(number, check)
             start = number % NUM_SLOTS * self._slot_bytes
-            yield self._slots[start : start + bucket_size(pieces)]
-            torch.cuda.current_stream().synchronize()
-            self._mailbox.release(self._reader, number)
+
+            def release(number: int = number) -> None:
+                torch.cuda.current_stream().synchronize()
+                self._mailbox.release(self._reader, number)
+
+            yield self._slots[start : start + bucket_size(pieces)], release
 
     def close(self) -> None:
         self._mailbox.close()
@@ -96,12 +103,6 @@ def as_tensor(pointer: int, num_bytes: int, device: Any) -> Any:
     """A uint8 tensor over device memory that somebody else owns."""
     import torch
 
-    class Memory:
-        __cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (pointer, False),
-            "version": 3,
-        }
-
-    return torch.as_tensor(Memory(), device=device)
+    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (pointer, False), "version": 3}
+    memory = types.SimpleNamespace(__cuda_array_interface__=interface)
+    return torch.as_tensor(memory, device=device)

@@ -124,7 +124,7 @@ class NcclReceiver:
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         self._communicator = Communicator(link["uid"], link["first_rank"] + rank, link["size"], ordinal)
 
-    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[Any]:
+    def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
         """As `IpcReceiver.buckets`. The receive buffers exist during the push only."""
         import torch
 
@@ -135,9 +135,8 @@ class NcclReceiver:
         for number, pieces in enumerate(layout.buckets):
             self._request(number, slots, layout, receive, received, loaded)
             load.wait_event(received[number])
-            yield slots[number % 2][: bucket_size(pieces)]
-            loaded.append(load.record_event())
-        load.synchronize()
+            # Released on the device: the broadcast into this slot waits for the event, and no host does.
+            yield slots[number % 2][: bucket_size(pieces)], lambda: loaded.append(load.record_event())
 
     def _request(
         self,

@@ -127,12 +127,12 @@ def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize:
     return placed
 
 
-def block_sums(bucket: torch.Tensor) -> np.ndarray:
-    """The inner sums of `wire.piece_checksums`. bucket: [n] uint8 -> [n / BLOCK_BYTES] uint32."""
+def block_sums(bucket: torch.Tensor) -> torch.Tensor:
+    """The inner sums of `wire.piece_checksums`. bucket: [n] uint8 -> [n / BLOCK_BYTES] int64, mod 2^32."""
     words = bucket.view(torch.int32).view(-1, BLOCK_WORDS)
-    weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(bucket.device)
+    weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(bucket.device, non_blocking=True)
     sums = [(slab * weights).sum(dim=1, dtype=torch.int64) for slab in words.split(SLAB_BLOCKS)]
-    return (torch.cat(sums) & 0xFFFFFFFF).cpu().numpy().astype(np.uint32)
+    return torch.cat(sums) & 0xFFFFFFFF
 
 
 @dataclasses.dataclass
@@ -185,24 +185,33 @@ class PushReceiver(WeightTransferEngine):
         what arrived where it holds a part.
         """
         check = deadline_check(update_info.timeout_s, "the trainer's weights did not arrive")
-        self.checksums = []
+        sums = []
         with torch.no_grad():
-            for number, bucket in enumerate(self._receiver.buckets(self._layout, check)):
-                pieces = self._layout.buckets[number]
-                typed = bucket.view(getattr(torch, self._layout.dtype))
-                for copy in self._copies[number]:
-                    copy.target.copy_(
-                        typed.as_strided(copy.size, copy.stride, copy.offset + typed.storage_offset())
-                    )
-                seen = self._read_out(number, bucket) if self._is_whole else bucket
-                self.checksums.append(piece_checksums(block_sums(seen), pieces))
+            for number, (bucket, release) in enumerate(self._receiver.buckets(self._layout, check)):
+                targets, sources = self._pairs(number, bucket)
+                torch._foreach_copy_(targets, sources)
+                if not self._is_whole:
+                    sums.append(block_sums(bucket))
+                release()
+                if self._is_whole:  # the parameters are read while the next bucket is on its way
+                    sums.append(block_sums(self._read_out(number, bucket)))
+        self.checksums = [
+            piece_checksums(blocks.cpu().numpy(), pieces)
+            for blocks, pieces in zip(sums, self._layout.buckets, strict=True)
+        ]
+
+    def _pairs(self, number: int, bucket: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The views of the parameters and of the bucket that belong together."""
+        typed = bucket.view(getattr(torch, self._layout.dtype))
+        start, copies = typed.storage_offset(), self._copies[number]
+        views = [typed.as_strided(copy.size, copy.stride, start + copy.offset) for copy in copies]
+        return [copy.target for copy in copies], views
 
     def _read_out(self, number: int, like: torch.Tensor) -> torch.Tensor:
         """The bucket as the parameters now hold it; its padding is 0, as the trainer's."""
         out = torch.zeros_like(like)
-        typed = out.view(getattr(torch, self._layout.dtype))
-        for copy in self._copies[number]:
-            typed.as_strided(copy.size, copy.stride, copy.offset).copy_(copy.target)
+        targets, views = self._pairs(number, out)
+        torch._foreach_copy_(views, targets)
         return out
 
     def finish_weight_update(self) -> None:
@@ -230,8 +239,12 @@ class WorkerExtension:
         return self.weight_transfer_engine.checksums
 
     def grpo_jax_memory(self) -> int:
-        """The most bytes that PyTorch has held on this worker's GPU; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        """Bytes that PyTorch held more than it does now, at most, since the last call; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -45,8 +45,8 @@ def test_log_probabilities_are_transformers(served, models, family):
     groups = engine.generate(helpers.prompts([5, LONG, 20, 33]), SAMPLED, seed=1)
     assert [len(group.completions) for group in groups] == [3] * 4
     assert {c.policy_version for group in groups for c in group.completions} == {0}
-    # float32 on both sides; the largest seen is 1e-5.
-    assert helpers.worst_difference(groups, helpers.reference(models[family]), temperature=0.7) < 1e-3
+    worst = helpers.worst_difference(groups, helpers.reference(models[family]), temperature=0.7)
+    assert worst < helpers.TOLERANCE  # on a CPU the largest seen is 1e-5
 
 
 def test_greedy_text_follows_the_weights(served, models, family, tmp_path):
@@ -100,7 +100,7 @@ class TestOneEngine:
         actor = ActorSection(1, 1, 8, 0, 1024)
         ours = score_rows(score, engine.test_params, batch, actor, engine.test_mesh)
         mask = np.asarray(batch.completion_mask) > 0
-        assert np.abs(ours - np.asarray(batch.sampler_logprobs))[mask].max() < 1e-3
+        assert np.abs(ours - np.asarray(batch.sampler_logprobs))[mask].max() < helpers.TOLERANCE
 
     def test_truncation_is_in_the_log_probabilities(self, engine, models):
         """top_k=1 leaves one token, whose probability is then 1."""
@@ -115,7 +115,7 @@ class TestOneEngine:
         kept = np.sort(whole)[-5:]
         for c, token in zip(group.completions, first, strict=True):
             expected = whole[token] - np.log(np.exp(kept).sum())
-            assert c.sampler_logprobs[0] == pytest.approx(expected, abs=1e-4)
+            assert c.sampler_logprobs[0] == pytest.approx(expected, abs=helpers.TOLERANCE)
 
     def test_length_and_stop(self, engine):
         """A limit below and above the run of tokens that the engine hands over at once (64)."""
