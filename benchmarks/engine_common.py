@@ -61,4 +61,3 @@ def gpu_name() -> str:
         return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
     except (OSError, IndexError):
         return "no GPU"
-

@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
     parser.add_argument("--enforce_eager", action="store_true")
-    parser.add_argument("--side", default="", choices=("", "ours", "theirs"), help="used by the script itself")
+    parser.add_argument(
+        "--side", default="", choices=("", "ours", "theirs"), help="used by the script itself"
+    )
     args = parser.parse_args()
     if args.side:
         print("RESULT " + json.dumps((ours if args.side == "ours" else theirs)(args)))
@@ -47,14 +49,18 @@ def main() -> None:
           f"{args.new}: {tokens:,} tokens a round, {args.rounds} rounds")  # fmt: skip
     results: dict[str, list[float]] = {}
     for side in ("theirs", "ours"):
-        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--side={side}"], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], f"--side={side}"], capture_output=True, text=True
+        )
         lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             sys.exit(f"{side} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
         results |= json.loads(lines[-1].removeprefix("RESULT "))
     rate = {name: tokens / statistics.median(seconds) for name, seconds in results.items()}
     for name, seconds in results.items():
-        print(f"  {name:<38} {rate[name]:>8,.0f} tokens/s   rounds of {', '.join(f'{s:.2f}' for s in seconds)} s")
+        print(
+            f"  {name:<38} {rate[name]:>8,.0f} tokens/s   rounds of {', '.join(f'{s:.2f}' for s in seconds)} s"
+        )
     mine = rate["grpo_jax, with log-probabilities"]
     for name in list(results)[:2]:
         print(f"  ours / {name:<31} {mine / rate[name]:>8.2f}")
@@ -80,12 +86,19 @@ def theirs(args: Any) -> dict[str, list[float]]:
 
         def run(logprobs: int | None, new: int) -> float:
             sampling = vllm.SamplingParams(
-                n=args.samples, temperature=1.0, max_tokens=new, logprobs=logprobs, detokenize=False, ignore_eos=True
+                n=args.samples,
+                temperature=1.0,
+                max_tokens=new,
+                logprobs=logprobs,
+                detokenize=False,
+                ignore_eos=True,
             )
             start = time.perf_counter()
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
             seconds = time.perf_counter() - start
-            assert sum(len(c.token_ids) for o in outputs for c in o.outputs) == args.prompts * args.samples * new
+            assert (
+                sum(len(c.token_ids) for o in outputs for c in o.outputs) == args.prompts * args.samples * new
+            )
             llm.reset_prefix_cache()
             return seconds
 
@@ -130,7 +143,10 @@ def ours(args: Any) -> dict[str, list[float]]:
                 start = time.perf_counter()
                 groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, new), seed=seed)
                 seconds = time.perf_counter() - start
-                assert sum(len(c.token_ids) for g in groups for c in g.completions) == args.prompts * args.samples * new
+                assert (
+                    sum(len(c.token_ids) for g in groups for c in g.completions)
+                    == args.prompts * args.samples * new
+                )
                 return seconds
 
             run(8, 0)

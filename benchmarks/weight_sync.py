@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", choices=engine_common.SHAPES)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--pushes", type=int, default=10)
-    parser.add_argument("--bucket_mb", type=int, default=160)
+    parser.add_argument("--bucket_mb", type=int, default=192)
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
     parser.add_argument("--transport", default="auto")
     args = parser.parse_args()
@@ -89,7 +89,9 @@ def measure(args: Any, engine: Any, params: Any) -> None:
     median, limit = statistics.median(seconds), min(limits)
     print(f"push      median {median:.4f} s, fastest {min(seconds):.4f}, slowest {max(seconds):.4f} "
           f"({args.pushes} pushes, {num_bytes / median / 1e9:.0f} GB/s)")  # fmt: skip
-    print(f"limit     {limit:.4f} s: reading and writing the same bytes once; the push takes {median / limit:.1f} x that")
+    print(
+        f"limit     {limit:.4f} s: reading and writing the same bytes once; the push takes {median / limit:.1f} x that"
+    )
     print("memory    " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
           + f": {sum(memory.values()) / 1e9:.2f} GB")  # fmt: skip
 

@@ -109,7 +109,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 python="",  # interpreter of an environment with vLLM; "": the trainer's own
                 ray_address="",  # of a running Ray cluster, or "auto"; "": one is started
                 weight_sync="auto",  # ipc (colocated), nccl (separate), host (any); auto: the one that fits
-                bucket_mb=160,  # MiB of weights that travel at once, >= 1; five times that is needed beside both models
+                bucket_mb=192,  # MiB of weights that travel at once, >= 1; four times that is needed beside both models
                 probe_every=10,  # pushes between two comparisons of log-probabilities; 0: after the first only
                 probe_threshold=0.1,  # nats a token that engine and trainer may differ on average, > 0
                 start_timeout_s=900.0,  # seconds until an engine must be ready, > 0

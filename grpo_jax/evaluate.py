@@ -180,7 +180,7 @@ def _rollout_section(args: Any) -> Any:
         python=args.python,
         ray_address="",
         weight_sync="auto",
-        bucket_mb=160,
+        bucket_mb=192,
         probe_every=0,
         probe_threshold=0.1,
         start_timeout_s=900.0,

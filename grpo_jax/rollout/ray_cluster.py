@@ -244,7 +244,9 @@ def root_cause(error: Exception, pid: int) -> tuple[str, str]:
             lines = file.read_text(errors="replace").splitlines()[-5000:] + lines
             log = str(file)
     reasons = [match for line in lines if (match := EXCEPTION.search(line))]
-    telling = [m for m in reasons if not any(hint in m.group() for hint in ("above", "EngineDeadError", "ray."))]
+    telling = [
+        m for m in reasons if not any(hint in m.group() for hint in ("above", "EngineDeadError", "ray."))
+    ]
     chosen = (telling or reasons)[-1:]
     return (chosen[0].group() if chosen else (lines or [type(error).__name__])[-1].strip())[:400], log
 

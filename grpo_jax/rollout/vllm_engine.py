@@ -159,7 +159,7 @@ class VllmEngine:
         import ray
 
         sender, timeout_s = self._open_sender(), self._section.timeout_s
-        self._get([r.actor.prepare_push.remote() for r in self._replicas], "prepare_push")
+        self._get([r.actor.prepare_relay.remote() for r in self._replicas if not r.is_local], "prepare_relay")
         sender.reset()
         calls = [r.actor.push.remote(self._version, timeout_s) for r in self._replicas]
         end = time.monotonic() + timeout_s
@@ -174,16 +174,18 @@ class VllmEngine:
 
         def flats() -> Any:
             for _, flat, sums in pack_buckets(self._params, self._plan, self._mesh):
+                sums.copy_to_host_async()
                 blocks.append(sums)
                 yield flat
+                del flat  # before the next one is made
 
         sender.send(flats(), check)
-        received = self._get(calls, "push")
         layout = self._plan.layout
         sent = [
             piece_checksums(np.asarray(sums), pieces)
             for sums, pieces in zip(blocks, layout.buckets, strict=True)
         ]
+        received = self._get(calls, "push")
         for workers in received:
             for checksums in workers:
                 compare_checksums(layout, sent, checksums)
@@ -318,7 +320,7 @@ class VllmEngine:
         import ray
 
         try:
-            return ray.get(list(calls), timeout=self._section.timeout_s)
+            return ray.get(list(calls), timeout=self._section.timeout_s) if calls else []
         except ray.exceptions.GetTimeoutError:
             limit = self._section.timeout_s
             raise ray_cluster.TimedOut(f"an engine did not answer {what} within {limit:g} s") from None

@@ -49,7 +49,11 @@ class EngineActor:
             scheduler = "RunScheduler"
             # A seeded sample whose prompt was read in parts ends vLLM on a CPU: "CPU Generator does not use offset".
             length = options["max_model_len"]
-            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length), **options}
+            options = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, length),
+                **options,
+            }
         arguments = AsyncEngineArgs(
             load_format="dummy",
             generation_config="vllm",  # sampling comes from the trainer alone
@@ -65,7 +69,7 @@ class EngineActor:
         if api_port:
             from grpo_jax.rollout.vllm_api import serve
 
-            self._server = asyncio.create_task(serve(self._llm, arguments, api_port))
+            self._server = asyncio.create_task(serve(self._llm, options["model"], api_port))
         return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
 
     async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
@@ -97,7 +101,7 @@ class EngineActor:
 
         await asyncio.to_thread(put)
 
-    async def prepare_push(self) -> None:
+    async def prepare_relay(self) -> None:
         """Before the trainer sends: the relay's counters go back to zero."""
         if self._mailbox is not None:
             self._mailbox.reset()
@@ -111,19 +115,24 @@ class EngineActor:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        llm, info = self._llm, {"timeout_s": timeout_s}
+        llm = self._llm
+        request = WeightTransferUpdateRequest(update_info={"timeout_s": timeout_s})
         is_busy = self._in_flight > 0 or self._server is not None
         if is_busy:
             await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info=info))
-        await llm.finish_weight_update()
+        # vLLM's process does one after the other; sent together, nobody waits for an answer in between.
+        *_, checksums = await asyncio.gather(
+            llm.start_weight_update(),
+            llm.update_weights(request),
+            llm.finish_weight_update(),
+            llm.collective_rpc("grpo_jax_checksums"),
+        )
         self._version = version
         if is_busy:
             await llm.engine_core.resume_scheduler_async()
         else:
             await self._reset_prefix_cache()
-        return await llm.collective_rpc("grpo_jax_checksums")
+        return checksums
 
     async def _reset_prefix_cache(self) -> None:
         for _ in range(100):
@@ -214,6 +223,7 @@ def vllm_sampling(sampling: SamplingParams, seed: int, stop_token_ids: tuple[int
         stop_token_ids=list(stop_token_ids),
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
+        ignore_eos=True,  # `stop_token_ids` says it all
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -86,7 +86,10 @@ class HostReceiver:
                     torch.accelerator.synchronize()
                 self._mailbox.release(self._reader, number)
 
-            yield torch.from_numpy(self._mailbox.slot(number)[: bucket_size(pieces)]).to(self._device), release
+            yield (
+                torch.from_numpy(self._mailbox.slot(number)[: bucket_size(pieces)]).to(self._device),
+                release,
+            )
 
     def close(self) -> None:
         self._mailbox.close()

@@ -96,27 +96,19 @@ def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPl
 
 
 def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[Bucket, jax.Array, jax.Array]]:
-    """Yields each bucket with its bytes and its checksums, computed while the one before is being sent.
+    """Yields each bucket with its bytes and its checksums. One at a time: two would take twice the memory.
 
     Returns:
         (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh; blocks
         [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a tensor.
     """
-    ahead = None
+    sharding = replicated(mesh)
     for bucket in plan.buckets:
-        packed = _pack(
-            params,
-            np.int32(bucket.first_layer),
-            np.int32(bucket.first_row),
-            program=bucket.program,
-            dtype=np.dtype(plan.dtype),
-            sharding=replicated(mesh),
+        where = np.int32(bucket.first_layer), np.int32(bucket.first_row)
+        yield (
+            bucket,
+            *_pack(params, *where, program=bucket.program, dtype=np.dtype(plan.dtype), sharding=sharding),
         )
-        if ahead is not None:
-            yield ahead
-        ahead = (bucket, *packed)
-    assert ahead is not None
-    yield ahead
 
 
 @functools.partial(jax.jit, static_argnames=("program", "dtype", "sharding"))

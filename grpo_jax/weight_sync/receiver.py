@@ -127,10 +127,13 @@ def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize:
     return placed
 
 
-def block_sums(bucket: torch.Tensor) -> torch.Tensor:
-    """The inner sums of `wire.piece_checksums`. bucket: [n] uint8 -> [n / BLOCK_BYTES] int64, mod 2^32."""
+def block_sums(bucket: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The inner sums of `wire.piece_checksums`, mod 2^32.
+
+    Args:    bucket: [n] uint8; weights: `WORD_WEIGHTS` as int32 on the same device.
+    Returns: [n / BLOCK_BYTES] int64.
+    """
     words = bucket.view(torch.int32).view(-1, BLOCK_WORDS)
-    weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(bucket.device, non_blocking=True)
     sums = [(slab * weights).sum(dim=1, dtype=torch.int64) for slab in words.split(SLAB_BLOCKS)]
     return torch.cat(sums) & 0xFFFFFFFF
 
@@ -170,6 +173,7 @@ class PushReceiver(WeightTransferEngine):
             ]
             for pieces in self._layout.buckets
         ]
+        self._weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(self.device)
         self._is_whole = self.parallel_config.tensor_parallel_size == 1
         self.checksums: list[list[int]] = []
         receiver = RECEIVERS[init_info.transport]
@@ -191,13 +195,15 @@ class PushReceiver(WeightTransferEngine):
                 targets, sources = self._pairs(number, bucket)
                 torch._foreach_copy_(targets, sources)
                 if not self._is_whole:
-                    sums.append(block_sums(bucket))
+                    sums.append(block_sums(bucket, self._weights))
                 release()
                 if self._is_whole:  # the parameters are read while the next bucket is on its way
-                    sums.append(block_sums(self._read_out(number, bucket)))
+                    sums.append(block_sums(self._read_out(number, bucket), self._weights))
+        ends = np.cumsum([len(blocks) for blocks in sums])[:-1]
+        on_host = np.split(torch.cat(sums).cpu().numpy(), ends)
         self.checksums = [
-            piece_checksums(blocks.cpu().numpy(), pieces)
-            for blocks, pieces in zip(sums, self._layout.buckets, strict=True)
+            piece_checksums(blocks, pieces)
+            for blocks, pieces in zip(on_host, self._layout.buckets, strict=True)
         ]
 
     def _pairs(self, number: int, bucket: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,0 +1,24 @@
+"""The live policy behind vLLM's OpenAI-compatible server, on loopback: to talk to the model while it is trained."""
+
+from typing import Any
+
+MODEL_NAME = "policy"
+
+
+async def serve(llm: Any, model: str, port: int) -> None:
+    """Answers on 127.0.0.1:`port` until it is cancelled.
+
+    Args: llm: the `AsyncLLM` that rollouts use too; model: folder with its tokenizer.
+    """
+    import uvicorn
+    from vllm.entrypoints.openai.api_server import build_app, init_app_state
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags = ["--model", model, "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    tasks = await llm.get_supported_tasks()
+    app = build_app(args, tasks, llm.model_config)
+    await init_app_state(llm, app.state, args, tasks)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    await server.serve()
