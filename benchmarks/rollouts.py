@@ -56,6 +56,7 @@ def main() -> None:
         if not lines:
             sys.exit(f"{side} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
         results |= json.loads(lines[-1].removeprefix("RESULT "))
+    probability, ratio, level = results.pop("DIFFERENCE")
     rate = {name: tokens / statistics.median(seconds) for name, seconds in results.items()}
     for name, seconds in results.items():
         print(
@@ -64,6 +65,8 @@ def main() -> None:
     mine = rate["grpo_jax, with log-probabilities"]
     for name in list(results)[:2]:
         print(f"  ours / {name:<31} {mine / rate[name]:>8.2f}")
+    print(f"  trainer and engine, {args.dtype}: |p - p| {probability:.4f} on average, |log p - log p| {ratio:.4f} "
+          f"(mean p {level:.2f})")  # fmt: skip
 
 
 def prompts_of(args: Any) -> list[list[int]]:
@@ -137,7 +140,8 @@ def ours(args: Any) -> dict[str, list[float]]:
         )  # fmt: skip
         prompts = [Prompt(str(i), tuple(ids), "", "", "", {}) for i, ids in enumerate(prompts_of(args))]
         with contextlib.closing(engine), jax.set_mesh(mesh):
-            engine.load_weights(init_params(folder.config, jax.random.key(0), mesh), version=0)
+            params = init_params(folder.config, jax.random.key(0), mesh)
+            engine.load_weights(params, version=0)
 
             def run(new: int, seed: int) -> float:
                 start = time.perf_counter()
@@ -150,7 +154,31 @@ def ours(args: Any) -> dict[str, list[float]]:
                 return seconds
 
             run(8, 0)
-            return {"grpo_jax, with log-probabilities": [run(args.new, 1 + i) for i in range(args.rounds)]}
+            result = {"grpo_jax, with log-probabilities": [run(args.new, 1 + i) for i in range(args.rounds)]}
+            result["DIFFERENCE"] = difference(args, engine, params, folder, mesh, prompts[:8])
+            return result
+
+
+def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prompts: Any) -> list[float]:
+    """(mean |p_trainer - p_engine|, mean |log ratio|, mean p) over the tokens of a few completions.
+
+    The final norm is scaled up first: a random model is otherwise so undecided that any two agree.
+    """
+    from grpo_jax.batching import make_train_batch
+    from grpo_jax.config import ActorSection
+    from grpo_jax.rollout import SamplingParams
+    from grpo_jax.update import make_score_step, score_rows
+
+    params = params | {"final_norm": {"scale": params["final_norm"]["scale"] * 12}}
+    engine.load_weights(params, version=1)
+    groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, args.new), seed=99)
+    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    score = make_score_step(folder.config, mesh, temperature=1.0, chunk_tokens=1024)
+    trainer = score_rows(score, params, batch, ActorSection(1, 1, 4, 0, 1024), mesh)
+    mask = np.asarray(batch.completion_mask) > 0
+    trainer, sampler = trainer[mask], np.asarray(batch.sampler_logprobs)[mask]
+    probabilities = np.abs(np.exp(trainer) - np.exp(sampler)).mean()
+    return [float(probabilities), float(np.abs(trainer - sampler).mean()), float(np.exp(sampler).mean())]
 
 
 if __name__ == "__main__":

@@ -45,3 +45,16 @@ def tokenizer(tokenizer_folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def rollout_section():
+    """Returns `section(key=value, ...)`: the `rollout` section of configs/gsm8k.py, with those keys changed."""
+    import pathlib
+    import runpy
+
+    from grpo_jax.config import RolloutSection
+
+    file = pathlib.Path(__file__).resolve().parent.parent / "configs" / "gsm8k.py"
+    values = runpy.run_path(str(file))["get_config"]().rollout.to_dict()
+    return lambda **changes: RolloutSection(**(values | changes))

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ START_REMEDIES = (
 
 
 EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*")
+
+
+UNTELLING = (" above", "EngineDeadError", "ray.")
 
 
 class TimedOut(RuntimeError):
@@ -236,19 +240,18 @@ def root_cause(error: Exception, pid: int) -> tuple[str, str]:
 
     vLLM's own processes write the reason down and then fail with "see above": it is looked up there.
     """
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    log = "that of the Ray worker, on its host"
-    if pid:
-        files = sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*"))
-        for file in files:
-            lines = file.read_text(errors="replace").splitlines()[-5000:] + lines
+    lines, log = [line for line in str(error).splitlines() if line.strip()], "that of the Ray worker, on its host"
+    for _ in range(5):
+        written = []
+        for file in sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*")) if pid else ():
+            written += file.read_text(errors="replace").splitlines()[-5000:]
             log = str(file)
-    reasons = [match for line in lines if (match := EXCEPTION.search(line))]
-    telling = [
-        m for m in reasons if not any(hint in m.group() for hint in ("above", "EngineDeadError", "ray."))
-    ]
-    chosen = (telling or reasons)[-1:]
-    return (chosen[0].group() if chosen else (lines or [type(error).__name__])[-1].strip())[:400], log
+        reasons = [match.group() for line in written + lines if (match := EXCEPTION.search(line))]
+        telling = [text for text in reasons if not any(hint in text for hint in UNTELLING)]
+        if telling or not pid:
+            break
+        time.sleep(0.5)  # what a process wrote as it ended may not be in its log yet
+    return [*lines[-1:], *reasons[-1:], *telling[-1:]][-1].strip()[:400], log
 
 
 def _first_line(error: Exception) -> str:

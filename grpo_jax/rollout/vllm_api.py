@@ -1,14 +1,17 @@
 """The live policy behind vLLM's OpenAI-compatible server, on loopback: to talk to the model while it is trained."""
 
+import asyncio
 from typing import Any
 
 MODEL_NAME = "policy"
 
 
-async def serve(llm: Any, model: str, port: int) -> None:
+async def serve(llm: Any, model: str, port: int, ready: asyncio.Event) -> None:
     """Answers on 127.0.0.1:`port` until it is cancelled.
 
-    Args: llm: the `AsyncLLM` that rollouts use too; model: folder with its tokenizer.
+    Args:
+        llm: the `AsyncLLM` that rollouts use too; model: folder with its tokenizer.
+        ready: set once requests are answered.
     """
     import uvicorn
     from vllm.entrypoints.openai.api_server import build_app, init_app_state
@@ -21,4 +24,12 @@ async def serve(llm: Any, model: str, port: int) -> None:
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    await server.serve()
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.05)
+        if server.started:
+            ready.set()
+        await serving
+    finally:
+        serving.cancel()

@@ -453,6 +453,8 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "enable_prefix_caching": True,
         "seed": 0,
     }
+    if section.tensor_parallel_size > 1:
+        options["distributed_executor_backend"] = "mp"  # workers beside the actor, and not actors of their own
     for argument in section.engine_args:
         name, _, value = argument.partition("=")
         try:

@@ -69,7 +69,12 @@ class EngineActor:
         if api_port:
             from grpo_jax.rollout.vllm_api import serve
 
-            self._server = asyncio.create_task(serve(self._llm, options["model"], api_port))
+            ready = asyncio.Event()
+            self._server = asyncio.create_task(serve(self._llm, options["model"], api_port, ready))
+            waiting = asyncio.create_task(ready.wait())
+            await asyncio.wait({self._server, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if self._server.done():
+                self._server.result()  # raises what kept it from starting
         return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
 
     async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:

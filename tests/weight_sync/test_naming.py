@@ -1,0 +1,205 @@
+"""The trainer's end of a push: what lies in the buckets is what transformers has, bit for bit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from weight_sync_helpers import (
+    FAMILIES,
+    LAYER_BLOCKS,
+    NUM_LAYERS,
+    NUMPY_DTYPES,
+    VOCAB,
+    checksums_by_hand,
+    mesh_of,
+    raw,
+    unpack,
+)
+
+from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
+from grpo_jax.weight_sync.wire import BLOCK_BYTES, bucket_size, piece_checksums
+
+ROW_BYTES = 32 * 4  # of the embedding, float32
+LONE = 5000  # below the 8,192 bytes of gate, up and down: those travel alone
+SPLIT = 6 * BLOCK_BYTES  # less than the 15 blocks of a Qwen2 layer
+SEVERAL = 3 * LAYER_BLOCKS * BLOCK_BYTES  # three of five layers, then two
+ALL = 2**20  # MiB: all layers in one bucket
+
+
+# One device, against transformers
+
+
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buckets_hold_what_transformers_has(models, family, dtype):
+    model = models(family)
+    plan, flats, _ = model.push(SPLIT, dtype)
+    assert plan.layout.dtype == dtype
+    assert unpack(plan.layout, flats) == model.expected(dtype)
+
+
+@pytest.mark.parametrize("bucket_bytes", [LONE, SEVERAL, ALL])
+def test_whatever_the_size_of_the_buckets(models, bucket_bytes):
+    model = models("qwen2-untied")
+    plan, flats, _ = model.push(bucket_bytes)
+    assert unpack(plan.layout, flats) == model.expected("float32")
+
+
+def test_bfloat16_rows_and_several_layers(models):
+    """Two-byte elements: other sizes, other paddings, two elements in each word of the checksums."""
+    model = models("qwen3")
+    plan, flats, blocks = model.push(SEVERAL // 2, "bfloat16")
+    assert max(len(pieces) for pieces in plan.layout.buckets) > LAYER_BLOCKS
+    assert unpack(plan.layout, flats) == model.expected("bfloat16")
+    for flat, sums, pieces in zip(flats, blocks, plan.layout.buckets, strict=True):
+        assert piece_checksums(np.asarray(sums), pieces) == checksums_by_hand(raw(flat), pieces)
+
+
+# Meshes
+
+
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_every_mesh_packs_the_bytes_of_one_device(models, sizes, dtype):
+    model = models("qwen2-untied")
+    leaf = model.params(*sizes)["layers"]["attention"]["q"]
+    assert not leaf.sharding.is_fully_replicated  # otherwise this would show nothing
+    (_, alone, sums_alone), (_, flats, sums) = model.push(SPLIT, dtype), model.push(SPLIT, dtype, sizes)
+    for one, flat in zip(alone, flats, strict=True):
+        np.testing.assert_array_equal(raw(flat), raw(one))
+    for one, blocks in zip(sums_alone, sums, strict=True):
+        np.testing.assert_array_equal(blocks, one)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3", "llama"])
+def test_the_other_families_on_eight_devices(models, family):
+    model = models(family)
+    plan, flats, _ = model.push(SEVERAL, sizes=(2, 2, 2))
+    assert unpack(plan.layout, flats) == model.expected("float32")
+
+
+def test_every_device_holds_every_bucket_whole(models):
+    """An engine reads from the card it runs on, whichever that is."""
+    _, flats, _ = models("qwen2-untied").push(SPLIT, sizes=(2, 2, 2))
+    for flat in flats:
+        assert {shard.device for shard in flat.addressable_shards} == set(jax.devices())
+        for shard in flat.addressable_shards:
+            np.testing.assert_array_equal(raw(shard.data), raw(flat))
+
+
+def test_buckets_are_made_one_at_a_time(models):
+    """All at once they would be a second model."""
+    model = models("llama")
+    plan = make_push_plan(model.config, np.float32, SPLIT)
+    params = model.params(1, 1, 1)
+    packed = pack_buckets(params, plan, mesh_of(1, 1, 1))
+    next(packed)
+    held = len(jax.live_arrays())
+    for bucket in packed:
+        assert len(jax.live_arrays()) <= held + 2  # the new bucket and its sums; the first ones are gone
+        del bucket
+
+
+# What travels together
+
+
+def names(bucket):
+    return [piece.name.removeprefix("model.layers.") for piece in bucket.pieces]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, LONE, SPLIT, SEVERAL, ALL])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, bucket_bytes):
+    config = models(family).config
+    plan = make_push_plan(config, np.float32, bucket_bytes)
+    for bucket in plan.buckets:
+        ends = [(piece.offset, piece.offset + piece.num_bytes) for piece in bucket.pieces]
+        assert all(start % BLOCK_BYTES == 0 for start, _ in ends)
+        assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+        assert bucket_size(bucket.pieces) <= bucket_bytes or len(bucket.pieces) == 1
+    assert plan.layout.buckets == tuple(bucket.pieces for bucket in plan.buckets)
+    assert plan.layout.bucket_bytes == max(bucket_size(bucket.pieces) for bucket in plan.buckets)
+
+
+def test_a_tensor_larger_than_a_bucket_travels_alone(models):
+    plan = make_push_plan(models("qwen2-tied").config, np.float32, LONE)
+    large = [bucket for bucket in plan.buckets if bucket_size(bucket.pieces) > LONE]
+    assert {piece.name.split(".")[-2] for b in large for piece in b.pieces} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert len(large) == 3 * NUM_LAYERS and all(len(bucket.pieces) == 1 for bucket in large)
+
+
+def test_a_layer_that_fits_no_bucket_is_split_by_whole_tensors(models):
+    plan = make_push_plan(models("qwen2-tied").config, np.float32, SPLIT)
+    layer_one = [names(bucket) for bucket in plan.buckets if names(bucket)[0].startswith("1.")]
+    attention, mlp = "1.self_attn.{}", "1.mlp.{}_proj.weight"
+    # Six blocks each: 3 + 3 | 1 + 2 + 2 (down, of 2, would be the seventh) | 2 + 1 + 1.
+    assert layer_one == [
+        [attention.format(f"{n}_proj.{kind}") for kind in ("weight", "bias") for n in "qkv"],
+        [attention.format("o_proj.weight"), mlp.format("gate"), mlp.format("up")],
+        [mlp.format("down"), "1.input_layernorm.weight", "1.post_attention_layernorm.weight"],
+    ]
+
+
+def test_several_layers_share_a_bucket_where_they_fit(models):
+    plan = make_push_plan(models("qwen2-tied").config, np.float32, SEVERAL)
+    layers = [[name.partition(".")[0] for name in names(bucket)] for bucket in plan.buckets]
+    stacked = [list(dict.fromkeys(row)) for row in layers if row[0].isdigit()]
+    assert stacked == [["0", "1", "2"], ["3", "4"]]
+
+
+def test_embedding_and_head_are_cut_into_rows_as_equal_as_can_be(models):
+    plan = make_push_plan(models("qwen2-untied").config, np.float32, LONE)
+    # (5000 - 4096) // 128 = 7 rows at most, hence 19 runs for 130 rows: 18 of 7 and one of 4.
+    most = (LONE - BLOCK_BYTES) // ROW_BYTES
+    expected = [(7 * i, 7) for i in range(18)] + [(126, 4)]
+    assert most == 7 and sum(count for _, count in expected) == VOCAB
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        pieces = [piece for b in plan.buckets for piece in b.pieces if piece.name == name]
+        assert [(piece.first_row, piece.num_rows) for piece in pieces] == expected
+        assert [piece.num_bytes for piece in pieces] == [count * ROW_BYTES for _, count in expected]
+
+
+def test_a_tied_model_sends_no_head(models):
+    sent = lambda family: set(make_push_plan(models(family).config, np.float32, SPLIT).layout.tensors)
+    assert sent("qwen2-untied") - sent("qwen2-tied") == {"lm_head.weight"}
+
+
+# Programs
+
+
+@pytest.mark.parametrize("bucket_bytes", [LONE, SPLIT, SEVERAL])
+def test_more_layers_and_more_rows_need_no_more_programs(models, bucket_bytes):
+    small = models("qwen2-untied").config
+    # 3 x 10 + 2 layers, so that a rest of two layers is left, as of five; 10 x 126 + 4 rows, likewise.
+    large = dataclasses.replace(small, num_layers=32, vocab_size=1264)
+    programs = lambda config: {b.program for b in make_push_plan(config, np.float32, bucket_bytes).buckets}
+    few, many = programs(small), programs(large)
+    assert len(many) <= len(few) <= 2 * 2 + LAYER_BLOCKS - 3 + 1  # heads, single tensors (3 of two blocks), norm
+
+
+def test_buckets_that_share_a_program_are_compiled_once(models):
+    """One layer a bucket: five buckets differ in nothing but their first layer."""
+    plan = make_push_plan(models("qwen2-tied").config, np.float32, LAYER_BLOCKS * BLOCK_BYTES)
+    layers = [bucket for bucket in plan.buckets if names(bucket)[0][0].isdigit()]
+    assert [bucket.first_layer for bucket in layers] == list(range(NUM_LAYERS))
+    assert len({bucket.program for bucket in layers}) == 1
+
+
+# Checksums
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_checksums_are_those_of_the_formula(models, sizes):
+    plan, flats, blocks = models("qwen2-untied").push(SPLIT, sizes=sizes)
+    seen = []
+    for flat, sums, pieces in zip(flats, blocks, plan.layout.buckets, strict=True):
+        assert (sums.dtype, sums.shape) == (np.uint32, (flat.nbytes // BLOCK_BYTES,))
+        got = piece_checksums(np.asarray(sums), pieces)
+        assert got == checksums_by_hand(raw(flat), pieces)
+        seen += got
+    assert len(set(seen)) == len(seen)  # no two tensors of a random model have the same

@@ -1,0 +1,198 @@
+"""Which way weights go, and the way through the host's memory from end to end."""
+
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+import torch
+from weight_sync_helpers import bits, checksums_by_hand, mesh_of, raw, unpack
+
+from grpo_jax.weight_sync import WeightSyncError, choose_transport, make_sender
+from grpo_jax.weight_sync.host import HostReceiver, HostSender
+from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
+from grpo_jax.weight_sync.wire import bucket_size, deadline_check
+
+SPLIT = 24_576  # six blocks of 4,096 bytes: less than a layer of these models
+
+
+# Which one
+
+PLACEMENTS = {"ipc": "colocated", "nccl": "separate"}  # other combinations are refused with the configuration
+ELSEWHERE = [("cpu", False), ("cpu", True), ("tpu", False), ("tpu", True), ("gpu", False)]
+
+
+@pytest.mark.parametrize(
+    ("weight_sync", "placement", "expected"),
+    [
+        ("auto", "colocated", "ipc"),
+        ("auto", "separate", "nccl"),
+        ("ipc", "colocated", "ipc"),
+        ("nccl", "separate", "nccl"),
+        ("host", "colocated", "host"),
+        ("host", "separate", "host"),
+    ],
+)
+def test_transport_between_gpus(rollout_section, weight_sync, placement, expected):
+    section = rollout_section(weight_sync=weight_sync, placement=placement)
+    assert choose_transport(section, trainer="gpu", engine_on_gpu=True) == expected
+
+
+@pytest.mark.parametrize(("trainer", "engine_on_gpu"), ELSEWHERE)
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+def test_where_one_end_is_on_no_gpu_everything_goes_through_the_host(
+    rollout_section, trainer, engine_on_gpu, placement
+):
+    for weight_sync in ("auto", "host"):
+        section = rollout_section(weight_sync=weight_sync, placement=placement)
+        assert choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu) == "host"
+
+
+@pytest.mark.parametrize(("trainer", "engine_on_gpu"), ELSEWHERE)
+@pytest.mark.parametrize("weight_sync", ["ipc", "nccl"])
+def test_a_way_between_gpus_is_refused_where_there_are_none(rollout_section, trainer, engine_on_gpu, weight_sync):
+    section = rollout_section(weight_sync=weight_sync, placement=PLACEMENTS[weight_sync])
+    with pytest.raises(WeightSyncError, match=f"rollout.weight_sync={weight_sync} needs.*=host or auto"):
+        choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu)
+
+
+# Through the host's memory
+
+
+@pytest.fixture
+def patient():
+    return deadline_check(60, "the other end of this test did nothing")
+
+
+def receive(receiver, layout, check):
+    """The buckets as one worker reads them, copied out before each is given back."""
+    taken = []
+    for number, (bucket, release) in enumerate(receiver.buckets(layout, check)):
+        assert bucket.dtype == torch.uint8 and len(bucket) == bucket_size(layout.buckets[number])
+        typed = bucket.view(getattr(torch, layout.dtype)).clone()  # as the receiver of vLLM's workers reads it
+        release()
+        taken.append(np.frombuffer(bits(typed), np.uint8))
+    return taken
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_workers_get_every_push_whole(models, patient, dtype):
+    model, mesh = models("qwen2-untied"), mesh_of(2, 2, 2)
+    plan = make_push_plan(model.config, np.dtype(getattr(jax.numpy, dtype)), SPLIT)
+    sender = make_sender("host", plan.layout, mesh, num_local=2, num_workers=2, relays=[])
+    assert isinstance(sender, HostSender)
+    links = [(sender.link(0), 0), (sender.link(1), 0)]  # two replicas of one worker
+    receivers = [HostReceiver(link, rank, torch.device("cpu")) for link, rank in links]
+    params = model.params(2, 2, 2)
+    with ThreadPoolExecutor(2) as pool:
+        for scale in (1.0, 2.0):  # a power of two: exact in either type
+            scaled = jax.tree.map(lambda x, scale=scale: x * scale, params)
+            sender.reset()
+            readers = [pool.submit(receive, receiver, plan.layout, patient) for receiver in receivers]
+            sender.send((flat for _, flat, _ in pack_buckets(scaled, plan, mesh)), patient)
+            for reader in readers:
+                got = unpack(plan.layout, reader.result())
+                tensors = {name: (scale * t).to(getattr(torch, dtype)) for name, t in model.tensors.items()}
+                assert got == {name: (tuple(t.shape), bits(t)) for name, t in tensors.items()}
+    for end in (*receivers, sender):
+        end.close()
+
+
+def test_workers_of_one_replica_are_told_apart_by_their_ranks(models, patient):
+    """Tensor parallel: both open the same link. One of them alone does not free a slot."""
+    plan, flats, _ = models("qwen2-tied").push(SPLIT)
+    sender = HostSender(plan.layout, 2)
+    link = sender.link(0)
+    receivers = [HostReceiver(link, rank, torch.device("cpu")) for rank in range(2)]
+    waits = []
+    with ThreadPoolExecutor(3) as pool:
+        sending = pool.submit(sender.send, iter(flats), lambda: waits.append(1) or patient())
+        first = pool.submit(receive, receivers[0], plan.layout, patient)
+        while not waits:
+            patient()
+        assert not first.done() and not sending.done()
+        second = receive(receivers[1], plan.layout, patient)
+        for mine, other, flat in zip(first.result(), second, flats, strict=True):
+            np.testing.assert_array_equal(mine, raw(flat))
+            np.testing.assert_array_equal(other, raw(flat))
+        sending.result()
+    for end in (*receivers, sender):
+        end.close()
+
+
+def test_the_checks_of_either_end_are_heard(models):
+    plan, flats, _ = models("qwen2-tied").push(SPLIT)
+    sender = HostSender(plan.layout, 1)
+    receiver = HostReceiver(sender.link(0), 0, torch.device("cpu"))
+    with pytest.raises(WeightSyncError, match="nobody reads within"):
+        sender.send(iter(flats), deadline_check(0.05, "nobody reads"))
+    sender.reset()
+    with pytest.raises(WeightSyncError, match="nobody writes within"):
+        receive(receiver, plan.layout, deadline_check(0.05, "nobody writes"))
+    receiver.close()
+    sender.close()
+
+
+# To other hosts
+
+SUMS = {"sent": [], "relayed": []}
+
+
+class FakeRay(types.ModuleType):
+    """As much of Ray as a sender needs: an object is its own reference, a call has been made when it is."""
+
+    def __init__(self):
+        super().__init__("ray")
+        self.put = lambda value: value
+        self.wait = lambda calls, timeout: (calls[:1], calls[1:])
+
+    def get(self, calls):
+        for call in calls:
+            if isinstance(call, Exception):
+                raise call
+
+
+def test_buckets_go_to_relays_and_to_workers_here_alike(models, patient, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    plan, flats, _ = models("qwen2-tied").push(SPLIT)
+    relayed = [[], []]
+
+    def relay_to(number_of_engine):
+        return lambda number, bucket: relayed[number_of_engine].append((number, raw(bucket)))
+
+    sender = HostSender(plan.layout, 1, [relay_to(0), relay_to(1)])
+    receiver = HostReceiver(sender.link(0), 0, torch.device("cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(receive, receiver, plan.layout, patient)
+        sender.send(iter(flats), patient)
+        local = reader.result()
+    for calls in relayed:
+        assert [number for number, _ in calls] == list(range(len(flats)))
+        for (_, got), mine, flat in zip(calls, local, flats, strict=True):
+            np.testing.assert_array_equal(got, raw(flat))
+            np.testing.assert_array_equal(mine, raw(flat))
+    receiver.close()
+    sender.close()
+
+
+def test_without_a_worker_on_this_host_there_is_no_shared_memory(models, patient, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    plan, flats, _ = models("qwen2-tied").push(SPLIT)
+    sums = []
+    sender = HostSender(plan.layout, 0, [lambda number, bucket: sums.append(raw(bucket))])
+    sender.reset()
+    sender.send(iter(flats), patient)
+    sender.close()
+    for got, flat, pieces in zip(sums, flats, plan.layout.buckets, strict=True):
+        assert checksums_by_hand(got, pieces) == checksums_by_hand(raw(flat), pieces)
+
+
+def test_what_a_relay_raises_reaches_the_trainer(models, patient, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    plan, flats, _ = models("qwen2-tied").push(SPLIT)
+    sender = HostSender(plan.layout, 0, [lambda number, bucket: WeightSyncError("the host is gone")])
+    with pytest.raises(WeightSyncError, match="the host is gone"):
+        sender.send(iter(flats), patient)
+    sender.close()

@@ -1,0 +1,176 @@
+"""What tells wrong weights from right ones: names of tensors, and a difference of log-probabilities."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from weight_sync_helpers import VOCAB, mesh_of
+
+from grpo_jax.config import ActorSection
+from grpo_jax.rollout import SamplingParams
+from grpo_jax.rollout.local import LocalEngine
+from grpo_jax.types import Prompt
+from grpo_jax.update import make_score_step, score_rows
+from grpo_jax.weight_sync.verify import PROBE_PROMPTS, PROBE_TOKENS, compare_checksums, make_probe
+from grpo_jax.weight_sync.wire import Layout, Piece, WeightSyncError
+
+# Names
+
+
+def layout_of(*buckets):
+    pieces = tuple(tuple(Piece(name, 0, 1, 4096 * i, 4) for i, name in enumerate(names)) for names in buckets)
+    return Layout("float32", {name: (1,) for names in buckets for name in names}, pieces)
+
+
+def difference(sent, received, *buckets):
+    with pytest.raises(WeightSyncError) as caught:
+        compare_checksums(layout_of(*buckets), sent, received)
+    return str(caught.value)
+
+
+def test_equal_checksums_pass():
+    compare_checksums(layout_of("ab", "c"), [[1, 2], [3]], [[1, 2], [3]])
+
+
+def test_the_tensors_that_differ_are_named():
+    message = difference([[1, 2], [3]], [[1, 5], [4]], "ab", "c")
+    assert message == "weights differ between trainer and engine: b, c"
+
+
+def test_three_are_named_and_the_others_counted():
+    sent, received = [[0] * 5, [0]], [[0, 1, 1, 1, 1], [1]]
+    assert difference(sent, received, "abcde", "f").endswith(": b, c, d and 2 more")
+    assert difference(sent[:1], [[0, 1, 1, 1, 0]], "abcde").endswith(": b, c, d")
+
+
+def test_a_tensor_in_several_buckets_is_named_once():
+    assert difference([[1], [2], [3]], [[0], [2], [0]], "a", "a", "a").endswith(": a")
+
+
+@pytest.mark.parametrize("received", [[[1, 2]], [[1, 2], [3, 4]], [[1], [3]]])
+def test_other_numbers_of_checksums_are_no_match(received):
+    with pytest.raises(ValueError):
+        compare_checksums(layout_of("ab", "c"), [[1, 2], [3]], received)
+
+
+# Log-probabilities
+
+TEMPERATURE = 0.7
+THRESHOLD = 1e-3  # nats; the same functions on the same parameters differ by about 1e-6
+
+
+class Digits:
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return mesh_of(1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def engine(models, mesh):
+    engine = LocalEngine(models("qwen3").config, mesh, Digits(), (), 16)
+    engine.load_weights(models("qwen3").params(1, 1, 1), 0)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def score(models, mesh):
+    step = make_score_step(models("qwen3").config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
+    return functools.partial(score_rows, step, actor=ActorSection(1, 1, 4, 0, 16), mesh=mesh)
+
+
+@pytest.fixture
+def probe(score):
+    """Returns `probe(...)`: 6 prompts, sampled with 3 completions of 12 tokens in the rollouts."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(f"test/{i}", tuple(map(int, rng.integers(0, VOCAB, 5))), "", "", "test", {}) for i in range(6)
+    ]
+
+    def make(score=score, **sampling):
+        sampling = SamplingParams(**(dict(num_samples=3, temperature=TEMPERATURE, max_tokens=12) | sampling))
+        return make_probe(prompts, sampling, score, threshold=THRESHOLD, pad_id=0)
+
+    return make
+
+
+def test_a_probe_is_short(probe):
+    made = probe(max_tokens=100)
+    assert [prompt.prompt_id for prompt in made.prompts] == [f"test/{i}" for i in range(PROBE_PROMPTS)]
+    assert (made.sampling.num_samples, made.sampling.max_tokens) == (1, PROBE_TOKENS)
+    assert made.sampling.temperature == TEMPERATURE
+    assert probe().sampling.max_tokens == 12  # never longer than rollouts are
+
+
+def test_the_same_parameters_pass(models, mesh, engine, probe):
+    with jax.set_mesh(mesh):
+        assert 0 <= probe()(engine, models("qwen3").params(1, 1, 1)) < THRESHOLD / 10
+
+
+def test_other_parameters_are_refused(models, mesh, engine, probe, score):
+    params = jax.tree.map(lambda x: 1.05 * x, models("qwen3").params(1, 1, 1))
+    with jax.set_mesh(mesh), pytest.raises(WeightSyncError, match=r"rollout\.probe_threshold=0\.001") as caught:
+        probe()(engine, params)
+    assert "on 48 tokens" in str(caught.value)  # 4 prompts, 12 tokens each: no EOS ends them
+    assert "rollout.engine_args" in str(caught.value)
+
+
+def test_one_leaf_that_is_old_is_refused(models, mesh, engine, probe):
+    params = dict(models("qwen3").params(1, 1, 1))
+    params["final_norm"] = {"scale": params["final_norm"]["scale"] * 1.05}
+    with jax.set_mesh(mesh), pytest.raises(WeightSyncError, match="probe_threshold"):
+        probe()(engine, params)
+
+
+def shifted(by_token):
+    """A trainer whose log-probabilities differ from the engine's by so much on each token of a completion."""
+
+    def score(params, batch):
+        mask = np.asarray(batch.completion_mask)
+        number = np.cumsum(mask, axis=1) - 1  # of the token in its completion
+        return np.asarray(batch.sampler_logprobs) + np.where(mask > 0, by_token(number), 0)
+
+    return score
+
+
+def test_the_mean_is_taken_over_the_tokens_of_completions(engine, probe):
+    # 0.0006 and 0 in turn: 0.0003 on average over 12 tokens, and much less over the padded rows.
+    assert probe(shifted(lambda n: 6e-4 * (n % 2)))(engine, None) == pytest.approx(3e-4, rel=1e-3)
+    assert probe(shifted(lambda n: 6e-4 * (-1) ** n))(engine, None) == pytest.approx(6e-4, rel=1e-3)  # no signs
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_difference_that_is_no_number_is_refused(engine, probe, value):
+    with pytest.raises(WeightSyncError, match="probe_threshold"):
+        probe(shifted(lambda n: np.where(n == 3, value, 0)))(engine, None)
+
+
+@pytest.mark.parametrize(
+    ("by_token", "sampling", "suspect"),
+    [
+        (lambda n: np.where(n == 0, 0.0, 0.1), {}, "a cache of the engine is stale"),
+        (lambda n: 0.1 + 0 * n, {}, "rollout.engine_args"),
+        (lambda n: 0.1 + 0 * n, {"top_p": 0.9}, "rollout.top_p or rollout.top_k"),
+        (lambda n: 0.1 + 0 * n, {"top_k": 5}, "rollout.top_p or rollout.top_k"),
+    ],
+)
+def test_the_suspect_is_named(engine, probe, by_token, sampling, suspect):
+    with pytest.raises(WeightSyncError) as caught:
+        probe(shifted(by_token), **sampling)(engine, None)
+    assert suspect in str(caught.value)
+    assert "0.1" in str(caught.value) or "0.09" in str(caught.value)  # the mean
+
+
+def test_the_probe_is_the_same_every_time(models, mesh, engine, probe):
+    with jax.set_mesh(mesh):
+        first, second = (
+            engine.generate(p.prompts, p.sampling, seed=7) for p in (probe(), dataclasses.replace(probe()))
+        )
+        assert first == second
+        params = models("qwen3").params(1, 1, 1)
+        assert probe()(engine, params) == probe()(engine, params)
