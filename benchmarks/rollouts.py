@@ -1,4 +1,4 @@
-"""Generated tokens per second: our vLLM server beside vLLM's own `LLM.generate`, on the same GPU, one after the other.
+"""Generated tokens per second: our vLLM server beside vLLM's own `LLM.generate`, on the same GPU in turn.
 
     python benchmarks/rollouts.py --shape=qwen2.5-1.5b
 
@@ -23,6 +23,10 @@ import common
 import engine_common
 import numpy as np
 
+RESULT = "RESULT "
+OURS = "grpo_jax, with log-probabilities"
+DIFFERENCE = "difference"
+
 
 def main() -> None:
     parser = common.make_parser(__doc__)
@@ -40,33 +44,37 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.side:
-        print("RESULT " + json.dumps((ours if args.side == "ours" else theirs)(args)))
+        (ours if args.side == "ours" else theirs)(args)
         return
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}")
     tokens = args.prompts * args.samples * args.new
-    print(f"work      {args.shape}, {args.prompts} prompts of {args.prompt_tokens} tokens, {args.samples} completions of "
-          f"{args.new}: {tokens:,} tokens a round, {args.rounds} rounds")  # fmt: skip
+    shape = f"{args.prompts} prompts of {args.prompt_tokens} tokens, {args.samples} completions of {args.new}"
+    print(f"work      {args.shape}, {shape}: {tokens:,} tokens a round, {args.rounds} rounds")
     results: dict[str, list[float]] = {}
-    for side in ("theirs", "ours"):
-        run = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], f"--side={side}"], capture_output=True, text=True
-        )
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"{side} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-        results |= json.loads(lines[-1].removeprefix("RESULT "))
-    probability, ratio, level = results.pop("DIFFERENCE")
-    rate = {name: tokens / statistics.median(seconds) for name, seconds in results.items()}
-    for name, seconds in results.items():
-        print(
-            f"  {name:<38} {rate[name]:>8,.0f} tokens/s   rounds of {', '.join(f'{s:.2f}' for s in seconds)} s"
-        )
-    mine = rate["grpo_jax, with log-probabilities"]
-    for name in list(results)[:2]:
-        print(f"  ours / {name:<31} {mine / rate[name]:>8.2f}")
+    for side in ("ours", "theirs"):
+        command = [sys.executable, __file__, *sys.argv[1:], f"--side={side}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+            for line in run.stdout or ():  # what has been measured is shown, whatever becomes of the rest
+                if line.startswith(RESULT):
+                    results |= json.loads(line.removeprefix(RESULT))
+                    print(f"  {line.removeprefix(RESULT).strip()}", flush=True)
+            errors = run.stderr.read() if run.stderr else ""
+        if run.returncode:
+            sys.exit(f"{side} failed:\n{errors[-3000:]}")
+    rate = {
+        name: tokens / statistics.median(seconds) for name, seconds in results.items() if name != DIFFERENCE
+    }
+    for name, value in rate.items():
+        print(f"  {name:<42} {value:>8,.0f} tokens/s, ours {rate[OURS] / value:.2f} x that")
+    probability, ratio, level = results[DIFFERENCE]
     print(f"  trainer and engine, {args.dtype}: |p - p| {probability:.4f} on average, |log p - log p| {ratio:.4f} "
           f"(mean p {level:.2f})")  # fmt: skip
+
+
+def report(name: str, values: list[float]) -> None:
+    """Hands a result to the process that prints the table."""
+    print(RESULT + json.dumps({name: values}), flush=True)
 
 
 def prompts_of(args: Any) -> list[list[int]]:
@@ -75,7 +83,7 @@ def prompts_of(args: Any) -> list[list[int]]:
     return rng.integers(10, vocab - 10, (args.prompts, args.prompt_tokens)).tolist()
 
 
-def theirs(args: Any) -> dict[str, list[float]]:
+def theirs(args: Any) -> None:
     import vllm
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -106,13 +114,11 @@ def theirs(args: Any) -> dict[str, list[float]]:
             return seconds
 
         run(0, 8)
-        return {
-            "LLM.generate, without log-probabilities": [run(None, args.new) for _ in range(args.rounds)],
-            "LLM.generate, with log-probabilities": [run(0, args.new) for _ in range(args.rounds)],
-        }
+        report("LLM.generate, with log-probabilities", [run(0, args.new) for _ in range(args.rounds)])
+        report("LLM.generate, without log-probabilities", [run(None, args.new) for _ in range(args.rounds)])
 
 
-def ours(args: Any) -> dict[str, list[float]]:
+def ours(args: Any) -> None:
     from grpo_jax.config import MeshSection, RolloutSection
     from grpo_jax.prepare import share_gpus
 
@@ -154,9 +160,8 @@ def ours(args: Any) -> dict[str, list[float]]:
                 return seconds
 
             run(8, 0)
-            result = {"grpo_jax, with log-probabilities": [run(args.new, 1 + i) for i in range(args.rounds)]}
-            result["DIFFERENCE"] = difference(args, engine, params, folder, mesh, prompts[:8])
-            return result
+            report(OURS, [run(args.new, 1 + i) for i in range(args.rounds)])
+            report(DIFFERENCE, difference(args, engine, params, folder, mesh, prompts[:8]))
 
 
 def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prompts: Any) -> list[float]:

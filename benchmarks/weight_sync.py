@@ -89,9 +89,8 @@ def measure(args: Any, engine: Any, params: Any) -> None:
     median, limit = statistics.median(seconds), min(limits)
     print(f"push      median {median:.4f} s, fastest {min(seconds):.4f}, slowest {max(seconds):.4f} "
           f"({args.pushes} pushes, {num_bytes / median / 1e9:.0f} GB/s)")  # fmt: skip
-    print(
-        f"limit     {limit:.4f} s: reading and writing the same bytes once; the push takes {median / limit:.1f} x that"
-    )
+    ratio = f"a push takes {median / limit:.1f} x that"
+    print(f"limit     {limit:.4f} s: reading and writing as many bytes once; {ratio}")
     print("memory    " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
           + f": {sum(memory.values()) / 1e9:.2f} GB")  # fmt: skip
 

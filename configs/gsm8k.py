@@ -99,7 +99,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 max_lag=0,  # batches sampled ahead, with weights so many steps old; 0: on-policy and exact
                 update_weights="between",  # with max_lag: between (batches), during (in the middle of one)
                 placement="colocated",  # colocated: on the trainer's GPUs; separate: on the last ones of the host
-                num_replicas=1,  # engines, >= 1
+                num_replicas=0,  # engines; 0: as many as the trainer's GPUs hold (separate: one)
                 tensor_parallel_size=1,  # GPUs of one engine, >= 1
                 gpu_memory_utilization=0.4,  # share of a GPU for vLLM, (0, 1); colocated: JAX gets what is left
                 max_num_seqs=1024,  # completions that one engine decodes at once, >= 1
@@ -109,7 +109,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 python="",  # interpreter of an environment with vLLM; "": the trainer's own
                 ray_address="",  # of a running Ray cluster, or "auto"; "": one is started
                 weight_sync="auto",  # ipc (colocated), nccl (separate), host (any); auto: the one that fits
-                bucket_mb=192,  # MiB of weights that travel at once, >= 1; four times that is needed beside both models
+                bucket_mb=192,  # MiB of weights that travel at once, >= 1; four times that is taken for it
                 probe_every=10,  # pushes between two comparisons of log-probabilities; 0: after the first only
                 probe_threshold=0.1,  # nats a token that engine and trainer may differ on average, > 0
                 start_timeout_s=900.0,  # seconds until an engine must be ready, > 0

@@ -309,7 +309,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "rollout.top_k": (0, True),
     "rollout.batch_size": (1, True),
     "rollout.max_lag": (0, True),
-    "rollout.num_replicas": (1, True),
+    "rollout.num_replicas": (0, True),
     "rollout.tensor_parallel_size": (1, True),
     "rollout.gpu_memory_utilization": (0, False),
     "rollout.max_num_seqs": (1, True),
@@ -517,8 +517,14 @@ def _check_rollout(config: Config) -> None:
     if rollout.update_weights == "during" and not rollout.max_lag:
         rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
         raise ConfigError("rollout.update_weights", "during", rule)
+    if rollout.sleep and rollout.api_port:
+        raise ConfigError(
+            "rollout.sleep", True, "needs rollout.api_port=0: an engine that sleeps cannot answer"
+        )
     if rollout.sleep and rollout.max_lag:
-        raise ConfigError("rollout.sleep", True, "needs rollout.max_lag=0: an engine that samples cannot sleep")
+        raise ConfigError(
+            "rollout.sleep", True, "needs rollout.max_lag=0: an engine that samples cannot sleep"
+        )
     if rollout.weight_sync == "ipc" and rollout.placement == "separate":
         rule = "needs rollout.placement=colocated: memory is shared within one GPU"
         raise ConfigError("rollout.weight_sync", "ipc", rule)
@@ -528,7 +534,9 @@ def _check_rollout(config: Config) -> None:
     for argument in rollout.engine_args:
         name, equals, _ = argument.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigError("rollout.engine_args", argument, "must be like 'NAME=VALUE', a vLLM engine argument")
+            raise ConfigError(
+                "rollout.engine_args", argument, "must be like 'NAME=VALUE', a vLLM engine argument"
+            )
 
 
 def _check_mesh(mesh: MeshSection) -> None:

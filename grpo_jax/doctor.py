@@ -65,10 +65,12 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.model.transformer import num_params
     from grpo_jax.prepare import read_inputs
     from grpo_jax.rewards import make_reward
+    from grpo_jax.rollout import check_engine
     from grpo_jax.workdir import Workdir
 
     workdir = Workdir(path)
     workdir.check(config)
+    check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     make_reward(config.reward).close()
     mesh = make_mesh(config.mesh)
@@ -77,6 +79,10 @@ def check_config(config: Config, path: Path) -> None:
     if inputs.model is not None:
         rows += _memory_rows(config, num_params(inputs.model.config), mesh.devices.size)
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    if config.rollout.engine == "vllm":
+        rows.append(
+            ("vLLM", f"{config.rollout.gpu_memory_utilization:.0%} of the memory of each of its GPUs")
+        )
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -103,6 +109,10 @@ def main() -> None:
         arguments = sys.argv[1:]
         parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
         problems = check_packages()
+        if parsed is not None:
+            from grpo_jax.prepare import share_gpus
+
+            share_gpus(parsed[0].rollout)  # what JAX will have in the run
         print("Devices")
         check_devices()
         if parsed is not None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _rollout_section(args: Any) -> Any:
         max_lag=0,
         update_weights="between",
         placement="colocated",
-        num_replicas=1,
+        num_replicas=0,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         max_num_seqs=1024,
@@ -200,7 +201,7 @@ def _run(args: Any) -> None:
     from grpo_jax.prepare import check_tokenizer, share_gpus
     from grpo_jax.prompts import encode_prompts, load_tokenizer
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import check_engine, make_engine
+    from grpo_jax.rollout import EngineError, check_engine, make_engine
 
     section = _rollout_section(args)
     check_engine(section)
@@ -227,9 +228,12 @@ def _run(args: Any) -> None:
             max_model_len=longest + args.max_response_length,
         )
         with contextlib.closing(engine):
-            engine.load_weights(load_params(folder, folder.config, mesh), version=0)
-            sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
-            result = evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
+            try:
+                engine.load_weights(load_params(folder, folder.config, mesh), version=0)
+                sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
+                result = evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
+            except EngineError as failure:
+                sys.exit(f"error: {failure}")
     for error in result.errors:
         print(f"reward error, counted as 0: {error}")
     summary = result.summary()

@@ -54,7 +54,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], rewards: np.ndarray, config:
         **_spread("response_length", responses),
         "response_length/clip_ratio": float(np.mean([c.finish_reason == "length" for c in completions])),
         **_spread("prompt_length", prompts),
-        "training/policy_version": completions[0].policy_version,
+        "training/policy_version": min(c.policy_version for c in completions),
     }
 
 

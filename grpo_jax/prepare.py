@@ -72,11 +72,12 @@ def share_gpus(section: RolloutSection) -> None:
     if section.engine == "local":
         return
     if section.placement == "separate":
-        from grpo_jax.rollout.ray_cluster import split_gpus
+        if not section.ray_address:  # the nodes of a cluster have GPUs of their own
+            from grpo_jax.rollout.ray_cluster import split_gpus
 
-        ours, theirs = split_gpus(section)
-        if theirs and not section.ray_address:  # the nodes of a cluster have GPUs of their own
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ours)
+            ours, theirs = split_gpus(section)
+            if theirs:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ours)
         return
     if section.sleep:
         # Both want most of the memory, one after the other: JAX must not keep what it does not need.

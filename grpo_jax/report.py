@@ -36,7 +36,7 @@ def print_report(config: Config, workdir: Workdir, model: Path) -> None:
     logger.info("Evaluate it:     python -m grpo_jax.evaluate --model=%s --data=%s", model, data)
     if config.arithmetic.num_train:
         logger.info(
-            "Next, on a GPU:  pip install -e '.[gpu]', then train a real model on GSM8K:\n"
+            "Next, on a GPU:  pip install -e '.[gpu,vllm]', then train a real model on GSM8K:\n"
             "                 python -m grpo_jax.data.gsm8k --local_dir=data/gsm8k\n"
             "                 hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir models/Qwen2.5-0.5B-Instruct\n"
             "                 python -m grpo_jax.train --config=configs/gsm8k.py "

@@ -14,13 +14,8 @@ logger = logging.getLogger("grpo_jax")
 # May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
 FREE_SECTIONS = ("eval", "checkpoint", "logging")
 FREE_KEYS = {"trainer.flat_reward_steps", "reward.num_workers", "reward.timeout_s"}
-FREE_KEYS |= {
-    f"rollout.{key}"
-    for key in (
-        "batch_size", "placement", "num_replicas", "tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs",
-        "enforce_eager", "sleep", "python", "ray_address", "weight_sync", "bucket_mb", "probe_every",
-        "probe_threshold", "start_timeout_s", "timeout_s", "max_restarts", "api_port",
-    )
+COMPUTING_ROLLOUT_KEYS = {
+    "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
 }  # fmt: skip
 LENGTH_KEYS = {"trainer.total_epochs", "trainer.num_steps"}  # free too, unless the schedule depends on them
 
@@ -71,7 +66,9 @@ class Workdir:
             rule = f"holds a config.json that cannot be read ({error})"
             raise ConfigError("--workdir", str(self.path), rule) from None
         for key, (old, new) in _differences(held, config.to_dict()).items():
-            is_free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
+            section, name = key.split(".")
+            is_free = section in FREE_SECTIONS or key in FREE_KEYS
+            is_free |= section == "rollout" and name not in COMPUTING_ROLLOUT_KEYS
             if is_free or (key in LENGTH_KEYS and config.optim.schedule == "constant"):
                 continue
             raise ConfigError(

@@ -175,6 +175,8 @@ def test_what_is_below_its_bound_is_refused(key):
     assert str(bound) in error.rule
 
 
+CORRECTED = {"algorithm.rollout_is": "token"}  # samples with old weights are allowed
+
 RULES = [  # changes, the key that is named, part of the rule
     ({"algorithm.group_size": 1}, "algorithm.group_size", "at least 2"),
     ({"algorithm.clip_low": 1.0}, "algorithm.clip_low", "below 1"),
@@ -183,6 +185,30 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"optim.beta1": 1.0}, "optim.beta1", "below 1"),
     ({"optim.beta2": 1.0}, "optim.beta2", "below 1"),
     ({"rollout.top_p": 1.01}, "rollout.top_p", "at most 1"),
+    ({"rollout.gpu_memory_utilization": 1.0}, "rollout.gpu_memory_utilization", "below 1"),
+    ({"rollout.api_port": 2**16}, "rollout.api_port", "below 65536"),
+    (
+        CORRECTED | {"rollout.max_lag": 1, "rollout.engine": "local"},
+        "rollout.max_lag",
+        "0 with rollout.engine=local",
+    ),
+    (
+        {"rollout.max_lag": 1},
+        "rollout.max_lag",
+        "algorithm.rollout_is=token or algorithm.old_logprobs=sampler",
+    ),
+    ({"rollout.update_weights": "during"}, "rollout.update_weights", "rollout.max_lag above 0"),
+    (CORRECTED | {"rollout.max_lag": 1, "rollout.sleep": True}, "rollout.sleep", "rollout.max_lag=0"),
+    (
+        {"rollout.weight_sync": "ipc", "rollout.placement": "separate"},
+        "rollout.weight_sync",
+        "rollout.placement=colocated",
+    ),
+    ({"rollout.weight_sync": "nccl"}, "rollout.weight_sync", "rollout.placement=separate"),
+    ({"rollout.engine_args": ("seed=1", "max_num_seqs")}, "rollout.engine_args", "NAME=VALUE"),
+    ({"rollout.engine_args": ("--max-num-seqs=3",)}, "rollout.engine_args", "NAME=VALUE"),
+    ({"rollout.engine_args": ("max-num-seqs=3",)}, "rollout.engine_args", "NAME=VALUE"),
+    ({"rollout.engine_args": ("=3",)}, "rollout.engine_args", "NAME=VALUE"),
     ({"arithmetic.direct_share": 1.5}, "arithmetic.direct_share", "from 0 to 1"),
     ({"arithmetic.direct_share": -0.5}, "arithmetic.direct_share", "from 0 to 1"),
     ({"arithmetic.difficulty": 5}, "arithmetic.difficulty", "from 1 to 4"),
@@ -231,6 +257,16 @@ def test_a_broken_rule_names_key_value_and_rule(changes, key, rule):
         {"algorithm.dual_clip": 0.0},
         {"algorithm.group_size": 2, "actor.num_minibatches": 512},
         {"rollout.top_p": 1.0, "rollout.top_k": 0},
+        {"rollout.gpu_memory_utilization": 0.99, "rollout.api_port": 2**16 - 1, "rollout.probe_every": 0},
+        CORRECTED | {"rollout.max_lag": 3, "rollout.update_weights": "during"},
+        {"algorithm.old_logprobs": "sampler", "rollout.max_lag": 1},
+        CORRECTED | {"rollout.max_lag": 0, "rollout.engine": "local"},
+        CORRECTED | {"rollout.max_lag": 0, "rollout.sleep": True},
+        {"rollout.weight_sync": "ipc", "rollout.placement": "colocated"},
+        {"rollout.weight_sync": "nccl", "rollout.placement": "separate"},
+        {"rollout.weight_sync": "host", "rollout.placement": "separate"},
+        {"rollout.engine_args": ("max_num_seqs=3", "quantization=", "hf_overrides={'a': 1}")},
+        {"rollout.max_restarts": 0, "rollout.bucket_mb": 1, "rollout.probe_threshold": 1e-9},
         {"eval.num_samples": 8, "eval.temperature": 1.0},
         {"algorithm.kl_in": "reward"},
         {"algorithm.kl_in": "reward", "algorithm.old_logprobs": "sampler"},

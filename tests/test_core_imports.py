@@ -23,7 +23,20 @@ CORE_MODULES = (
     "grpo_jax.model.attention",
     "grpo_jax.model.logprobs",
     "grpo_jax.model.sharding",
+    "grpo_jax.weight_sync.naming",
 )
+ENGINE_MODULES = (
+    "grpo_jax.rollout",
+    "grpo_jax.rollout.base",
+    "grpo_jax.rollout.vllm_server",
+    "grpo_jax.weight_sync",
+    "grpo_jax.weight_sync.wire",
+    "grpo_jax.weight_sync.ipc",
+    "grpo_jax.weight_sync.host",
+    "grpo_jax.weight_sync.nccl",
+    "grpo_jax.weight_sync.cuda",
+)
+"""Of both ends of a push: an engine's environment need not have JAX, nor the trainer's PyTorch."""
 
 
 def exists(module):
@@ -37,18 +50,32 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_the_core_imports_no_shell_package():
-    modules = [module for module in CORE_MODULES if exists(module)]
+def run_without(packages, modules):
     # Importing is made to fail, as where the packages are absent: sys.modules alone would let pass a module
     # that imports one of them if it can.
     code = f"""
 import importlib, sys
-for package in {SHELL_PACKAGES!r}:
+for package in {packages!r}:
     sys.modules[package] = None
 for module in {modules!r}:
     importlib.import_module(module)
 """
-    result = run(code)
+    return run(code)
+
+
+def test_the_core_imports_no_shell_package():
+    modules = [module for module in CORE_MODULES if exists(module)]
+    result = run_without(SHELL_PACKAGES, modules)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "packages",
+    [("jax", "jaxlib", "flax", "ml_dtypes", "optax", "transformers", "ml_collections"), SHELL_PACKAGES],
+    ids=["an engine's environment", "a trainer's environment"],
+)
+def test_the_ends_of_a_push_need_nothing_of_each_other(packages):
+    result = run_without(packages, ENGINE_MODULES)
     assert result.returncode == 0, result.stderr
 
 

@@ -58,5 +58,5 @@ class RolloutsAhead:
         self._next_step += 1
 
     def state(self) -> dict[str, Any]:
-        """Where the prompt iterator stood after the batch that was taken last: batches ahead are asked for again."""
+        """Where the prompt iterator stood after the batch that was taken last; those ahead are asked for again."""
         return dict(self._state)

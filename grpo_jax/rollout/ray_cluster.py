@@ -27,15 +27,19 @@ ENVIRONMENT = {
 }
 """Set for the engines unless the trainer's environment sets them."""
 
+LESS_MEMORY = "lower rollout.gpu_memory_utilization"
+MORE_MEMORY = "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"
+OTHER_ENGINE = "this GPU is not supported by the installed vLLM; choose rollout.engine=local"
 START_REMEDIES = (
-    ("less than desired GPU memory utilization", "lower rollout.gpu_memory_utilization, or stop what else uses the GPU"),
-    ("No available memory for the cache blocks", "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"),
-    ("larger than the available KV cache memory", "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"),
-    ("out of memory", "lower rollout.gpu_memory_utilization, rollout.max_num_seqs or XLA_PYTHON_CLIENT_MEM_FRACTION"),
-    ("no kernel image is available", "this GPU is not supported by the installed vLLM; choose rollout.engine=local"),
-    ("compute capability", "this GPU is not supported by the installed vLLM; choose rollout.engine=local"),
+    ("less than desired GPU memory utilization", LESS_MEMORY + ", or stop what else uses the GPU"),
+    ("No available memory for the cache blocks", MORE_MEMORY),
+    ("larger than the available KV cache memory", MORE_MEMORY),
+    ("out of memory", LESS_MEMORY + ", rollout.max_num_seqs or XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    ("no kernel image is available", OTHER_ENGINE),
+    ("compute capability", OTHER_ENGINE),
     ("address already in use", "choose another rollout.api_port"),
     ("unexpected keyword argument", "a name in rollout.engine_args is not one of vLLM's engine arguments"),
+    ("multiple values for keyword argument", "rollout.engine_args names an argument that grpo_jax sets itself"),
     ("No module named", "install what is missing in the engine's environment (rollout.python)"),
 )  # fmt: skip
 """(part of what vLLM says when it cannot start, what to do about it)"""
@@ -44,7 +48,7 @@ START_REMEDIES = (
 EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*")
 
 
-UNTELLING = (" above", "EngineDeadError", "ray.")
+UNTELLING = re.compile(r"\b(trace|cause|log)\b.* above|\(above\)|EngineDeadError|^ray\.|Ray(Task|Actor)Error")
 
 
 class TimedOut(RuntimeError):
@@ -58,11 +62,17 @@ def dead_errors() -> tuple[type[Exception], ...]:
     return (ray.exceptions.RayError, TimedOut)
 
 
+def is_dead(error: Exception) -> bool:
+    """True where an error says that vLLM's own process is gone, and not that a call of it was wrong."""
+    return "EngineDead" in str(error)
+
+
 class Cluster:
     """Ray, and a place in it for each replica."""
 
-    def __init__(self, section: RolloutSection, *, uses_gpus: bool):
-        self._section, self._is_ours, self._links = section, False, None
+    def __init__(self, section: RolloutSection, *, num_replicas: int, uses_gpus: bool):
+        self._section, self._num_replicas, self._is_ours = section, num_replicas, False
+        self._links: tempfile.TemporaryDirectory | None = None
         self._gpus = section.tensor_parallel_size if uses_gpus else 0
         self._connect()
         import ray
@@ -82,10 +92,9 @@ class Cluster:
         options: dict[str, Any] = {}
         if not address:
             # The trainer's process takes no part in Ray's accounts: all GPUs are the engines'.
-            replicas = self._section.num_replicas
-            options = {"num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False}
+            options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
             if self._gpus:
-                options["num_gpus"] = self._gpus * replicas
+                options["num_gpus"] = self._gpus * self._num_replicas
         try:
             with _visible_gpus(self._section if self._gpus and not address else None):
                 ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -102,13 +111,12 @@ class Cluster:
         import ray
         from ray.util.placement_group import placement_group
 
-        section = self._section
         bundle = {"CPU": 1.0} | ({"GPU": float(self._gpus)} if self._gpus else {})
-        group = placement_group([bundle] * section.num_replicas, strategy="PACK")
+        group = placement_group([bundle] * self._num_replicas, strategy="PACK")
         if not group.wait(30):
             have = ray.cluster_resources()
             raise EngineError(
-                f"Ray has no place for {section.num_replicas} engine(s) of {bundle} each: the cluster has "
+                f"Ray has no place for {self._num_replicas} engine(s) of {bundle} each: the cluster has "
                 f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower rollout.num_replicas or "
                 "rollout.tensor_parallel_size, or end other jobs of this cluster"
             )
@@ -142,7 +150,7 @@ class Cluster:
             self._links = tempfile.TemporaryDirectory(prefix="grpo_jax-")
             (Path(self._links.name) / "grpo_jax").symlink_to(PACKAGE_ROOT / "grpo_jax")
         variables["PYTHONPATH"] = self._links.name
-        return {"env_vars": variables, "py_executable": self._section.python}
+        return {"env_vars": variables, "py_executable": str(Path(self._section.python).absolute())}
 
     def is_alive(self, actor: Any) -> bool:
         """False once the actor's process is gone."""
@@ -180,11 +188,6 @@ class Cluster:
             self._links.cleanup()
 
 
-def start(section: RolloutSection, *, uses_gpus: bool) -> Cluster:
-    """Starts Ray, or joins the cluster that `rollout.ray_address` names."""
-    return Cluster(section, uses_gpus=uses_gpus)
-
-
 @contextlib.contextmanager
 def _visible_gpus(section: RolloutSection | None) -> Any:
     """While Ray's processes start: the GPUs that are the engines' (`split_gpus`), and not those of the trainer."""
@@ -205,7 +208,7 @@ def _visible_gpus(section: RolloutSection | None) -> Any:
 
 @functools.cache
 def split_gpus(section: RolloutSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """For `rollout.placement`=separate on one host: the GPUs of the trainer, and those of the engines, the last ones.
+    """For `rollout.placement`=separate on one host: the GPUs of the trainer, and those of the engines.
 
     Remembers its first answer: afterwards CUDA_VISIBLE_DEVICES names the trainer's alone.
 
@@ -216,10 +219,11 @@ def split_gpus(section: RolloutSection) -> tuple[tuple[str, ...], tuple[str, ...
         devices = [name for name in visible.split(",") if name]
     else:
         devices = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    wanted = section.num_replicas * section.tensor_parallel_size
+    replicas = max(1, section.num_replicas)
+    wanted = replicas * section.tensor_parallel_size
     if devices and wanted >= len(devices):
         rule = (
-            f"{wanted} GPU(s) for engines (num_replicas={section.num_replicas} x tensor_parallel_size="
+            f"{wanted} GPU(s) for engines (num_replicas={replicas} x tensor_parallel_size="
             f"{section.tensor_parallel_size}) leave none of {len(devices)} for the trainer; choose colocated"
         )
         raise ConfigError("rollout.placement", "separate", rule)
@@ -240,18 +244,28 @@ def root_cause(error: Exception, pid: int) -> tuple[str, str]:
 
     vLLM's own processes write the reason down and then fail with "see above": it is looked up there.
     """
-    lines, log = [line for line in str(error).splitlines() if line.strip()], "that of the Ray worker, on its host"
+    said, log = str(error).splitlines(), "that of the Ray worker, on its host"
+    reason = next((line.strip() for line in reversed(said) if line.strip()), type(error).__name__)
     for _ in range(5):
-        written = []
-        for file in sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*")) if pid else ():
-            written += file.read_text(errors="replace").splitlines()[-5000:]
-            log = str(file)
-        reasons = [match.group() for line in written + lines if (match := EXCEPTION.search(line))]
-        telling = [text for text in reasons if not any(hint in text for hint in UNTELLING)]
-        if telling or not pid:
+        sources = [(text.read_text(errors="replace").splitlines()[-5000:], str(text)) for text in _logs(pid)]
+        log = sources[-1][1] if sources else log
+        found = [
+            (match.group(), where)
+            for lines, where in [(said, log), *sources]
+            for line in lines
+            if (match := EXCEPTION.search(line))
+        ]
+        telling = [(text, where) for text, where in found if not UNTELLING.search(text)]
+        if telling or not sources:
             break
         time.sleep(0.5)  # what a process wrote as it ended may not be in its log yet
-    return [*lines[-1:], *reasons[-1:], *telling[-1:]][-1].strip()[:400], log
+    reason, log = [(reason, log), *found[:1], *telling[-1:]][-1]
+    return reason[:400], log
+
+
+def _logs(pid: int) -> list[Path]:
+    """The files into which Ray sends what process `pid`, and those that it started, print."""
+    return sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*")) if pid else []
 
 
 def _first_line(error: Exception) -> str:

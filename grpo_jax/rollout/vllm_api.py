@@ -1,6 +1,7 @@
-"""The live policy behind vLLM's OpenAI-compatible server, on loopback: to talk to the model while it is trained."""
+"""The live policy behind vLLM's OpenAI-compatible server, on loopback: to talk to a model in training."""
 
 import asyncio
+import importlib
 from typing import Any
 
 MODEL_NAME = "policy"
@@ -15,11 +16,14 @@ async def serve(llm: Any, model: str, port: int, ready: asyncio.Event) -> None:
     """
     import uvicorn
     from vllm.entrypoints.openai.api_server import build_app, init_app_state
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    try:
+        cli_args = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+    except ImportError:  # vLLM 0.25
+        cli_args = importlib.import_module("vllm.entrypoints.openai.cli_args")
     flags = ["--model", model, "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    args = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)

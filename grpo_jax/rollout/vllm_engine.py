@@ -5,6 +5,7 @@ that fits (`weight_sync`), and an engine that dies or falls silent is started an
 asked again what it still owed.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.config import RolloutSection
+from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout import ray_cluster
 from grpo_jax.rollout.base import EngineError, SamplingParams
@@ -66,6 +67,7 @@ class VllmEngine:
         self._section, self._mesh, self._tokenizer = section, mesh, tokenizer
         self._stop_token_ids = stop_token_ids
         self._on_gpu = not installation.is_cpu
+        self._transport = choose_transport(section, trainer=jax.default_backend(), engine_on_gpu=self._on_gpu)
         self._plan = make_push_plan(folder.config, folder.config.dtype, section.bucket_mb * 2**20)
         self._options = engine_options(section, folder, max_model_len)
         self._params: Params = None
@@ -73,8 +75,9 @@ class VllmEngine:
         self._sender: Any = None
         self._asleep = False
         self._pending: list[_Pending] = []
-        self._cluster = ray_cluster.start(section, uses_gpus=self._on_gpu)
-        self._replicas = [_Replica(number) for number in range(section.num_replicas)]
+        count = num_replicas(section, mesh, on_gpu=self._on_gpu)
+        self._cluster = ray_cluster.Cluster(section, num_replicas=count, uses_gpus=self._on_gpu)
+        self._replicas = [_Replica(number) for number in range(count)]
         logger.info(
             "Starting %d vLLM engine(s), version %s, while the trainer loads",
             len(self._replicas),
@@ -108,14 +111,21 @@ class VllmEngine:
         return generate.remote(requests, sampling, self._stop_token_ids)
 
     def lives(self, replica: int) -> int:
+        """How many actors the replica has had: answers of an earlier one are not to be waited for."""
         return self._replicas[replica].lives
+
+    def bury(self, replica: int) -> None:
+        """Makes sure that an engine that failed is dead; the next push starts it anew."""
+        self._cluster.kill(self._replicas[replica].actor)
 
     def to_group(self, prompt: Prompt, answer: dict[str, Any]) -> RolloutGroup:
         """Decodes an answer of `EngineActor.generate`.
 
-        Raises: EngineError: it was cut off, or weights changed while it was sampled and that is not allowed.
+        Raises: EngineError: it was aborted, or weights changed while it was sampled and that is not allowed.
         """
         first, last = answer["versions"]
+        if "abort" in answer["finish_reasons"]:
+            raise EngineError(f"prompt {prompt.prompt_id} was aborted within the engine")
         if first != last and self._section.update_weights != "during":
             raise EngineError(
                 f"prompt {prompt.prompt_id} was sampled with weights of versions {first} to {last}"
@@ -139,37 +149,35 @@ class VllmEngine:
             WeightSyncError: the weights did not arrive as they were sent.
             EngineError: an engine cannot be started (again).
         """
-        self._params, self._version = params, version
         if self._section.update_weights != "during":
             for pending in self._pending:
-                pending.collect()
+                pending.collect(
+                    revive=False
+                )  # the old weights may be gone: engines are revived with the new ones
+        self._params, self._version = params, version
         self._ensure_started()
-        if self._asleep:
-            self._get([r.actor.wake_up.remote() for r in self._replicas], "wake_up")
-            self._asleep = False
+        self._push_until_taken()
+        for pending in self._pending:
+            pending.ask_again()
+
+    def _push_until_taken(self) -> None:
+        """Wakes the engines and pushes; engines that are dead, or die, are started anew."""
         while True:
             try:
+                if self._asleep:
+                    self._get([r.actor.wake_up.remote() for r in self._replicas], "wake_up")
                 self._push()
+                self._asleep = False
                 return
             except ray_cluster.dead_errors() as error:
                 self._restart_dead(error)
 
     def _push(self) -> None:
         """Sends the present weights to every replica and compares checksums."""
-        import ray
-
         sender, timeout_s = self._open_sender(), self._section.timeout_s
         self._get([r.actor.prepare_relay.remote() for r in self._replicas if not r.is_local], "prepare_relay")
         sender.reset()
         calls = [r.actor.push.remote(self._version, timeout_s) for r in self._replicas]
-        end = time.monotonic() + timeout_s
-
-        def check() -> None:
-            done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-            ray.get(done)  # raises what an engine raised
-            if time.monotonic() > end:
-                raise ray_cluster.TimedOut(f"an engine did not take the weights within {timeout_s:g} s")
-
         blocks: list[jax.Array] = []
 
         def flats() -> Any:
@@ -179,7 +187,7 @@ class VllmEngine:
                 yield flat
                 del flat  # before the next one is made
 
-        sender.send(flats(), check)
+        sender.send(flats(), self._watch(calls, "did not take the weights"))
         layout = self._plan.layout
         sent = [
             piece_checksums(np.asarray(sums), pieces)
@@ -190,12 +198,27 @@ class VllmEngine:
             for checksums in workers:
                 compare_checksums(layout, sent, checksums)
 
+    def _watch(self, calls: Sequence[Any], failure: str) -> Callable[[], None]:
+        """A check for waits that depend on remote calls: raises what one of them raised, and when time is over."""
+        import ray
+
+        end = time.monotonic() + self._section.timeout_s
+
+        def check() -> None:
+            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+            ray.get(done)
+            if time.monotonic() > end:
+                raise ray_cluster.TimedOut(f"an engine {failure} within {self._section.timeout_s:g} s")
+
+        return check
+
     def _open_sender(self) -> Any:
         """The trainer's end of the transport; opened anew when an engine was replaced."""
+        import ray
+
         if self._sender is not None:
             return self._sender
-        section, layout = self._section, self._plan.layout
-        transport = choose_transport(section, trainer=jax.default_backend(), engine_on_gpu=self._on_gpu)
+        section, layout, transport = self._section, self._plan.layout, self._transport
         workers = section.tensor_parallel_size
         local = [r for r in self._replicas if r.is_local]
         relays = [
@@ -213,8 +236,16 @@ class VllmEngine:
             link = None if is_relayed else sender.link(next(readers))
             calls.append(replica.actor.connect.remote(transport, link, layout.to_dict()))
         if transport == "nccl":
-            sender.connect()
-        self._get(calls, "connect")
+            sender.connect(self._watch(calls, "did not join the trainer's group"))
+        try:
+            self._get(calls, "connect")
+        except ray.exceptions.RayTaskError as error:
+            if ray_cluster.is_dead(error):
+                raise
+            # It would fail the same way each time.
+            raise EngineError(
+                f"engine cannot take the weights: {ray_cluster.root_cause(error, 0)[0]}"
+            ) from error
         logger.info(
             "weights go to the engine(s) by %s, %d buckets of at most %d MiB",
             transport, len(layout.buckets), -(-layout.bucket_bytes // 2**20),
@@ -245,7 +276,7 @@ class VllmEngine:
                 if now - last > PROGRESS_S:
                     last = now
                     logger.info(
-                        "  engine %d is still starting, %.0f s (a first start compiles; later ones find it cached)",
+                        "  engine %d is still starting, %.0f s (the first start compiles; later ones do not)",
                         replica.number, now - begin,
                     )  # fmt: skip
             try:
@@ -288,12 +319,7 @@ class VllmEngine:
     def revive(self, numbers: Sequence[int], error: Exception) -> None:
         """`restart`, and a push, so that the replicas can answer again."""
         self.restart(numbers, error)
-        while True:
-            try:
-                self._push()
-                return
-            except ray_cluster.dead_errors() as again:
-                self._restart_dead(again)
+        self._push_until_taken()
 
     def _restart_dead(self, error: Exception) -> None:
         numbers = [r.number for r in self._replicas if not self._cluster.is_alive(r.actor)]
@@ -303,7 +329,8 @@ class VllmEngine:
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; only where `rollout.sleep` asks for it."""
         if self._section.sleep and not self._asleep:
-            self._get([r.actor.sleep.remote() for r in self._replicas], "sleep")
+            with contextlib.suppress(*ray_cluster.dead_errors()):  # the next push will notice
+                self._get([r.actor.sleep.remote() for r in self._replicas], "sleep")
             self._asleep = True
 
     def close(self) -> None:
@@ -333,7 +360,7 @@ class VllmEngine:
         return [replica.pid for replica in self._replicas]
 
     @property
-    def num_replicas(self) -> int:
+    def num_engines(self) -> int:
         return len(self._replicas)
 
     @property
@@ -360,11 +387,11 @@ class _Pending:
             for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
         ]
         self._groups: dict[int, RolloutGroup] = {}
-        self._owed: dict[int, set[int]] = {n: set() for n in range(engine.num_replicas)}
+        self._owed: dict[int, set[int]] = {n: set() for n in range(engine.num_engines)}
         # Dealt out in the order of their lengths, so that every replica reads about the same number of tokens.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
         for place, i in enumerate(order):
-            self._owed[place % engine.num_replicas].add(i)
+            self._owed[place % engine.num_engines].add(i)
         self._streams: dict[int, Any] = {}
         self._lives: dict[int, int] = {}
         for replica in self._owed:
@@ -385,8 +412,14 @@ class _Pending:
         self._engine.forget(self)
         return [self._groups[i] for i in range(len(self._prompts))]
 
-    def collect(self) -> None:
-        """Waits for all groups."""
+    def ask_again(self) -> None:
+        """Asks for what replicas owe that were lost during `collect` without a revival."""
+        for replica, owed in self._owed.items():
+            if owed and replica not in self._streams:
+                self._ask(replica)
+
+    def collect(self, *, revive: bool = True) -> None:
+        """Waits for all groups; without `revive`, for those of the engines that live."""
         import ray
 
         size = self._sampling.num_samples
@@ -404,11 +437,11 @@ class _Pending:
                 ready, _ = ray.wait(list(self._streams.values()), timeout=WAIT_S)
                 for stream in ready:
                     replica = by_stream[id(stream)]
-                    bar.update(self._take(replica, stream) * size)
+                    bar.update(self._take(replica, stream, revive) * size)
                     heard[replica] = time.monotonic()
-                self._notice_silence(heard)
+                self._notice_silence(heard, revive)
 
-    def _take(self, replica: int, stream: Any) -> int:
+    def _take(self, replica: int, stream: Any, revive: bool) -> int:
         """Takes what a replica has ready: 1 group, or 0 at the end of its stream or its life."""
         import ray
 
@@ -418,23 +451,45 @@ class _Pending:
             del self._streams[replica]
             return 0
         except ray_cluster.dead_errors() as error:
-            self._revive(replica, error)
+            self._lost(replica, error, revive)
             return 0
         self._groups[number] = self._engine.to_group(self._prompts[number], answer)
         self._owed[replica].discard(number)
         return 1
 
-    def _notice_silence(self, heard: dict[int, float]) -> None:
+    def _notice_silence(self, heard: dict[int, float], revive: bool) -> None:
         now = time.monotonic()
         for replica in [r for r in self._streams if now - heard[r] > self._engine.timeout_s]:
             silence = f"no group finished for {self._engine.timeout_s:g} s (rollout.timeout_s)"
-            self._revive(replica, ray_cluster.TimedOut(silence))
+            self._lost(replica, ray_cluster.TimedOut(silence), revive)
             heard.update(dict.fromkeys(heard, time.monotonic()))
 
-    def _revive(self, replica: int, error: Exception) -> None:
+    def _lost(self, replica: int, error: Exception, revive: bool) -> None:
+        if not revive:
+            self._engine.bury(replica)
+            del self._streams[replica]
+            return
         if self._lives[replica] == self._engine.lives(replica):
             self._engine.revive([replica], error)
         self._ask(replica)
+
+
+def num_replicas(section: RolloutSection, mesh: Mesh, *, on_gpu: bool) -> int:
+    """`rollout.num_replicas`, or as many engines as the trainer's GPUs hold.
+
+    Raises: ConfigError: the trainer's GPUs, which the engines are to share, are fewer.
+    """
+    if section.placement == "separate" or not on_gpu:
+        return max(1, section.num_replicas)
+    gpus, size = mesh.devices.size, section.tensor_parallel_size
+    wanted = max(1, section.num_replicas) * size
+    if wanted > gpus and not section.ray_address:
+        key = "rollout.num_replicas" if section.num_replicas else "rollout.tensor_parallel_size"
+        value = section.num_replicas or size
+        raise ConfigError(
+            key, value, f"asks for {wanted} GPUs (tensor_parallel_size={size}); the trainer has {gpus}"
+        )
+    return section.num_replicas or gpus // size
 
 
 def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
@@ -454,11 +509,13 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "seed": 0,
     }
     if section.tensor_parallel_size > 1:
-        options["distributed_executor_backend"] = "mp"  # workers beside the actor, and not actors of their own
+        options["distributed_executor_backend"] = (
+            "mp"  # workers beside the actor, and not actors of their own
+        )
     for argument in section.engine_args:
         name, _, value = argument.partition("=")
         try:
             options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             options[name] = value  # a bare word
     return options

@@ -25,7 +25,7 @@ EXTENSION = "grpo_jax.weight_sync.receiver.WorkerExtension"
 class EngineActor:
     """One vLLM engine. All methods are asynchronous: a push may overtake running rollouts."""
 
-    async def __init__(self) -> None:
+    def __init__(self) -> None:
         self._llm: Any = None
         self._version = -1
         self._ids = itertools.count()
@@ -47,7 +47,7 @@ class EngineActor:
         scheduler = "AsyncRunScheduler"
         if current_platform.is_cpu():
             scheduler = "RunScheduler"
-            # A seeded sample whose prompt was read in parts ends vLLM on a CPU: "CPU Generator does not use offset".
+            # A seeded sample whose prompt is read in parts ends vLLM here: "CPU Generator does not use offset".
             length = options["max_model_len"]
             options = {
                 "enable_chunked_prefill": False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo_jax.config import ConfigError
 from grpo_jax.weight_sync.wire import Layout, WeightSyncError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
     """The transport that `rollout.weight_sync` names, or the one that fits.
 
     Args:   trainer: JAX's name of the trainer's back end.
-    Raises: WeightSyncError: the named one cannot work here.
+    Raises: ConfigError: the named one cannot work here.
     """
     if section.weight_sync == "host":
         return "host"
@@ -52,10 +53,8 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
             return "host"
         return "ipc" if section.placement == "colocated" else "nccl"
     if not on_gpus:
-        raise WeightSyncError(
-            f"rollout.weight_sync={section.weight_sync} needs trainer and engine on NVIDIA GPUs; "
-            "choose rollout.weight_sync=host or auto"
-        )
+        rule = f"needs trainer ({trainer}) and engine on NVIDIA GPUs; choose host or auto"
+        raise ConfigError("rollout.weight_sync", section.weight_sync, rule)
     return section.weight_sync
 
 

@@ -36,12 +36,18 @@ class HostSender:
             self._mailbox.reset()
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        on_host = (np.asarray(flat).view(np.uint8) for flat in buckets)
+        on_host = self._to_host(buckets)
         if not self._relays:
             assert self._mailbox is not None
             self._mailbox.send(self._put, on_host, check)
             return
         self._send_everywhere(on_host, check)
+
+    def _to_host(self, buckets: Iterator[Any]) -> Iterator[np.ndarray]:
+        for flat in buckets:
+            bucket = np.asarray(flat).view(np.uint8)
+            del flat  # before the next one is made
+            yield bucket
 
     def _put(self, number: int, bucket: np.ndarray) -> None:
         assert self._mailbox is not None

@@ -69,7 +69,8 @@ def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPl
         dtype: of the engine's weights.
         bucket_bytes: the most that one bucket may take; a tensor that is larger and cannot be cut travels alone.
     """
-    shapes = {spec.name: _whole_shape(config, spec) for spec in tensor_specs(config)}
+    params = abstract_params(config)[0]
+    shapes = {spec.name: _whole_shape(params, spec) for spec in tensor_specs(config)}
     itemsize = np.dtype(dtype).itemsize
     size = lambda spec: _padded_bytes(math.prod(shapes[spec.name]) * itemsize)
     stacked = [spec for spec in tensor_specs(config) if spec.is_stacked]
@@ -145,8 +146,8 @@ def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -
     return leaf.reshape(shape[::-1]).T if spec.num_inputs else leaf.reshape(shape)
 
 
-def _whole_shape(config: ModelConfig, spec: TensorSpec) -> tuple[int, ...]:
-    shape = functools.reduce(lambda tree, key: tree[key], spec.path, abstract_params(config)[0]).shape
+def _whole_shape(params: Params, spec: TensorSpec) -> tuple[int, ...]:
+    shape = functools.reduce(lambda tree, key: tree[key], spec.path, params).shape
     return stored_shape(spec, shape[1:] if spec.is_stacked else shape)
 
 

@@ -1,10 +1,11 @@
 """Both ends of the transport to engines on other GPUs: NCCL broadcasts, from the trainer's first device.
 
-A bucket is broadcast while the next one is packed; a receiver loads bucket k while k + 1 arrives in the other of
-its two buffers. NCCL is called through ctypes, with the library that JAX's or PyTorch's wheels bring along, so
-that the trainer needs no PyTorch. Both ends must find the same major version of NCCL.
+A receiver loads bucket k while bucket k + 1 is packed and arrives in the other of its two buffers. NCCL is called
+through ctypes, with the library that JAX's or PyTorch's wheels bring along, so that the trainer needs no PyTorch.
+Both ends must find the same major version of NCCL.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import importlib.util
@@ -92,9 +93,21 @@ class NcclSender:
         """What the workers of a replica need to join."""
         return {"uid": self._uid, "size": self._size, "first_rank": 1 + first_reader}
 
-    def connect(self) -> None:
-        """Joins; returns when all workers have, which must be doing so at the same time."""
-        self._communicator = Communicator(self._uid, 0, self._size, self._device.local_hardware_id)
+    def connect(self, check: Callable[[], None]) -> None:
+        """Joins; returns when all workers have, which must be doing so at the same time.
+
+        Args: check: called meanwhile; raises where waiting has no more sense.
+        """
+        ordinal = self._device.local_hardware_id
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            joining = pool.submit(Communicator, self._uid, 0, self._size, ordinal)
+            try:
+                while not concurrent.futures.wait([joining], timeout=0.2).done:
+                    check()
+            except BaseException:
+                pool.shutdown(wait=False)  # NCCL cannot be told to give up; its thread ends with the process
+                raise
+            self._communicator = joining.result()
 
     def reset(self) -> None:
         """Broadcasts keep no count: nothing to do."""
@@ -106,7 +119,8 @@ class NcclSender:
             flat.block_until_ready()
             (data,) = (shard.data for shard in flat.addressable_shards if shard.device == self._device)
             self._communicator.broadcast(data.unsafe_buffer_pointer(), data.nbytes)
-            self._communicator.synchronize(check)  # the next bucket is being packed meanwhile
+            self._communicator.synchronize(check)
+            del flat, data  # before the next one is made
 
     def close(self) -> None:
         if self._communicator is not None:

@@ -74,7 +74,9 @@ class _CopyRecorder(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.copy_.default and args[1].device.type == "meta":
             target, source = args[0], args[1]
-            name = self._names[source.untyped_storage()._cdata]
+            name = self._names.get(source.untyped_storage()._cdata)
+            if name is None:
+                raise WeightSyncError("the engine computes with weights while it loads them: not supported")
             source = source.expand(target.shape)
             copy = Copy(target, source.storage_offset(), tuple(source.size()), source.stride())
             self.plan[name].append(copy)
@@ -161,7 +163,8 @@ class PushReceiver(WeightTransferEngine):
     update_info_cls = UpdateInfo
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Records the load plan and opens the worker's end of the transport."""
+        """Records the load plan and opens the worker's end of the transport, in place of an earlier one."""
+        self.shutdown()
         self._layout = Layout.from_dict(init_info.layout)
         plan = record_load_plan(self.model, self._layout)
         itemsize = np.dtype("float32").itemsize if self._layout.dtype == "float32" else 2
@@ -227,6 +230,7 @@ class PushReceiver(WeightTransferEngine):
         """Closes the worker's end of the transport."""
         if receiver := getattr(self, "_receiver", None):
             receiver.close()
+            del self._receiver
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:

@@ -74,13 +74,11 @@ class Probe:
 
     def _suspect(self, params: Params, batch: TrainBatch, mask: np.ndarray) -> str:
         """The setting that explains the difference best."""
-        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            return "rollout.top_p or rollout.top_k cuts the engine's distribution, and the trainer has the whole one"
         first = np.zeros_like(mask)
         first[np.arange(len(mask)), mask.argmax(axis=1)] = True
         difference = np.abs(self.score(params, batch) - np.asarray(batch.sampler_logprobs))
         if difference[first].mean() <= self.threshold:
-            return "the first token of each completion agrees and later ones do not: a cache of the engine is stale"
+            return "first tokens of completions agree and later ones do not: a cache of the engine is stale"
         return (
             "model.dtype, rollout.engine_args (quantization, dtype, hf_overrides), rope or norm settings in "
             "config.json, or a version of vLLM that computes this model differently"
@@ -90,7 +88,9 @@ class Probe:
 def make_probe(
     prompts: Sequence[Prompt], sampling: SamplingParams, score: Any, *, threshold: float, pad_id: int
 ) -> Probe:
-    """A probe with the sampling of the rollouts, one short completion a prompt."""
-    tokens = min(PROBE_TOKENS, sampling.max_tokens)
-    sampling = dataclasses.replace(sampling, num_samples=1, max_tokens=tokens)
+    """A probe at the temperature of the rollouts, one short completion a prompt.
+
+    Without top-p and top-k: what they cut off is a difference that was asked for.
+    """
+    sampling = SamplingParams(1, sampling.temperature, min(PROBE_TOKENS, sampling.max_tokens))
     return Probe(tuple(prompts[:PROBE_PROMPTS]), sampling, score, threshold, pad_id)

@@ -19,7 +19,7 @@ BLOCK_BYTES = 4096
 """Tensors start on multiples of this, and each such block gets a checksum."""
 BLOCK_WORDS = BLOCK_BYTES // 4
 WORD_WEIGHTS = (2 * np.arange(BLOCK_WORDS) + 1).astype(np.uint32)
-"""Odd, hence invertible mod 2^32: no change of a single word goes unseen. All different: nor does an exchange."""
+"""Odd, hence invertible mod 2^32: no change of a single word goes unseen."""
 HEADER_BYTES = 4096
 SPINS = 2000  # one or two milliseconds
 POLL_S = 5e-5
@@ -100,7 +100,10 @@ class Mailbox:
         self.path, self._create = path, create
         self._size = HEADER_BYTES + num_slots * slot_bytes
         self._num_slots, self._slot_bytes = num_slots, slot_bytes
-        fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        except OSError as error:
+            raise WeightSyncError(f"{path}: shared memory cannot be used ({error.strerror})") from None
         try:
             if create:
                 os.posix_fallocate(
@@ -108,9 +111,10 @@ class Mailbox:
                 )  # a full /dev/shm is an error here, and not a crash later
             self._map = mmap.mmap(fd, self._size)
         except OSError as error:
-            os.unlink(path)
+            if create:
+                os.unlink(path)
             raise WeightSyncError(
-                f"/dev/shm has no room for {self._size / 2**20:.0f} MiB ({error.strerror}); lower rollout.bucket_mb"
+                f"/dev/shm has no room for {self._size >> 20} MiB ({error.strerror}); lower rollout.bucket_mb"
             ) from None
         finally:
             os.close(fd)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_jax import export
-from grpo_jax.config import MeshSection, RolloutSection
+from grpo_jax.config import MeshSection
 from grpo_jax.model.hf import inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
@@ -61,7 +61,7 @@ def test_it_works_when_the_original_model_is_gone(tmp_path, model_folder, whole_
     AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
-def test_transformers_generates_the_same_greedy_tokens(whole_run):
+def test_transformers_generates_the_same_greedy_tokens(whole_run, rollout_section):
     folder = whole_run[0] / "checkpoint-epoch-2"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -72,10 +72,8 @@ def test_transformers_generates_the_same_greedy_tokens(whole_run):
     ]
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
     inspected = inspect_folder(folder)
-    engine = make_engine(
-        RolloutSection("local", 1.0, 1.0, 0, 64, ()),
-        model=inspected.config, mesh=mesh, tokenizer=tokenizer, eos_token_ids=inspected.eos_token_ids,
-    )  # fmt: skip
+    section = rollout_section(engine="local", batch_size=64)
+    engine = make_engine(section, folder=inspected, mesh=mesh, tokenizer=tokenizer, max_model_len=100)
     engine.load_weights(load_params(inspected, inspected.config, mesh), version=0)
     groups = engine.generate(prompts, SamplingParams(1, 0.0, 8), seed=0)
     # In training the validation after the last step was greedy, by this engine, with these weights.

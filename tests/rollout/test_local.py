@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from transformers import (
 )
 
 from grpo_jax.batching import make_train_batch
-from grpo_jax.config import ActorSection, MeshSection, RolloutSection
-from grpo_jax.model.hf import inspect_folder, load_params
+from grpo_jax.config import ActorSection, MeshSection
+from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.rollout.local import LocalEngine, sample_completions, sample_token
@@ -275,13 +276,12 @@ def test_sampling_ends_when_all_rows_have_stopped(models):
     assert steps.tolist() == [t < max(lengths) for t in range(50)]
 
 
-def test_the_factory_gathers_every_stop_token(models, tokenizer):
-    section = RolloutSection(
-        engine="local", temperature=1.0, top_p=1.0, top_k=0, batch_size=8, stop_token_ids=(41, 7)
-    )
+def test_the_factory_gathers_every_stop_token(models, tokenizer, rollout_section):
+    section = rollout_section(engine="local", temperature=1.0, batch_size=8, stop_token_ids=(41, 7))
     model = models("qwen2")
     mesh = mesh_of(1, 1, 1)
-    engine = make_engine(section, model=model.config, mesh=mesh, tokenizer=tokenizer, eos_token_ids=(5, 7))
+    folder = ModelFolder(Path("unread"), model.config, {}, "F32", eos_token_ids=(5, 7))
+    engine = make_engine(section, folder=folder, mesh=mesh, tokenizer=tokenizer, max_model_len=70)
     assert isinstance(engine, LocalEngine)
     engine.load_weights(model.params(1, 1, 1), 3)
     assert tokenizer.eos_token_id == 2

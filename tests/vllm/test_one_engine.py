@@ -22,8 +22,6 @@ pytestmark = pytest.mark.vllm
 GREEDY = SamplingParams(num_samples=1, temperature=0.0, max_tokens=24)
 
 
-
-
 @pytest.fixture(scope="module")
 def engine(models):
     mesh = helpers.mesh_of(fsdp=2, tensor=1) if len(jax.devices()) > 1 else helpers.mesh_of()
@@ -132,5 +130,5 @@ def test_a_changed_weight_on_the_way_is_named(engine, monkeypatch):
 
 def test_a_prompt_that_is_too_long_ends_with_a_message(engine, monkeypatch):
     monkeypatch.setattr(engine, "_section", helpers.section(max_restarts=0))
-    with pytest.raises(EngineError, match="rollout.max_restarts"):
+    with pytest.raises(EngineError, match=r"rollout\.max_restarts"):
         engine.generate(helpers.prompts([600]), GREEDY, seed=0)

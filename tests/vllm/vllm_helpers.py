@@ -53,7 +53,7 @@ FAMILIES = {
 }
 STOP = 2
 TOLERANCE = 3e-2 if IS_GPU else 1e-3
-"""Of log-probabilities against transformers on the CPU in float32; vLLM multiplies with TF32 on a GPU (8e-3 seen)."""
+"""Of log-probabilities against transformers on a CPU in float32; on a GPU vLLM uses TF32 (8e-3 seen)."""
 
 
 def make_model(folder, family, seed=0):
@@ -109,7 +109,11 @@ def load(folder, mesh, dtype=np.float32):
 def engine_for(folder, mesh, *, max_model_len=512, **changes):
     inspected = inspect_folder(folder, dtype=np.dtype(np.float32), param_dtype=np.dtype(np.float32))
     return make_engine(
-        section(**changes), folder=inspected, mesh=mesh, tokenizer=NumberTokenizer(), max_model_len=max_model_len
+        section(**changes),
+        folder=inspected,
+        mesh=mesh,
+        tokenizer=NumberTokenizer(),
+        max_model_len=max_model_len,
     )
 
 
@@ -131,7 +135,9 @@ def prompts(lengths, seed=0):
 
 @functools.cache
 def _reference(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def reference(folder):
@@ -175,5 +181,3 @@ def save_as_folder(params, config, source, target):
 
     save_folder(target, params, config, files_from=source, dtype="F32")
     return target
-
-

@@ -1,6 +1,7 @@
 """The trainer's end of a push: what lies in the buckets is what transformers has, bit for bit."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -116,7 +117,7 @@ def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, buc
     for bucket in plan.buckets:
         ends = [(piece.offset, piece.offset + piece.num_bytes) for piece in bucket.pieces]
         assert all(start % BLOCK_BYTES == 0 for start, _ in ends)
-        assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
         assert bucket_size(bucket.pieces) <= bucket_bytes or len(bucket.pieces) == 1
     assert plan.layout.buckets == tuple(bucket.pieces for bucket in plan.buckets)
     assert plan.layout.bucket_bytes == max(bucket_size(bucket.pieces) for bucket in plan.buckets)
@@ -179,7 +180,9 @@ def test_more_layers_and_more_rows_need_no_more_programs(models, bucket_bytes):
     large = dataclasses.replace(small, num_layers=32, vocab_size=1264)
     programs = lambda config: {b.program for b in make_push_plan(config, np.float32, bucket_bytes).buckets}
     few, many = programs(small), programs(large)
-    assert len(many) <= len(few) <= 2 * 2 + LAYER_BLOCKS - 3 + 1  # heads, single tensors (3 of two blocks), norm
+    assert (
+        len(many) <= len(few) <= 2 * 2 + LAYER_BLOCKS - 3 + 1
+    )  # heads, single tensors (3 of two blocks), norm
 
 
 def test_buckets_that_share_a_program_are_compiled_once(models):

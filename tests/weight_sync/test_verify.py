@@ -1,6 +1,5 @@
 """What tells wrong weights from right ones: names of tensors, and a difference of log-probabilities."""
 
-import dataclasses
 import functools
 
 import jax
@@ -112,9 +111,12 @@ def test_the_same_parameters_pass(models, mesh, engine, probe):
         assert 0 <= probe()(engine, models("qwen3").params(1, 1, 1)) < THRESHOLD / 10
 
 
-def test_other_parameters_are_refused(models, mesh, engine, probe, score):
+def test_other_parameters_are_refused(models, mesh, engine, probe):
     params = jax.tree.map(lambda x: 1.05 * x, models("qwen3").params(1, 1, 1))
-    with jax.set_mesh(mesh), pytest.raises(WeightSyncError, match=r"rollout\.probe_threshold=0\.001") as caught:
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(WeightSyncError, match=r"rollout\.probe_threshold=0\.001") as caught,
+    ):
         probe()(engine, params)
     assert "on 48 tokens" in str(caught.value)  # 4 prompts, 12 tokens each: no EOS ends them
     assert "rollout.engine_args" in str(caught.value)
@@ -138,39 +140,50 @@ def shifted(by_token):
     return score
 
 
-def test_the_mean_is_taken_over_the_tokens_of_completions(engine, probe):
+@pytest.fixture(scope="module")
+def replay(engine):
+    """An engine that always says the same, whatever the sampling: nothing is compiled again."""
+
+    class Replay:
+        def __init__(self):
+            self.groups = []
+
+        def generate(self, prompts, sampling, *, seed):
+            self.groups = self.groups or engine.generate(prompts, sampling, seed=seed)
+            return self.groups
+
+    return Replay()
+
+
+def test_the_mean_is_taken_over_the_tokens_of_completions(replay, probe):
     # 0.0006 and 0 in turn: 0.0003 on average over 12 tokens, and much less over the padded rows.
-    assert probe(shifted(lambda n: 6e-4 * (n % 2)))(engine, None) == pytest.approx(3e-4, rel=1e-3)
-    assert probe(shifted(lambda n: 6e-4 * (-1) ** n))(engine, None) == pytest.approx(6e-4, rel=1e-3)  # no signs
+    assert probe(shifted(lambda n: 6e-4 * (n % 2)))(replay, None) == pytest.approx(3e-4, rel=1e-3)
+    assert probe(shifted(lambda n: 6e-4 * (-1) ** n))(replay, None) == pytest.approx(
+        6e-4, rel=1e-3
+    )  # no signs
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_difference_that_is_no_number_is_refused(engine, probe, value):
+def test_a_difference_that_is_no_number_is_refused(replay, probe, value):
     with pytest.raises(WeightSyncError, match="probe_threshold"):
-        probe(shifted(lambda n: np.where(n == 3, value, 0)))(engine, None)
+        probe(shifted(lambda n: np.where(n == 3, value, 0)))(replay, None)
 
 
 @pytest.mark.parametrize(
-    ("by_token", "sampling", "suspect"),
+    ("by_token", "suspect"),
     [
-        (lambda n: np.where(n == 0, 0.0, 0.1), {}, "a cache of the engine is stale"),
-        (lambda n: 0.1 + 0 * n, {}, "rollout.engine_args"),
-        (lambda n: 0.1 + 0 * n, {"top_p": 0.9}, "rollout.top_p or rollout.top_k"),
-        (lambda n: 0.1 + 0 * n, {"top_k": 5}, "rollout.top_p or rollout.top_k"),
+        (lambda n: np.where(n == 0, 0.0, 0.1), "a cache of the engine is stale"),
+        (lambda n: 0.1 + 0 * n, "rollout.engine_args"),
     ],
 )
-def test_the_suspect_is_named(engine, probe, by_token, sampling, suspect):
+def test_the_suspect_is_named(replay, probe, by_token, suspect):
     with pytest.raises(WeightSyncError) as caught:
-        probe(shifted(by_token), **sampling)(engine, None)
+        probe(shifted(by_token))(replay, None)
     assert suspect in str(caught.value)
     assert "0.1" in str(caught.value) or "0.09" in str(caught.value)  # the mean
 
 
 def test_the_probe_is_the_same_every_time(models, mesh, engine, probe):
     with jax.set_mesh(mesh):
-        first, second = (
-            engine.generate(p.prompts, p.sampling, seed=7) for p in (probe(), dataclasses.replace(probe()))
-        )
-        assert first == second
         params = models("qwen3").params(1, 1, 1)
         assert probe()(engine, params) == probe()(engine, params)

@@ -1,6 +1,7 @@
 """Layout, checksums and the mailbox: what trainer and engine have to agree on to the bit."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.weight_sync import wire
+from grpo_jax.weight_sync.naming import make_push_plan
 from grpo_jax.weight_sync.wire import (
     BLOCK_BYTES,
     BLOCK_WORDS,
@@ -108,7 +110,7 @@ def test_a_layout_travels_as_json():
 
 
 def test_a_real_layout_travels_as_json(models):
-    layout = models("qwen3").push(20_000)[0].layout
+    layout = make_push_plan(models("qwen3").config, np.float32, 20_000).layout
     again = Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
     assert again == layout and list(again.tensors) == list(layout.tensors)
 
@@ -146,7 +148,9 @@ def open_mailbox():
 
 
 def write(mailbox, buckets, check=None):
-    mailbox.send(lambda number, bucket: np.copyto(mailbox.slot(number), bucket), iter(buckets), check or patient())
+    mailbox.send(
+        lambda number, bucket: np.copyto(mailbox.slot(number), bucket), iter(buckets), check or patient()
+    )
 
 
 def read(address, reader, count):
@@ -261,25 +265,19 @@ def test_what_is_there_is_not_waited_for(open_mailbox):
 
 def test_a_bucket_is_let_go_before_the_next_one_is_made(open_mailbox):
     """Two at once would take twice the memory of a device."""
-    mailbox, alive = open_mailbox(1, 2), []
+    mailbox, ended = open_mailbox(1, 2), []
 
     class Bucket:
-        def __init__(self):
-            alive.append(self)
+        def __init__(self, number):
+            self.number = number
 
         def __del__(self):
             ended.append(self.number)
 
-    ended: list[int] = []
-
     def buckets():
         for number in range(3):
-            bucket = Bucket()
-            alive.clear()
-            bucket.number = number
             assert ended == list(range(number))
-            yield bucket
-            del bucket
+            yield Bucket(number)
 
     mailbox.send(lambda number, _: mailbox.release(0, number), buckets(), patient())
     assert ended == [0, 1, 2]
@@ -310,6 +308,27 @@ def test_memory_that_is_not_there_names_the_setting():
     assert not list(Path("/dev/shm").glob(f"grpo_jax-{os.getpid()}-*"))  # and leaves nothing behind
 
 
+def test_shared_memory_that_cannot_be_written_is_told(monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(wire.os, "open", refuse)
+    with pytest.raises(WeightSyncError, match=r"/dev/shm.*Permission denied"):
+        Mailbox.create(1, 2, SLOT_BYTES)
+
+
+def test_a_reader_that_cannot_map_it_leaves_the_writers_file(open_mailbox, monkeypatch):
+    mailbox = open_mailbox(1, 2)
+
+    def refuse(*args):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(wire.mmap, "mmap", refuse)
+    with pytest.raises((OSError, WeightSyncError)):
+        Mailbox(**mailbox.address, create=False)
+    assert Path(mailbox.path).exists()
+
+
 def test_a_deadline(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(wire, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
@@ -317,5 +336,5 @@ def test_a_deadline(monkeypatch):
     now[0] = 104.9
     check()
     now[0] = 105.1
-    with pytest.raises(WeightSyncError, match="^an engine did not answer within 5 s$"):
+    with pytest.raises(WeightSyncError, match=r"^an engine did not answer within 5 s$"):
         check()
