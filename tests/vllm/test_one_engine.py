@@ -1,6 +1,7 @@
 """One engine, whatever the family: agreement with the trainer, limits, faults."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -126,6 +127,46 @@ def test_a_changed_weight_on_the_way_is_named(engine, monkeypatch):
         engine.load_weights(engine.test_params, version=9)
     monkeypatch.undo()
     engine.load_weights(engine.test_params, version=10)
+
+
+def test_a_stale_prefix_cache_would_be_caught(engine, monkeypatch):
+    """An engine that does not reset its prefix cache after a push: the probe stops the run and says why."""
+    import sys
+
+    import ray
+
+    from grpo_jax.rollout import vllm_server
+    from grpo_jax.weight_sync.verify import Probe
+
+    class ForgetfulActor(vllm_server.EngineActor):
+        async def _reset_prefix_cache(self):
+            pass
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor cannot import this file
+    score = functools.partial(
+        score_rows,
+        make_score_step(engine.test_model, engine.test_mesh, temperature=1.0, chunk_tokens=1024),
+        actor=ActorSection(1, 1, 4, 0, 1024),
+        mesh=engine.test_mesh,
+    )
+    long = helpers.prompts([200, 260], seed=6)  # longer than a block of the cache
+    probe = Probe(long, SamplingParams(1, 1.0, 8), score, threshold=helpers.TOLERANCE, pad_id=0)
+    moved = helpers.perturbed(engine.test_params, seed=7)
+    engine.load_weights(engine.test_params, version=20)
+    probe(engine, engine.test_params)
+    engine.load_weights(moved, version=21)
+    probe(engine, moved)  # as it is, the engine forgets
+
+    monkeypatch.setattr(vllm_server, "EngineActor", ForgetfulActor)
+    os.kill(engine.pids()[0], signal.SIGKILL)
+    engine.load_weights(engine.test_params, version=22)
+    probe(engine, engine.test_params)
+    engine.load_weights(moved, version=23)
+    with pytest.raises(WeightSyncError, match="prefix cache holds values of older weights"):
+        probe(engine, moved)
+    monkeypatch.undo()
+    os.kill(engine.pids()[0], signal.SIGKILL)
+    engine.load_weights(engine.test_params, version=24)
 
 
 def test_a_prompt_that_is_too_long_ends_with_a_message(engine, monkeypatch):

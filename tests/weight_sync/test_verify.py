@@ -170,20 +170,18 @@ def test_a_difference_that_is_no_number_is_refused(replay, probe, value):
 
 
 @pytest.mark.parametrize(
-    ("by_token", "suspect"),
-    [
-        (lambda n: np.where(n == 0, 0.0, 0.1), "a cache of the engine is stale"),
-        (lambda n: 0.1 + 0 * n, "rollout.engine_args"),
-    ],
+    ("is_stale", "suspect"),
+    [(True, "prefix cache holds values of older weights"), (False, "rollout.engine_args")],
 )
-def test_the_suspect_is_named(replay, probe, by_token, suspect):
+def test_the_suspect_is_named(engine, probe, is_stale, suspect):
+    """A trainer that differs by 0.1 on prompts of 5 tokens, as they are probed, and perhaps on others too."""
+
+    def score(params, batch):
+        is_probe = np.asarray(batch.completion_mask)[0].argmax() == 5  # the column where completions begin
+        difference = 0.1 if is_probe or not is_stale else 0.0
+        return np.asarray(batch.sampler_logprobs) + difference
+
     with pytest.raises(WeightSyncError) as caught:
-        probe(shifted(by_token))(replay, None)
+        probe(score)(engine, None)
     assert suspect in str(caught.value)
-    assert "0.1" in str(caught.value) or "0.09" in str(caught.value)  # the mean
-
-
-def test_the_probe_is_the_same_every_time(models, mesh, engine, probe):
-    with jax.set_mesh(mesh):
-        params = models("qwen3").params(1, 1, 1)
-        assert probe()(engine, params) == probe()(engine, params)
+    assert "differ by 0.1 nats" in str(caught.value)
