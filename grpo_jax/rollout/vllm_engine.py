@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout import ray_cluster
 from grpo_jax.rollout.base import EngineError, SamplingParams
 from grpo_jax.rollout.vllm_check import find_vllm
+from grpo_jax.rollout.vllm_requests import PendingRollouts
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
 from grpo_jax.weight_sync import choose_transport, make_sender
 from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
@@ -31,7 +31,7 @@ from grpo_jax.weight_sync.wire import piece_checksums
 logger = logging.getLogger(__name__)
 
 WAIT_S = 0.5
-PROGRESS_S = 20.0
+PROGRESS_S = 20.0  # between two lines that say that an engine is still starting
 
 
 @dataclasses.dataclass
@@ -74,8 +74,8 @@ class VllmEngine:
         self._version = -1
         self._sender: Any = None
         self._asleep = False
-        self._pending: list[_Pending] = []
-        count = num_replicas(section, mesh, on_gpu=self._on_gpu)
+        self._pending: list[PendingRollouts] = []
+        count = num_replicas(section, mesh, share_gpus=self._on_gpu and jax.default_backend() == "gpu")
         self._cluster = ray_cluster.Cluster(section, num_replicas=count, uses_gpus=self._on_gpu)
         self._replicas = [_Replica(number) for number in range(count)]
         logger.info(
@@ -100,7 +100,7 @@ class VllmEngine:
         """See `RolloutEngine.submit`."""
         assert self._version >= 0, "load_weights comes before submit"
         assert not self._asleep, "load_weights wakes the engine, and comes before submit"
-        pending = _Pending(self, prompts, sampling, seed, progress)
+        pending = PendingRollouts(self, prompts, sampling, seed, progress)
         self._pending.append(pending)
         return pending.result
 
@@ -151,9 +151,8 @@ class VllmEngine:
         """
         if self._section.update_weights != "during":
             for pending in self._pending:
-                pending.collect(
-                    revive=False
-                )  # the old weights may be gone: engines are revived with the new ones
+                # The old weights may be gone: engines that die now are revived with the new ones.
+                pending.collect(revive=False)
         self._params, self._version = params, version
         self._ensure_started()
         self._push_until_taken()
@@ -352,7 +351,7 @@ class VllmEngine:
             limit = self._section.timeout_s
             raise ray_cluster.TimedOut(f"an engine did not answer {what} within {limit:g} s") from None
 
-    def forget(self, pending: "_Pending") -> None:
+    def forget(self, pending: PendingRollouts) -> None:
         self._pending.remove(pending)
 
     def pids(self) -> list[int]:
@@ -368,118 +367,13 @@ class VllmEngine:
         return self._section.timeout_s
 
 
-class _Pending:
-    """Rollouts that were asked for: what has come back, and what each replica still owes."""
-
-    def __init__(
-        self,
-        engine: VllmEngine,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        seed: int,
-        progress: str,
-    ):
-        self._engine, self._prompts, self._sampling, self._progress = engine, prompts, sampling, progress
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32)
-        # vLLM gives sample g the seed of its prompt plus g; 2^31 leaves room for any G.
-        self._requests = [
-            (i, list(prompt.token_ids), int(s) % 2**31)
-            for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        self._groups: dict[int, RolloutGroup] = {}
-        self._owed: dict[int, set[int]] = {n: set() for n in range(engine.num_engines)}
-        # Dealt out in the order of their lengths, so that every replica reads about the same number of tokens.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-        for place, i in enumerate(order):
-            self._owed[place % engine.num_engines].add(i)
-        self._streams: dict[int, Any] = {}
-        self._lives: dict[int, int] = {}
-        for replica in self._owed:
-            self._ask(replica)
-
-    def _ask(self, replica: int) -> None:
-        """Asks a replica for all that it owes."""
-        self._lives[replica] = self._engine.lives(replica)
-        requests = [self._requests[i] for i in sorted(self._owed[replica])]
-        if requests:
-            self._streams[replica] = self._engine.ask(replica, requests, self._sampling)
-        else:
-            self._streams.pop(replica, None)
-
-    def result(self) -> list[RolloutGroup]:
-        """Waits for all groups and returns them in the order of the prompts."""
-        self.collect()
-        self._engine.forget(self)
-        return [self._groups[i] for i in range(len(self._prompts))]
-
-    def ask_again(self) -> None:
-        """Asks for what replicas owe that were lost during `collect` without a revival."""
-        for replica, owed in self._owed.items():
-            if owed and replica not in self._streams:
-                self._ask(replica)
-
-    def collect(self, *, revive: bool = True) -> None:
-        """Waits for all groups; without `revive`, for those of the engines that live."""
-        import ray
-
-        size = self._sampling.num_samples
-        heard = dict.fromkeys(self._owed, time.monotonic())
-        with tqdm(
-            total=len(self._prompts) * size, initial=len(self._groups) * size, desc=self._progress,
-            unit="completion", leave=False, disable=None if self._progress else True,
-        ) as bar:  # fmt: skip
-            while self._streams:
-                for replica in list(self._streams):
-                    # It was replaced while another batch was waited for.
-                    if self._lives[replica] != self._engine.lives(replica):
-                        self._ask(replica)
-                by_stream = {id(stream): replica for replica, stream in self._streams.items()}
-                ready, _ = ray.wait(list(self._streams.values()), timeout=WAIT_S)
-                for stream in ready:
-                    replica = by_stream[id(stream)]
-                    bar.update(self._take(replica, stream, revive) * size)
-                    heard[replica] = time.monotonic()
-                self._notice_silence(heard, revive)
-
-    def _take(self, replica: int, stream: Any, revive: bool) -> int:
-        """Takes what a replica has ready: 1 group, or 0 at the end of its stream or its life."""
-        import ray
-
-        try:
-            number, answer = ray.get(next(stream))
-        except StopIteration:
-            del self._streams[replica]
-            return 0
-        except ray_cluster.dead_errors() as error:
-            self._lost(replica, error, revive)
-            return 0
-        self._groups[number] = self._engine.to_group(self._prompts[number], answer)
-        self._owed[replica].discard(number)
-        return 1
-
-    def _notice_silence(self, heard: dict[int, float], revive: bool) -> None:
-        now = time.monotonic()
-        for replica in [r for r in self._streams if now - heard[r] > self._engine.timeout_s]:
-            silence = f"no group finished for {self._engine.timeout_s:g} s (rollout.timeout_s)"
-            self._lost(replica, ray_cluster.TimedOut(silence), revive)
-            heard.update(dict.fromkeys(heard, time.monotonic()))
-
-    def _lost(self, replica: int, error: Exception, revive: bool) -> None:
-        if not revive:
-            self._engine.bury(replica)
-            del self._streams[replica]
-            return
-        if self._lives[replica] == self._engine.lives(replica):
-            self._engine.revive([replica], error)
-        self._ask(replica)
-
-
-def num_replicas(section: RolloutSection, mesh: Mesh, *, on_gpu: bool) -> int:
+def num_replicas(section: RolloutSection, mesh: Mesh, *, share_gpus: bool) -> int:
     """`rollout.num_replicas`, or as many engines as the trainer's GPUs hold.
 
+    Args:   share_gpus: trainer and engine both run on GPUs.
     Raises: ConfigError: the trainer's GPUs, which the engines are to share, are fewer.
     """
-    if section.placement == "separate" or not on_gpu:
+    if section.placement == "separate" or not share_gpus:
         return max(1, section.num_replicas)
     gpus, size = mesh.devices.size, section.tensor_parallel_size
     wanted = max(1, section.num_replicas) * size
@@ -489,7 +383,7 @@ def num_replicas(section: RolloutSection, mesh: Mesh, *, on_gpu: bool) -> int:
         raise ConfigError(
             key, value, f"asks for {wanted} GPUs (tensor_parallel_size={size}); the trainer has {gpus}"
         )
-    return section.num_replicas or gpus // size
+    return section.num_replicas or max(1, gpus // size)
 
 
 def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
@@ -509,9 +403,8 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "seed": 0,
     }
     if section.tensor_parallel_size > 1:
-        options["distributed_executor_backend"] = (
-            "mp"  # workers beside the actor, and not actors of their own
-        )
+        # Workers beside the actor, and not actors of their own.
+        options["distributed_executor_backend"] = "mp"
     for argument in section.engine_args:
         name, _, value = argument.partition("=")
         try:

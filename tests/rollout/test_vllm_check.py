@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -425,3 +426,46 @@ def test_engine_arguments_have_the_last_word(options):
     got = options(max_num_seqs=17, engine_args=("max_num_seqs=3", "dtype=float32", "seed=1", "seed=2"))
     assert (got["max_num_seqs"], got["dtype"], got["seed"]) == (3, "float32", 2)
     assert options(max_num_seqs=17)["max_num_seqs"] == 17
+
+
+# How many engines
+
+
+def mesh_of_size(size):
+    from grpo_jax.config import MeshSection
+    from grpo_jax.model.sharding import make_mesh
+
+    return make_mesh(MeshSection(1, size, 1), jax.devices()[:size])
+
+
+@pytest.mark.parametrize(
+    ("changes", "share_gpus", "expected"),
+    [
+        ({}, True, 8),  # one on each GPU
+        ({"tensor_parallel_size": 2}, True, 4),
+        ({"num_replicas": 3}, True, 3),
+        ({}, False, 1),  # no GPUs to share
+        ({"num_replicas": 3}, False, 3),
+        ({"placement": "separate"}, True, 1),
+        ({"placement": "separate", "num_replicas": 2}, True, 2),
+    ],
+)
+def test_the_number_of_engines(rollout_section, changes, share_gpus, expected):
+    from grpo_jax.rollout.vllm_engine import num_replicas
+
+    assert num_replicas(rollout_section(**changes), mesh_of_size(8), share_gpus=share_gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_replicas": 5, "tensor_parallel_size": 2}, "rollout.num_replicas"),
+        ({"tensor_parallel_size": 16}, "rollout.tensor_parallel_size"),
+    ],
+)
+def test_more_engines_than_gpus_are_refused(rollout_section, changes, key):
+    from grpo_jax.rollout.vllm_engine import num_replicas
+
+    with pytest.raises(ConfigError, match="the trainer has 8") as caught:
+        num_replicas(rollout_section(**changes), mesh_of_size(8), share_gpus=True)
+    assert caught.value.key == key

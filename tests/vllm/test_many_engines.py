@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import vllm_helpers as helpers
@@ -143,6 +144,28 @@ class TestWeightsThatChange:
                 assert 0 < switch < len(ids)
                 assert by_old[:switch].max() < helpers.TOLERANCE
                 assert by_new[switch:].max() < helpers.TOLERANCE
+
+
+def test_an_engine_lost_while_old_weights_are_gone(models, tmp_path):
+    """It dies with rollouts under way that new weights wait for: what it owed is sampled by the new ones."""
+    mesh = helpers.mesh_of()
+    _, params = helpers.load(models["qwen2-untied"], mesh)
+    new_params, new = moved(models, "qwen2-untied", mesh, tmp_path)
+    sampling = SamplingParams(num_samples=2, temperature=1.0, max_tokens=300)
+    engine = helpers.engine_for(models["qwen2-untied"], mesh, max_lag=1)
+    with contextlib.closing(engine):
+        engine.load_weights(params, version=1)
+        wait = engine.submit(helpers.prompts([30] * 24, seed=4), sampling, seed=9)
+        time.sleep(0.5)
+        os.kill(engine.pids()[0], signal.SIGKILL)
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()  # as the trainer's update would have donated them
+        engine.load_weights(new_params, version=2)
+        groups = wait()
+        assert len(groups) == 24 and all(len(g.completions) == 2 for g in groups)
+        assert groups[-1].completions[0].policy_version == 2
+        late = [g for g in groups if g.completions[0].policy_version == 2]
+        assert helpers.worst_difference(late, new) < helpers.TOLERANCE
 
 
 def test_the_policy_answers_on_a_port(models, tmp_path, own_process, tokenizer_folder):
