@@ -44,10 +44,7 @@ START_REMEDIES = (
 )  # fmt: skip
 """(part of what vLLM says when it cannot start, what to do about it)"""
 
-
 EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*")
-
-
 UNTELLING = re.compile(r"\b(trace|cause|log)\b.* above|\(above\)|EngineDeadError|^ray\.|Ray(Task|Actor)Error")
 
 

@@ -245,6 +245,7 @@ class VllmEngine:
             raise EngineError(
                 f"engine cannot take the weights: {ray_cluster.root_cause(error, 0)[0]}"
             ) from error
+        sender.connected()
         logger.info(
             "weights go to the engine(s) by %s, %d buckets of at most %d MiB",
             transport, len(layout.buckets), -(-layout.bucket_bytes // 2**20),

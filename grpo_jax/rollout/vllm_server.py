@@ -88,11 +88,15 @@ class EngineActor:
             from grpo_jax.weight_sync.host import NUM_SLOTS
             from grpo_jax.weight_sync.wire import Layout
 
+            if self._mailbox is not None:
+                self._mailbox.close()
             workers = self._llm.vllm_config.parallel_config.world_size
             self._mailbox = Mailbox.create(workers, NUM_SLOTS, Layout.from_dict(layout).bucket_bytes)
             link = {"mailbox": self._mailbox.address, "first_reader": 0}
         info = {"transport": transport, "link": link, "layout": layout}
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        if self._mailbox is not None:
+            self._mailbox.unlink()
 
     async def relay(self, number: int, bucket: np.ndarray, timeout_s: float) -> None:
         """Puts a bucket from another host into this host's mailbox."""

@@ -26,6 +26,9 @@ class Sender(Protocol):
     def link(self, first_reader: int) -> dict[str, Any]:
         """What the workers of a replica, numbered from `first_reader` on, need to open their end."""
 
+    def connected(self) -> None:
+        """All workers have opened their end."""
+
     def reset(self) -> None:
         """Before each push, and before the workers are told of it."""
 

@@ -31,7 +31,13 @@ class HostSender:
         assert self._mailbox is not None
         return {"mailbox": self._mailbox.address, "first_reader": first_reader}
 
+    def connected(self) -> None:
+        """All workers have opened their end."""
+        if self._mailbox is not None:
+            self._mailbox.unlink()
+
     def reset(self) -> None:
+        """Before each push, and before the workers are told of it."""
         if self._mailbox is not None:
             self._mailbox.reset()
 

@@ -34,6 +34,10 @@ class IpcSender:
             "slot_bytes": self._slot_bytes,
         }
 
+    def connected(self) -> None:
+        """All workers have opened their end."""
+        self._mailbox.unlink()
+
     def reset(self) -> None:
         """Before each push, and before the workers are told of it."""
         self._mailbox.reset()

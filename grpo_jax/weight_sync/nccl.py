@@ -109,6 +109,9 @@ class NcclSender:
                 raise
             self._communicator = joining.result()
 
+    def connected(self) -> None:
+        """All workers have joined: nothing to do."""
+
     def reset(self) -> None:
         """Broadcasts keep no count: nothing to do."""
 

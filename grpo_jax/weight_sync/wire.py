@@ -173,13 +173,17 @@ class Mailbox:
             number += 1
         self.wait_writable(number - 1 + self._num_slots, check)
 
+    def unlink(self) -> None:
+        """Removes the file once all have it open: nothing is left behind, however the processes end."""
+        if self._create:
+            Path(self.path).unlink(missing_ok=True)
+
     def close(self) -> None:
         """The creator's removes the file; views that are still held keep their memory."""
         self._counts = np.zeros(1, np.int64)
         with contextlib.suppress(BufferError):
             self._map.close()
-        if self._create:
-            Path(self.path).unlink(missing_ok=True)
+        self.unlink()
 
 
 def deadline_check(seconds: float, what: str) -> Callable[[], None]:

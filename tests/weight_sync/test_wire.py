@@ -338,3 +338,17 @@ def test_a_deadline(monkeypatch):
     now[0] = 105.1
     with pytest.raises(WeightSyncError, match=r"^an engine did not answer within 5 s$"):
         check()
+
+
+def test_the_file_can_go_once_all_have_it_open():
+    """As after connecting: a process that is killed leaves nothing in shared memory."""
+    writer = Mailbox.create(1, 2, 4096)
+    reader = Mailbox(**writer.address, create=False)
+    writer.unlink()
+    assert not os.path.exists(writer.path)
+    writer.slot(0)[:] = 7
+    writer.publish(0)
+    reader.wait_readable(0, deadline_check(5, "nothing came"))
+    assert reader.slot(0).tolist() == [7] * 4096
+    reader.close()
+    writer.close()
