@@ -341,6 +341,12 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
 
 LOGGERS = ("console", "tensorboard")
 
+OWN_ENGINE_ARGS = (
+    "load_format", "generation_config", "logprobs_mode", "disable_log_stats", "skip_tokenizer_init",
+    "scheduler_cls", "worker_extension_cls", "weight_transfer_config",
+)  # fmt: skip
+"""vLLM engine arguments that `rollout/vllm_server.py` needs to be what it sets them to."""
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns " (did you mean X?)" for the name of `names` that is most like `name`, or ""."""
@@ -537,6 +543,8 @@ def _check_rollout(config: Config) -> None:
             raise ConfigError(
                 "rollout.engine_args", argument, "must be like 'NAME=VALUE', a vLLM engine argument"
             )
+        if name in OWN_ENGINE_ARGS:
+            raise ConfigError("rollout.engine_args", argument, f"{name} is set by grpo_jax itself")
 
 
 def _check_mesh(mesh: MeshSection) -> None:

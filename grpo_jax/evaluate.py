@@ -202,8 +202,11 @@ def _run(args: Any) -> None:
     from grpo_jax.prompts import encode_prompts, load_tokenizer
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import EngineError, check_engine, make_engine
+    from grpo_jax.workdir import start_logging
 
     section = _rollout_section(args)
+    if section.engine == "vllm":
+        start_logging()  # it takes a minute or two to start, and says so
     check_engine(section)
     share_gpus(section)
     rows = read_rows([args.data], "--data")

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.prepare import make_model, read_inputs, set_determinism, share_gpus
 from grpo_jax.rewards import make_reward
-from grpo_jax.rollout import check_engine, eval_sampling
+from grpo_jax.rollout import check_devices, check_engine, eval_sampling
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
 from grpo_jax.stages import Stages, build_stages, derive_seed, give_weights, start_engine
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
@@ -145,12 +146,15 @@ def train(config: Config, path: Path) -> None:
     workdir = Workdir(path)
     workdir.check(config)
     start_logging()
+    # Until the steps begin, where both wait for the end of a step, SIGTERM is Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
     share_gpus(config.rollout)
     with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
+        check_devices(config.rollout, mesh)
         workdir.open(config)
         timers = Timers()
         checkpointer = Checkpointer(workdir.checkpoints, config.checkpoint.max_to_keep)

@@ -208,6 +208,7 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"rollout.engine_args": ("seed=1", "max_num_seqs")}, "rollout.engine_args", "NAME=VALUE"),
     ({"rollout.engine_args": ("--max-num-seqs=3",)}, "rollout.engine_args", "NAME=VALUE"),
     ({"rollout.engine_args": ("max-num-seqs=3",)}, "rollout.engine_args", "NAME=VALUE"),
+    ({"rollout.engine_args": ("load_format=auto",)}, "rollout.engine_args", "set by grpo_jax itself"),
     ({"rollout.engine_args": ("=3",)}, "rollout.engine_args", "NAME=VALUE"),
     ({"arithmetic.direct_share": 1.5}, "arithmetic.direct_share", "from 0 to 1"),
     ({"arithmetic.direct_share": -0.5}, "arithmetic.direct_share", "from 0 to 1"),

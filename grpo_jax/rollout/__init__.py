@@ -20,6 +20,7 @@ __all__ = [
     "EngineError",
     "RolloutEngine",
     "SamplingParams",
+    "check_devices",
     "check_engine",
     "eval_sampling",
     "make_engine",
@@ -36,6 +37,17 @@ def check_engine(section: RolloutSection) -> None:
         from grpo_jax.rollout.vllm_check import find_vllm
 
         find_vllm(section)
+
+
+def check_devices(section: RolloutSection, mesh: Mesh) -> None:
+    """Checks, before anything is computed, that the engine fits the trainer's devices.
+
+    Raises: ConfigError: weights cannot travel as asked for, or more GPUs are asked for than there are.
+    """
+    if section.engine == "vllm":
+        from grpo_jax.rollout.vllm_engine import plan_engines
+
+        plan_engines(section, mesh)
 
 
 def make_engine(

@@ -5,8 +5,11 @@ import functools
 import logging
 import os
 import re
+import signal
 import tempfile
+import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +96,7 @@ class Cluster:
             if self._gpus:
                 options["num_gpus"] = self._gpus * self._num_replicas
         try:
-            with _visible_gpus(self._section if self._gpus and not address else None):
+            with _visible_gpus(self._section if self._gpus and not address else None), _own_signals():
                 ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
             rule = (
@@ -186,6 +189,22 @@ class Cluster:
 
 
 @contextlib.contextmanager
+def _own_signals() -> Any:
+    """Keeps SIGTERM as it was: Ray would take it over, and dump stacks. And hides JAX's warning of its fork.
+
+    The warning is about children that go on as Python; Ray's start other programs at once.
+    """
+    old = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+            yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
 def _visible_gpus(section: RolloutSection | None) -> Any:
     """While Ray's processes start: the GPUs that are the engines' (`split_gpus`), and not those of the trainer."""
     is_split = section is not None and section.placement == "separate"
@@ -257,7 +276,7 @@ def root_cause(error: Exception, pid: int) -> tuple[str, str]:
             break
         time.sleep(0.5)  # what a process wrote as it ended may not be in its log yet
     reason, log = [(reason, log), *found[:1], *telling[-1:]][-1]
-    return reason[:400], log
+    return reason.removeprefix("grpo_jax.rollout.base.EngineError: ")[:400], log
 
 
 def _logs(pid: int) -> list[Path]:

@@ -50,12 +50,14 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
     found = _ask(section.python or sys.executable)
     where = f"the environment of {section.python}" if section.python else "this environment"
     if found["vllm"] is None:
-        rule = (
-            f"vLLM is not installed in {where}; install it (pip install -e '.[vllm]'), name another environment's "
-            f"interpreter in rollout.python, or {LOCAL_REMEDY}"
+        here = (
+            "install it (pip install -e '.[vllm]'), name another environment's interpreter in rollout.python"
         )
-        raise ConfigError(key, value, rule)
+        remedy = "install it there" if section.python else here
+        raise ConfigError(key, value, f"vLLM is not installed in {where}; {remedy}, or {LOCAL_REMEDY}")
     ours = _ask(sys.executable)
+    if ours["ray"] is None:
+        raise ConfigError("rollout.engine", "vllm", "Ray is not installed in the trainer's environment")
     if found["ray"] != ours["ray"] or _minor(found["python"]) != _minor(ours["python"]):
         rule = (
             f"has Ray {found['ray']} and Python {found['python']}, the trainer Ray {ours['ray']} and Python "
@@ -73,6 +75,7 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
             " and ".join(TESTED),
         )
     check_port(section.api_port)
+    check_ray_address(section.ray_address)
     return VllmInstallation(found["vllm"], found["is_cpu"] or "cpu" in found["vllm"])
 
 
@@ -87,6 +90,18 @@ def check_port(port: int) -> None:
         except OSError as error:
             rule = f"cannot be used ({error.strerror}); choose another port, or 0 for none"
             raise ConfigError("rollout.api_port", port, rule) from None
+
+
+def check_ray_address(address: str) -> None:
+    """Raises: ConfigError: nothing listens at HOST:PORT. "" and "auto" are not looked at."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        rule = f"no Ray cluster answers there ({error.strerror or error}); '' starts one"
+        raise ConfigError("rollout.ray_address", address, rule) from None
 
 
 @functools.cache

@@ -63,11 +63,9 @@ class VllmEngine:
         stop_token_ids: tuple[int, ...],
         max_model_len: int,
     ):
-        installation = find_vllm(section)
         self._section, self._mesh, self._tokenizer = section, mesh, tokenizer
         self._stop_token_ids = stop_token_ids
-        self._on_gpu = not installation.is_cpu
-        self._transport = choose_transport(section, trainer=jax.default_backend(), engine_on_gpu=self._on_gpu)
+        self._transport, count = plan_engines(section, mesh)
         self._plan = make_push_plan(folder.config, folder.config.dtype, section.bucket_mb * 2**20)
         self._options = engine_options(section, folder, max_model_len)
         self._params: Params = None
@@ -75,8 +73,8 @@ class VllmEngine:
         self._sender: Any = None
         self._asleep = False
         self._pending: list[PendingRollouts] = []
-        count = num_replicas(section, mesh, share_gpus=self._on_gpu and jax.default_backend() == "gpu")
-        self._cluster = ray_cluster.Cluster(section, num_replicas=count, uses_gpus=self._on_gpu)
+        installation = find_vllm(section)
+        self._cluster = ray_cluster.Cluster(section, num_replicas=count, uses_gpus=not installation.is_cpu)
         self._replicas = [_Replica(number) for number in range(count)]
         logger.info(
             "Starting %d vLLM engine(s), version %s, while the trainer loads",
@@ -276,7 +274,7 @@ class VllmEngine:
                 if now - last > PROGRESS_S:
                     last = now
                     logger.info(
-                        "  engine %d is still starting, %.0f s (the first start compiles; later ones do not)",
+                        "  engine %d is still starting, %.0f s (one or two minutes are usual, more at first)",
                         replica.number, now - begin,
                     )  # fmt: skip
             try:
@@ -366,6 +364,16 @@ class VllmEngine:
     @property
     def timeout_s(self) -> float:
         return self._section.timeout_s
+
+
+def plan_engines(section: RolloutSection, mesh: Mesh) -> tuple[str, int]:
+    """Transport and number of the engines on the devices that there are.
+
+    Raises: ConfigError: see `choose_transport` and `num_replicas`.
+    """
+    trainer, engine_on_gpu = jax.default_backend(), not find_vllm(section).is_cpu
+    transport = choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu)
+    return transport, num_replicas(section, mesh, share_gpus=engine_on_gpu and trainer == "gpu")
 
 
 def num_replicas(section: RolloutSection, mesh: Mesh, *, share_gpus: bool) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rollout.base import SamplingParams
+from grpo_jax.rollout.base import EngineError, SamplingParams
 from grpo_jax.weight_sync.wire import Mailbox, deadline_check
 
 Request = tuple[int, list[int], int]
@@ -36,8 +36,17 @@ class EngineActor:
     async def start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
         """Starts vLLM. The weights are random until the first push.
 
-        Args: options: fields of vLLM's `AsyncEngineArgs`.
+        Args:   options: fields of vLLM's `AsyncEngineArgs`.
+        Raises: EngineError: whatever vLLM said, on one line; its own exceptions cannot all be sent to the trainer.
         """
+        try:
+            return await self._start(options, api_port)
+        except Exception as error:
+            # What pydantic says goes on with a dump of its input.
+            said = " ".join(str(error).split()).partition(" [type=")[0]
+            raise EngineError(f"{type(error).__name__}: {said}") from None
+
+    async def _start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
         import vllm
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig

@@ -469,3 +469,14 @@ def test_more_engines_than_gpus_are_refused(rollout_section, changes, key):
     with pytest.raises(ConfigError, match="the trainer has 8") as caught:
         num_replicas(rollout_section(**changes), mesh_of_size(8), share_gpus=True)
     assert caught.value.key == key
+
+
+def test_a_ray_cluster_that_does_not_answer_is_refused(rollout_section):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound, and not listening: connections are refused
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="no Ray cluster answers") as caught:
+            vllm_check.check_ray_address(address)
+    assert (caught.value.key, caught.value.value) == ("rollout.ray_address", address)
+    vllm_check.check_ray_address("")
+    vllm_check.check_ray_address("auto")
