@@ -76,6 +76,12 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
         )
     check_port(section.api_port)
     check_ray_address(section.ray_address)
+    return installed_vllm(section)
+
+
+def installed_vllm(section: RolloutSection) -> VllmInstallation:
+    """What `find_vllm` has found good before, without its checks and warnings."""
+    found = _ask(section.python or sys.executable)
     return VllmInstallation(found["vllm"], found["is_cpu"] or "cpu" in found["vllm"])
 
 

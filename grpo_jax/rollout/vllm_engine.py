@@ -20,8 +20,8 @@ from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout import ray_cluster
 from grpo_jax.rollout.base import EngineError, SamplingParams
-from grpo_jax.rollout.vllm_check import find_vllm
-from grpo_jax.rollout.vllm_requests import PendingRollouts
+from grpo_jax.rollout.vllm_check import installed_vllm
+from grpo_jax.rollout.vllm_requests import WAIT_S, PendingRollouts
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
 from grpo_jax.weight_sync import choose_transport, make_sender
 from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
@@ -30,7 +30,6 @@ from grpo_jax.weight_sync.wire import piece_checksums
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 0.5
 PROGRESS_S = 20.0  # between two lines that say that an engine is still starting
 
 
@@ -73,7 +72,7 @@ class VllmEngine:
         self._sender: Any = None
         self._asleep = False
         self._pending: list[PendingRollouts] = []
-        installation = find_vllm(section)
+        installation = installed_vllm(section)
         self._cluster = ray_cluster.Cluster(section, num_replicas=count, uses_gpus=not installation.is_cpu)
         self._replicas = [_Replica(number) for number in range(count)]
         logger.info(
@@ -371,7 +370,7 @@ def plan_engines(section: RolloutSection, mesh: Mesh) -> tuple[str, int]:
 
     Raises: ConfigError: see `choose_transport` and `num_replicas`.
     """
-    trainer, engine_on_gpu = jax.default_backend(), not find_vllm(section).is_cpu
+    trainer, engine_on_gpu = jax.default_backend(), not installed_vllm(section).is_cpu
     transport = choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu)
     return transport, num_replicas(section, mesh, share_gpus=engine_on_gpu and trainer == "gpu")
 

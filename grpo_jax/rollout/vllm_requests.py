@@ -14,7 +14,7 @@ from grpo_jax.types import Prompt, RolloutGroup
 if TYPE_CHECKING:
     from grpo_jax.rollout.vllm_engine import VllmEngine
 
-WAIT_S = 0.5
+WAIT_S = 0.5  # for one look at what has come back
 
 
 class PendingRollouts:

@@ -167,12 +167,12 @@ class PushReceiver(WeightTransferEngine):
         self.shutdown()
         self._layout = Layout.from_dict(init_info.layout)
         plan = record_load_plan(self.model, self._layout)
-        itemsize = np.dtype("float32").itemsize if self._layout.dtype == "float32" else 2
+        self._dtype = getattr(torch, self._layout.dtype)
         self._copies = [
             [
                 copy
                 for piece in pieces
-                for copy in place_copies(plan, piece, self._layout.tensors[piece.name], itemsize)
+                for copy in place_copies(plan, piece, self._layout.tensors[piece.name], self._dtype.itemsize)
             ]
             for pieces in self._layout.buckets
         ]
@@ -211,7 +211,7 @@ class PushReceiver(WeightTransferEngine):
 
     def _pairs(self, number: int, bucket: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The views of the parameters and of the bucket that belong together."""
-        typed = bucket.view(getattr(torch, self._layout.dtype))
+        typed = bucket.view(self._dtype)
         start, copies = typed.storage_offset(), self._copies[number]
         views = [typed.as_strided(copy.size, copy.stride, start + copy.offset) for copy in copies]
         return [copy.target for copy in copies], views
