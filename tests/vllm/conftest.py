@@ -10,6 +10,8 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
+# JAX takes three quarters of a GPU otherwise, before an engine asks for its share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.3")
 
 
 @pytest.fixture(scope="session", autouse=True)
