@@ -23,8 +23,9 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 path="models/Qwen2.5-7B-Instruct",  # Hugging Face folder, or "random": made from random_model
                 dtype="bfloat16",  # of the computation: float32, bfloat16
                 param_dtype="float32",  # of the stored policy parameters and gradients: float32, bfloat16
-                remat="full",  # recomputed in the backward pass: none, dots (all but matmuls), full (layer)
+                remat="dots",  # recomputed in the backward pass: none, dots (all but matmuls), attention, full
                 scan_layers=True,  # True: one compiled layer, quick to compile; False: unrolled
+                attention="auto",  # cudnn (NVIDIA, bfloat16), splash (TPU), plain (any); auto: what the device has
             ),
             random_model=dict(  # read when model.path is "random": a Qwen2-shaped model, its own tokenizer
                 vocab_size=512,  # tokens, >= 260 (the bytes and the special tokens)
@@ -80,11 +81,12 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 beta2=0.999,  # [0, 1)
                 weight_decay=0.01,  # >= 0
                 max_grad_norm=1.0,  # global norm, > 0
+                accumulator_dtype="float32",  # of the gradients summed over micro-batches: float32, bfloat16
             ),
             actor=dict(
                 num_minibatches=1,  # updates a pass over the batch; divides P * G
                 num_epochs=1,  # passes over the batch
-                micro_batch_size_per_device=4,  # completions in memory at once on one data shard, >= 1
+                micro_batch_size_per_device=4,  # completions of full length at once on one data shard, >= 1
                 micro_batch_tokens_per_device=0,  # tokens instead; 0: the key above counts
                 logits_chunk_tokens=1024,  # tokens a device projects to the vocabulary at once, >= 1
             ),
@@ -155,6 +157,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 num_steps=0,  # stop after so many steps; 0: after total_epochs
                 seed=0,  # >= 0
                 deterministic=True,  # same bits every time on a GPU too; False: faster there, last bits may differ
+                compile_cache="~/.cache/grpo_jax/xla",  # folder of compiled programs, for the next start; "": none
                 max_nonfinite_updates=3,  # skipped in a row before the run stops, >= 1
                 flat_reward_steps=5,  # steps without any spread of rewards before the loud warning, >= 1
             ),

@@ -1,16 +1,19 @@
-"""Completions to arrays: packing, mini-batches, padding, and the sizes of micro-batches. Host side.
+"""Completions to arrays: rows, mini-batches, packing, and the sizes of micro-batches. Host side.
 
 Rollouts enter, `TrainBatch`es of numpy arrays leave; moving them to devices is the caller's. In order:
 
-    make_train_batch -> add_advantages -> split_minibatches -> pad_rows -> the update
+    make_train_batch -> add_advantages -> split_minibatches -> add_loss_weights -> pack -> the update
 
-A row holds one completion: prompt, completion, padding on the right. The mask comes from lengths and never
-from token ids, so that an EOS which doubles as the padding token is trained.
+Up to `pack`, a row holds one completion: prompt, completion, padding on the right. Packed rows all have the
+same length, hold as many of those as fit, one after the other, and are dealt out to micro-batches of one shape:
+a run compiles its steps once, whatever lengths the policy comes to. The mask comes from lengths and never from
+token ids, so that an EOS which doubles as the padding token is trained.
 
 No batch size is refused for the number of devices: what does not divide is filled with rows of padding,
-which weigh nothing in any loss or metric. `batch_table` says how many.
+which weigh nothing in any loss or metric.
 """
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -20,6 +23,8 @@ import jax
 import numpy as np
 
 from grpo_jax.config import ActorSection, Config
+from grpo_jax.losses import loss_weights
+from grpo_jax.model.fused_attention import max_sequences
 from grpo_jax.types import RolloutGroup, TrainBatch
 
 
@@ -138,9 +143,9 @@ def split_minibatches(
     """Deals the rows of a batch out to mini-batches of equal size, one update each.
 
     Args:
-        batch: B rows, B divisible by `num_minibatches` (a rule of the configuration), not yet padded.
+        batch: B rows, B divisible by `num_minibatches` (a rule of the configuration).
         num_minibatches: 1 keeps the order of the rows; with more they are permuted.
-        seed: of the permutation; several integers, such as (seed, step, epoch), make one.
+        seed: of the permutation; several integers, such as (seed, step), make one.
     """
     num_rows = len(batch.tokens)
     if num_rows % num_minibatches:
@@ -154,12 +159,85 @@ def split_minibatches(
     ]
 
 
-def pad_rows(batch: TrainBatch, multiple: int) -> TrainBatch:
-    """Appends rows of padding (every field 0) until `multiple` divides the number of rows."""
-    missing = -len(batch.tokens) % multiple
-    if not missing:
-        return batch
-    return jax.tree.map(lambda field: np.pad(np.asarray(field), ((0, missing), (0, 0))), batch)
+def add_loss_weights(batch: TrainBatch, mode: str, norm: float) -> TrainBatch:
+    """Puts the weight of each token in the loss of this mini-batch beside it; see `losses.loss_weights`."""
+    weights: Any = np.asarray(loss_weights(batch.completion_mask, mode, norm))
+    return dataclasses.replace(batch, loss_weights=weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the rows of an unpacked batch [B, T] went. All fields are [B] int."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    """First column there."""
+    lengths: np.ndarray
+    """Tokens, without padding."""
+    numbers: np.ndarray
+    """Which sequence of its packed row it is, counted from 1."""
+
+    def pack(self, field: np.ndarray, num_rows: int, length: int) -> np.ndarray:
+        """[B, T] to [num_rows, length], 0 where nothing was put."""
+        mask, where = self._index(field.shape[1])
+        packed = np.zeros((num_rows, length), field.dtype)
+        packed[where] = field[mask]
+        return packed
+
+    def unpack(self, packed: np.ndarray, columns: int) -> np.ndarray:
+        """[num_rows, length] to [B, columns], 0 in the padding: undoes `pack`."""
+        mask, where = self._index(columns)
+        field = np.zeros(mask.shape, packed.dtype)
+        field[mask] = packed[where]
+        return field
+
+    def _index(self, columns: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Which elements of [B, columns] are tokens, and (row, column) of each of them where they are packed."""
+        mask = np.arange(columns) < self.lengths[:, None]
+        sequence, column = np.nonzero(mask)
+        return mask, (self.rows[sequence], self.starts[sequence] + column)
+
+
+def find_places(lengths: np.ndarray, row_length: int) -> Places:
+    """Packs sequences into rows: longest first, each where it leaves the least room (best fit decreasing).
+
+    Args:
+        lengths: [B] tokens of each sequence.
+        row_length: tokens of a row, and the most that a sequence may have.
+    """
+    if lengths.max() > row_length:
+        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit a row of {row_length}")
+    rows, starts, numbers = (np.zeros(len(lengths), np.int64) for _ in range(3))
+    most = max_sequences(row_length)
+    num_rows = 0
+    open_rows: list[tuple[int, int, int]] = []  # (room, row, sequences in it), sorted
+    for i in np.argsort(-lengths, kind="stable"):
+        at = bisect.bisect_left(open_rows, (int(lengths[i]), -1, -1))
+        if at < len(open_rows):
+            room, row, count = open_rows.pop(at)
+        else:
+            room, row, count = row_length, num_rows, 0
+            num_rows += 1
+        rows[i], starts[i], numbers[i] = row, row_length - room, count + 1
+        room -= int(lengths[i])
+        if room and count + 1 < most:
+            bisect.insort(open_rows, (room, row, count + 1))
+    return Places(rows, starts, lengths, numbers)
+
+
+def pack(batch: TrainBatch, rows: int, length: int) -> tuple[list[TrainBatch], Places]:
+    """Packs a batch [B, T], one sequence a row, into micro-batches [rows, length].
+
+    Returns: the micro-batches, the last one filled up with rows of padding, and where each sequence went.
+    """
+    is_token = np.asarray(batch.segment_ids) > 0
+    places = find_places(is_token.sum(axis=1), length)
+    num_micro = -(-(int(places.rows.max()) + 1) // rows)
+    numbers: Any = np.where(is_token, places.numbers[:, None], 0).astype(np.int32)
+    batch = dataclasses.replace(batch, segment_ids=numbers)
+    packed = jax.tree.map(lambda field: places.pack(np.asarray(field), num_micro * rows, length), batch)
+    split = lambda i: jax.tree.map(lambda field: field[i * rows : (i + 1) * rows], packed)
+    return [split(i) for i in range(num_micro)], places
 
 
 def micro_batch_rows(actor: ActorSection, length: int) -> int:
@@ -169,37 +247,36 @@ def micro_batch_rows(actor: ActorSection, length: int) -> int:
     return actor.micro_batch_size_per_device
 
 
-def plan_micro_batches(
-    num_rows: int, length: int, actor: ActorSection, num_data_shards: int
-) -> tuple[int, int]:
-    """Spreads the rows of a mini-batch evenly over as few micro-batches as memory allows.
+def micro_batch_shape(config: Config, num_data_shards: int) -> tuple[int, int]:
+    """The one shape [R, T] of all micro-batches of a run.
 
-    Args:
-        num_rows: rows of the mini-batch.
-        length: T, tokens of a row.
-        actor: says how many rows fit.
-        num_data_shards: devices that split the batch: mesh.data * mesh.fsdp.
+    T holds the longest prompt with the longest completion. R is as large as memory allows, or a little less: so
+    that a mini-batch whose completions are all that long needs few rows of padding.
 
-    Returns:
-        The number of micro-batches M and the rows R of each on each data shard. The mini-batch has to be
-        padded to M * R * num_data_shards rows; R is often below the limit, so that fewer are needed.
+    Args: num_data_shards: devices that split the batch: mesh.data * mesh.fsdp.
     """
+    length = bucket_length(config.data.max_prompt_length + config.data.max_response_length)
+    sequences = config.completions_per_step // config.actor.num_minibatches
+    return plan_rows(sequences, length, config.actor, num_data_shards), length
+
+
+def plan_rows(num_rows: int, length: int, actor: ActorSection, num_data_shards: int) -> int:
+    """Spreads rows of `length` tokens evenly over as few micro-batches as memory allows: rows of each of them."""
     most = micro_batch_rows(actor, length) * num_data_shards
     num_micro_batches = -(-num_rows // most)
-    return num_micro_batches, -(-num_rows // (num_micro_batches * num_data_shards))
+    return -(-num_rows // (num_micro_batches * num_data_shards)) * num_data_shards
 
 
 def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -> list[tuple[str, str]]:
     """The batch sizes that follow from the configuration, to be printed at the start: (name, value) rows."""
     data, actor = config.data, config.actor
-    num_rows = config.completions_per_step // actor.num_minibatches
-    most_tokens = data.max_prompt_length + data.max_response_length
-    num_micro, rows = plan_micro_batches(num_rows, bucket_length(most_tokens), actor, num_data_shards)
-    padding = num_micro * rows * num_data_shards - num_rows
+    num_completions = config.completions_per_step // actor.num_minibatches
+    rows, length = micro_batch_shape(config, num_data_shards)
+    most = -(-num_completions // rows)
     num_steps = config.trainer.total_epochs * steps_per_epoch
     if config.trainer.num_steps:
         num_steps = min(num_steps, config.trainer.num_steps)
-    micro = f"{num_micro}, {rows} completions on each of {num_data_shards} data shards"
+    most_tokens = config.completions_per_step * (data.max_prompt_length + data.max_response_length)
     return [
         ("prompts per step", f"{data.train_batch_size:,}"),
         ("completions per step", f"{config.completions_per_step:,} ({config.algorithm.group_size} a prompt)"),
@@ -207,9 +284,13 @@ def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -
             "updates per step",
             f"{config.updates_per_step} (mini-batches: {actor.num_minibatches}, passes: {actor.num_epochs})",
         ),
-        ("completions per update", f"{num_rows:,}"),
-        ("micro-batches per update", micro + (f" (rows of padding: {padding})" if padding else "")),
-        ("tokens per step, at most", f"{config.completions_per_step * most_tokens:,}"),
+        ("completions per update", f"{num_completions:,}"),
+        (
+            "micro-batches per update",
+            f"at most {most}, of {rows // num_data_shards} packed rows of {length:,} tokens on each of "
+            f"{num_data_shards} data shards",
+        ),
+        ("tokens per step, at most", f"{most_tokens:,}"),
         ("steps per epoch", f"{steps_per_epoch:,}"),
         ("steps in all", f"{num_steps:,}"),
     ]

@@ -27,6 +27,7 @@ class ModelSection:
     param_dtype: str
     remat: str
     scan_layers: bool
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ class OptimSection:
     beta2: float
     weight_decay: float
     max_grad_norm: float
+    accumulator_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +186,7 @@ class TrainerSection:
     num_steps: int
     seed: int
     deterministic: bool
+    compile_cache: str
     max_nonfinite_updates: int
     flat_reward_steps: int
 
@@ -248,7 +251,8 @@ class Config:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "attention", "full"),
+    "model.attention": ("auto", "cudnn", "splash", "plain"),
     "data.overlong_prompts": ("filter", "truncate"),
     "algorithm.adv_estimator": ("grpo", "grpo_no_std"),
     "algorithm.loss_agg": (
@@ -262,6 +266,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.old_logprobs": ("trainer", "sampler"),
     "algorithm.rollout_is": ("none", "token"),
     "optim.schedule": ("constant", "linear", "cosine"),
+    "optim.accumulator_dtype": ("float32", "bfloat16"),
     "rollout.engine": ("vllm", "local"),
     "rollout.update_weights": ("between", "during"),
     "rollout.placement": ("colocated", "separate"),

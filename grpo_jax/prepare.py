@@ -17,6 +17,7 @@ from grpo_jax import random_model, sft
 from grpo_jax.config import Config, ConfigError, RolloutSection, TrainerSection
 from grpo_jax.data import arithmetic
 from grpo_jax.data.schema import check_rows, read_rows
+from grpo_jax.model.fused_attention import choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder
 from grpo_jax.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.types import Prompt
@@ -62,6 +63,12 @@ def set_determinism(section: TrainerSection) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if section.deterministic and "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def keep_compiled(section: TrainerSection) -> None:
+    """Has JAX keep what it compiles, for the next run with the same shapes."""
+    if section.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
 
 
 def share_gpus(section: RolloutSection) -> None:
@@ -125,17 +132,28 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
     if inputs.generated and not workdir.data.exists():
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
-        return inspect_folder(workdir.sft_model, **model_overrides(config))
+        return _with_kernel(inspect_folder(workdir.sft_model, **model_overrides(config)), config)
     folder = inputs.model
     if folder is None:
         random_model.make_random_model(
             workdir.random_model, config.random_model, inputs.tokenizer, seed=config.trainer.seed, mesh=mesh
         )
         folder = inspect_folder(workdir.random_model, **model_overrides(config))
+    folder = _with_kernel(folder, config)
     if config.sft.num_steps:
         sft.warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
-        folder = inspect_folder(workdir.sft_model, **model_overrides(config))
+        folder = _with_kernel(inspect_folder(workdir.sft_model, **model_overrides(config)), config)
     return folder
+
+
+def _with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
+    """The model with the attention kernel that these devices have. Looks at the devices."""
+    wanted, model = config.model.attention, folder.config
+    try:
+        kernel = choose_kernel(wanted, model.dtype, model.head_dim)
+    except ValueError as error:
+        raise ConfigError("model.attention", wanted, str(error)) from None
+    return dataclasses.replace(folder, config=dataclasses.replace(model, attention=kernel))
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: str | Path) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.batching import make_sft_batch
+from grpo_jax.batching import add_loss_weights, bucket_length, make_sft_batch, plan_rows
 from grpo_jax.config import Config, OptimSection
 from grpo_jax.losses import nll_loss
 from grpo_jax.model.hf import ModelFolder, load_params, save_folder
+from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.update import init_state, make_optimizer, make_schedule, make_update_step, to_micro_batches
 
 logger = logging.getLogger("grpo_jax.sft")  # __name__ is "__main__" when run as a command
@@ -49,6 +50,7 @@ def warm_start(
         beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=config.optim.max_grad_norm,
+        accumulator_dtype=config.optim.accumulator_dtype,
     )
     schedule = make_schedule(optim, section.num_steps)
     optimizer = make_optimizer(optim, schedule)
@@ -62,11 +64,12 @@ def warm_start(
             optimizer,
             schedule,
             nll_loss,
-            loss_agg="token-mean",
-            loss_norm=1.0,
+            accumulator_dtype=optim.accumulator_dtype,
             temperature=1.0,
             chunk_tokens=config.actor.logits_chunk_tokens,
         )
+        length = bucket_length(config.data.max_prompt_length + config.data.max_response_length)
+        rows = plan_rows(section.batch_size, length, config.actor, num_batch_shards(mesh))
         order = np.empty(0, np.int64)
         logger.info("warm start: %d updates of %d examples", section.num_steps, section.batch_size)
         for step in tqdm(
@@ -76,7 +79,8 @@ def warm_start(
                 order = np.concatenate([order, rng.permutation(len(examples))])
             chosen, order = order[: section.batch_size], order[section.batch_size :]
             batch = make_sft_batch([examples[i] for i in chosen], pad_id=pad_id)
-            state, metrics = update(state, to_micro_batches(batch, config.actor, mesh))
+            batch = add_loss_weights(batch, "token-mean", 1.0)
+            state, metrics = update(state, to_micro_batches(batch, (rows, length), mesh)[0])
             if (step + 1) % max(1, section.num_steps // 5) == 0:
                 logger.info("  update %d/%d: loss=%.3f", step + 1, section.num_steps, metrics["actor/loss"])
         loss = float(metrics["actor/loss"])
@@ -92,7 +96,7 @@ def main() -> None:
     from grpo_jax.config import ConfigError
     from grpo_jax.config_file import parse_command_line
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import make_model, read_inputs, set_determinism
+    from grpo_jax.prepare import keep_compiled, make_model, read_inputs, set_determinism
     from grpo_jax.workdir import Workdir, start_logging
 
     with one_line_errors():
@@ -106,6 +110,7 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         set_determinism(config.trainer)
+        keep_compiled(config.trainer)
         mesh = make_mesh(config.mesh)
         workdir.open(config)
         try:

@@ -2,26 +2,29 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.batching import micro_batch_shape
 from grpo_jax.checkpoint import Checkpointer, abstract_like
 from grpo_jax.config import Config
 from grpo_jax.losses import grpo_loss
 from grpo_jax.metrics import Timers
 from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
+from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params
 from grpo_jax.prepare import Inputs
 from grpo_jax.prompts import PromptIterator
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
 from grpo_jax.rollout.ahead import RolloutsAhead
-from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
+from grpo_jax.types import Params, TrainState
 from grpo_jax.update import (
+    Score,
+    UpdateStep,
     copy_params,
     init_state,
     make_optimizer,
@@ -49,8 +52,10 @@ class Stages:
     probe: Probe | None
     """Compares engine and trainer; None where both are one."""
     reward: Reward
-    score: Callable[[Params, TrainBatch], jax.Array]
-    update: Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+    score: Score
+    update: UpdateStep
+    shape: tuple[int, int]
+    """[R, T] of every micro-batch."""
     ref_params: Params
     timers: Timers
     num_steps: int
@@ -125,6 +130,7 @@ def build_stages(
         prompts.restore(progress.prompt_iterator)
         first, version = progress.global_step, progress.policy_version
     score = make_score_step(model, mesh, **common)
+    shape = micro_batch_shape(config, num_batch_shards(mesh))
     stages = Stages(
         config=config,
         folder=folder,
@@ -141,7 +147,7 @@ def build_stages(
             first_step=first or 0,
             num_steps=num_steps,
         ),
-        probe=_make_probe(config, inputs, score, mesh),
+        probe=_make_probe(config, inputs, score, shape, mesh),
         reward=reward,
         score=score,
         update=make_update_step(
@@ -150,10 +156,10 @@ def build_stages(
             optimizer,
             schedule,
             functools.partial(grpo_loss, algorithm=config.algorithm),
-            loss_agg=config.algorithm.loss_agg,
-            loss_norm=config.loss_norm,
+            accumulator_dtype=config.optim.accumulator_dtype,
             **common,
         ),
+        shape=shape,
         ref_params=ref_params,
         timers=timers,
         num_steps=num_steps,
@@ -162,13 +168,15 @@ def build_stages(
     return stages, state, first
 
 
-def _make_probe(config: Config, inputs: Inputs, score: Any, mesh: Mesh) -> Probe | None:
+def _make_probe(
+    config: Config, inputs: Inputs, score: Score, shape: tuple[int, int], mesh: Mesh
+) -> Probe | None:
     if config.rollout.engine == "local":  # the trainer's own parameters and functions
         return None
     return make_probe(
         inputs.train_prompts,
         rollout_sampling(config),
-        functools.partial(score_rows, score, actor=config.actor, mesh=mesh),
+        functools.partial(score_rows, score, shape=shape, mesh=mesh),
         threshold=config.rollout.probe_threshold,
         pad_id=inputs.tokenizer.pad_token_id or 0,
     )

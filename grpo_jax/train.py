@@ -30,7 +30,13 @@ import numpy as np
 
 from grpo_jax import report
 from grpo_jax.advantages import group_advantages
-from grpo_jax.batching import add_advantages, batch_table, make_train_batch, split_minibatches
+from grpo_jax.batching import (
+    add_advantages,
+    add_loss_weights,
+    batch_table,
+    make_train_batch,
+    split_minibatches,
+)
 from grpo_jax.checkpoint import Checkpointer, Progress
 from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config
@@ -41,7 +47,7 @@ from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_m
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
-from grpo_jax.prepare import make_model, read_inputs, set_determinism, share_gpus
+from grpo_jax.prepare import keep_compiled, make_model, read_inputs, set_determinism, share_gpus
 from grpo_jax.rewards import make_reward
 from grpo_jax.rollout import check_devices, check_engine, eval_sampling
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
@@ -71,11 +77,9 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
     with timers("reward"):
         scored = stages.reward.score(groups)
     batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
-    batch = add_logprobs(stages, state.params, batch)
-    advantages = group_advantages(penalized(config, scored.rewards, batch), config.algorithm.adv_estimator)
-    batch = add_advantages(batch, advantages)
-    with timers("update_actor"):
-        state, updates = run_updates(stages, state, batch, step)
+    batch, rewards = penalized(stages, state.params, batch, scored.rewards)
+    batch = add_advantages(batch, group_advantages(rewards, config.algorithm.adv_estimator))
+    state, updates = run_updates(stages, state, batch, step)
     give_weights(stages, state.params, version=step + 1)
     metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
     metrics["training/policy_lag"] = step - metrics["training/policy_version"]
@@ -84,53 +88,73 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
     return state, StepResult(groups, scored.rewards, updates, metrics)
 
 
-def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
-    """Adds the old and the reference log-probabilities where they are needed.
-
-    With one update a step and no penalty in the reward, the old ones are the update's own. The sampler's
-    came with the completions.
-    """
-    config = stages.config
-    score = functools.partial(score_rows, stages.score, actor=config.actor, mesh=stages.mesh)
-    if config.needs_old_logprobs:
-        with stages.timers("old_log_prob"):
-            batch = dataclasses.replace(batch, old_logprobs=score(params, batch))
-    elif config.algorithm.old_logprobs == "sampler":
-        batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-    if config.uses_reference:
-        with stages.timers("ref"):
-            batch = dataclasses.replace(batch, ref_logprobs=score(stages.ref_params, batch))
-    return batch
-
-
-def penalized(config: Config, rewards: np.ndarray, batch: TrainBatch) -> np.ndarray:
-    """The rewards, less the KL penalty where it belongs to them. [P, G] float32."""
-    algorithm = config.algorithm
+def penalized(
+    stages: Stages, params: Params, batch: TrainBatch, rewards: np.ndarray
+) -> tuple[TrainBatch, np.ndarray]:
+    """The rewards [P, G] less the KL penalty where it belongs to them, and the batch with what that took."""
+    algorithm = stages.config.algorithm
     if algorithm.kl_in != "reward":
-        return rewards
-    assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # the config's rules see to it
+        return batch, rewards
+    score = functools.partial(score_rows, stages.score, batch=batch, shape=stages.shape, mesh=stages.mesh)
+    old: Any = batch.sampler_logprobs
+    if stages.config.needs_old_logprobs:
+        with stages.timers("old_log_prob"):
+            old = score(params)
+    with stages.timers("ref"):
+        ref: Any = score(stages.ref_params)
     penalized_rewards = kl_penalized_rewards(
-        jnp.asarray(rewards),
-        batch.old_logprobs,
-        batch.ref_logprobs,
-        batch.completion_mask,
-        kl_coef=algorithm.kl_coef,
-        estimator=algorithm.kl_estimator,
-    )
-    return np.asarray(penalized_rewards)
+        jnp.asarray(rewards), old, ref, batch.completion_mask,
+        kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator,
+    )  # fmt: skip
+    return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref), np.asarray(penalized_rewards)
 
 
 def run_updates(
     stages: Stages, state: TrainState, batch: TrainBatch, step: int
 ) -> tuple[TrainState, list[Metrics]]:
-    """One optimizer step a mini-batch, `num_epochs` times over the batch."""
-    actor, seed = stages.config.actor, stages.config.trainer.seed
+    """One optimizer step a mini-batch, `num_epochs` times over the same mini-batches.
+
+    With one update a step the old log-probabilities are the update's own; the sampler's came with the
+    completions. Devices are kept busy: all is asked for before anything is waited for, and that is done in
+    order, which gives the timers each phase's part.
+    """
+    config, timers = stages.config, stages.timers
+    minibatches = split_minibatches(batch, config.actor.num_minibatches, seed=(config.trainer.seed, step))
+    placed = [_place(stages, minibatch) for minibatch in minibatches]
+    with timers("old_log_prob"):
+        if config.needs_old_logprobs and batch.old_logprobs is None:
+            placed = _score(stages, state.params, placed, "old_logprobs")
+    with timers("ref"):
+        if config.uses_reference and batch.ref_logprobs is None:
+            placed = _score(stages, stages.ref_params, placed, "ref_logprobs")
     metrics = []
-    for epoch in range(actor.num_epochs):
-        for minibatch in split_minibatches(batch, actor.num_minibatches, seed=(seed, step, epoch)):
-            state, update_metrics = stages.update(state, to_micro_batches(minibatch, actor, stages.mesh))
+    with timers("update_actor"):
+        for minibatch in placed * config.actor.num_epochs:
+            state, update_metrics = stages.update(state, minibatch)
             metrics.append(update_metrics)
-    return state, [jax.device_get(m) for m in metrics]
+    with timers("old_log_prob"):
+        jax.block_until_ready([micro.old_logprobs for minibatch in placed for micro in minibatch])
+    with timers("ref"):
+        jax.block_until_ready([micro.ref_logprobs for minibatch in placed for micro in minibatch])
+    with timers("update_actor"):
+        return state, jax.device_get(metrics)
+
+
+def _place(stages: Stages, minibatch: TrainBatch) -> list[TrainBatch]:
+    """A mini-batch, packed, on the devices."""
+    algorithm = stages.config.algorithm
+    if algorithm.old_logprobs == "sampler":
+        minibatch = dataclasses.replace(minibatch, old_logprobs=minibatch.sampler_logprobs)
+    minibatch = add_loss_weights(minibatch, algorithm.loss_agg, stages.config.loss_norm)
+    return to_micro_batches(minibatch, stages.shape, stages.mesh)[0]
+
+
+def _score(
+    stages: Stages, params: Params, placed: list[list[TrainBatch]], field: str
+) -> list[list[TrainBatch]]:
+    """Puts the log-probabilities under `params` into a field of every micro-batch; they stay on the devices."""
+    score = lambda micro: dataclasses.replace(micro, **{field: stages.score(params, micro)})
+    return [[score(micro) for micro in minibatch] for minibatch in placed]
 
 
 # ---- the run around the steps ----
@@ -151,6 +175,7 @@ def train(config: Config, path: Path) -> None:
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
+    keep_compiled(config.trainer)
     share_gpus(config.rollout)
     with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)

@@ -64,9 +64,10 @@ class RolloutGroup:
 
 @flax.struct.dataclass
 class TrainBatch:
-    """Completions ready for the trainer; every field is [B, T]. Rows of pure padding have no completion.
+    """Completions ready for the trainer; every field is [B, T].
 
-    numpy on the host, `jax.Array` inside the jitted steps.
+    On the host, numpy, one completion a row. In the jitted steps, `jax.Array`: rows hold several sequences one
+    after the other, or nothing but padding (`batching.pack`).
     """
 
     tokens: jax.Array
@@ -86,6 +87,8 @@ class TrainBatch:
     None where the update is the first one."""
     ref_logprobs: Any = None
     """float32; the frozen reference's; None without a KL term."""
+    loss_weights: Any = None
+    """float32; what the token weighs in the loss of its mini-batch; None until that is known."""
 
 
 @flax.struct.dataclass

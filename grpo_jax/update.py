@@ -1,13 +1,15 @@
 """The jitted steps: score (log-probabilities of given tokens) and update (gradients, optimizer).
 
-Both are pure: they take all they need and return all they made, and the update's train state is donated.
-A batch enters as micro-batches, [M, R, T]: M are computed one after the other, and the R rows of each are
-split over the batch axes of the mesh. The denominators of the loss belong to the whole mini-batch, hence
-the gradients of its micro-batches simply add up.
+Both are pure: they take all they need and return all they made, and what they replace is donated.
+A mini-batch enters as micro-batches, [R, T] each and all of one shape, which are computed one after the other;
+the R rows of each are split over the batch axes of the mesh. The denominators of the loss belong to the whole
+mini-batch, hence the gradients of its micro-batches simply add up.
+
+Nothing here waits for a device: the calls return at once, and what they return is there when it is asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +18,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.batching import pad_rows, plan_micro_batches
-from grpo_jax.config import ActorSection, OptimSection
-from grpo_jax.losses import LossMetrics, loss_weights
+from grpo_jax.batching import Places, pack
+from grpo_jax.config import OptimSection
+from grpo_jax.losses import LossMetrics
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards, replicated
 from grpo_jax.model.transformer import ModelConfig, abstract_params, forward, head_matrix, param_shardings
@@ -80,46 +82,68 @@ def copy_params(params: Params, dtype: Any) -> Params:
     return jax.jit(lambda p: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), p))(params)
 
 
-def to_micro_batches(batch: TrainBatch, actor: ActorSection, mesh: Mesh) -> TrainBatch:
-    """Pads a host batch [B, T] and places it on the mesh as [M, R, T], R over the batch axes."""
-    num_rows, length = batch.tokens.shape
-    shards = num_batch_shards(mesh)
-    num_micro, rows = plan_micro_batches(num_rows, length, actor, shards)
-    batch = pad_rows(batch, num_micro * rows * shards)
-    sharding = NamedSharding(mesh, PartitionSpec(None, AXIS_RULES["batch"]))
-    place = lambda x: jax.device_put(x.reshape(num_micro, rows * shards, length), sharding)
-    return jax.tree.map(place, batch)
+def to_micro_batches(
+    batch: TrainBatch, shape: tuple[int, int], mesh: Mesh
+) -> tuple[list[TrainBatch], Places]:
+    """Packs a host batch [B, T] into micro-batches of one shape [R, T] and splits their rows over the mesh."""
+    micro_batches, places = pack(batch, *shape)
+    return jax.device_put(micro_batches, NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))), places
 
 
-def make_score_step(
-    config: ModelConfig, mesh: Mesh, *, temperature: float, chunk_tokens: int
-) -> Callable[[Params, TrainBatch], jax.Array]:
-    """Returns `score(params, batch) -> logprobs`: [M, R, T] float32, the log-probability of every token."""
+Score = Callable[[Params, TrainBatch], jax.Array]
+"""(parameters, micro-batch [R, T]) -> [R, T] float32, the log-probability of every token."""
+
+
+def make_score_step(config: ModelConfig, mesh: Mesh, *, temperature: float, chunk_tokens: int) -> Score:
+    """Returns the function that scores a micro-batch. Only its tokens, positions and segments are read."""
 
     @jax.jit
-    def score(params: Params, batch: TrainBatch) -> jax.Array:
-        def one(micro: TrainBatch) -> jax.Array:
-            return _logprobs(params, config, micro, mesh, temperature, chunk_tokens)[0]
-
+    def score(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         with jax.named_scope("score"):
-            return jax.lax.map(one, batch)
+            return _logprobs(params, config, tokens, positions, segment_ids, mesh, temperature, chunk_tokens)[
+                0
+            ]
 
-    return score
+    return lambda params, micro: score(params, micro.tokens, micro.positions, micro.segment_ids)
 
 
 def score_rows(
-    score: Callable[[Params, TrainBatch], jax.Array],
-    params: Params,
-    batch: TrainBatch,
-    actor: ActorSection,
-    mesh: Mesh,
+    score: Score, params: Params, batch: TrainBatch, shape: tuple[int, int], mesh: Mesh
 ) -> np.ndarray:
-    """Log-probabilities of a host batch, [B, T] float32, on the host and 0 outside the completions."""
-    micro_batches = to_micro_batches(
-        dataclasses.replace(batch, old_logprobs=None, ref_logprobs=None), actor, mesh
-    )
-    logprobs = np.asarray(score(params, micro_batches)).reshape(-1, batch.tokens.shape[1])
-    return np.where(batch.completion_mask > 0, logprobs[: len(batch.tokens)], np.float32(0))
+    """Log-probabilities of a host batch, [B, T] float32, on the host and 0 outside the completions.
+
+    Args: shape: [R, T] of the micro-batches.
+    """
+    batch = dataclasses.replace(batch, old_logprobs=None, ref_logprobs=None, loss_weights=None)
+    micro_batches, places = to_micro_batches(batch, shape, mesh)
+    logprobs = np.concatenate(jax.device_get([score(params, micro) for micro in micro_batches]))
+    unpacked = places.unpack(logprobs, batch.tokens.shape[1])
+    return np.where(batch.completion_mask > 0, unpacked, np.float32(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateStep:
+    """One optimizer step on a mini-batch: `update(state, micro_batches) -> (state, metrics)`.
+
+    A loss or gradient that is not finite leaves parameters and optimizer as they were; the metric
+    "actor/skipped_updates" is 1 then. The state is donated.
+    """
+
+    cast: Callable[[Params], Params]
+    """Parameters -> those that the micro-batches compute with, in the dtype of the computation."""
+    zeros: Callable[[Params, TrainBatch], Any]
+    """The empty sum of gradients and metrics; looks at shapes alone."""
+    accumulate: Callable[[Params, Any, TrainBatch], Any]
+    """Adds those of one micro-batch [R, T] to the sum, which is donated."""
+    apply: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    """The optimizer's step with the sum; the state is donated."""
+
+    def __call__(self, state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
+        params = self.cast(state.params)
+        total = self.zeros(params, micro_batches[0])
+        for micro in micro_batches:
+            total = self.accumulate(params, total, micro)
+        return self.apply(state, total)
 
 
 def make_update_step(
@@ -129,49 +153,52 @@ def make_update_step(
     schedule: Schedule,
     loss_fn: LossFn,
     *,
-    loss_agg: str,
-    loss_norm: float,
+    accumulator_dtype: Any,
     temperature: float,
     chunk_tokens: int,
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]:
-    """Returns `update(state, batch) -> (state, metrics)`: one optimizer step on a mini-batch [M, R, T].
-
-    A loss or gradient that is not finite leaves parameters and optimizer as they were; the metric
-    "actor/skipped_updates" is 1 then. The state is donated.
+) -> UpdateStep:
+    """Returns the update.
 
     Args:
-        loss_agg, loss_norm: as in `losses.loss_weights`.
+        accumulator_dtype: of the sum of the micro-batches' gradients.
         temperature: of the sampler; divides the logits.
         chunk_tokens: tokens a device projects to the vocabulary at once.
     """
+    shardings = state_shardings(config, optimizer, mesh)
 
-    def micro_gradients(params: Params, micro: TrainBatch, weights: jax.Array) -> tuple[Params, LossMetrics]:
+    def gradients(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         def loss(params: Params) -> tuple[jax.Array, LossMetrics]:
-            logprobs, entropy = _logprobs(params, config, micro, mesh, temperature, chunk_tokens)
-            return loss_fn(logprobs, entropy, micro, weights)
+            logprobs, entropy = _logprobs(
+                params,
+                config,
+                micro.tokens,
+                micro.positions,
+                micro.segment_ids,
+                mesh,
+                temperature,
+                chunk_tokens,
+            )
+            return loss_fn(logprobs, entropy, micro, micro.loss_weights)
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def gradients(params: Params, batch: TrainBatch) -> tuple[Params, LossMetrics]:
-        mask = batch.completion_mask
-        weights = loss_weights(mask.reshape(-1, mask.shape[-1]), loss_agg, loss_norm).reshape(mask.shape)
-        if mask.shape[0] == 1:
-            return micro_gradients(params, *jax.tree.map(lambda x: x[0], (batch, weights)))
-
-        def add(total: Any, micro: tuple[TrainBatch, jax.Array]) -> tuple[Any, None]:
-            grads, metrics = micro_gradients(params, *micro)
-            return (jax.tree.map(jnp.add, total[0], grads), total[1].merge(metrics)), None
-
-        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (batch, weights))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_gradients, params, *first)
+    def zeros(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
+        grads, metrics = jax.eval_shape(gradients, params, micro)
+        return (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype), grads),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
         )
-        return jax.lax.scan(add, zeros, (batch, weights))[0]
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
+    def accumulate(params: Params, total: Any, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         with jax.named_scope("gradients"):
-            grads, metrics = gradients(state.params, batch)
+            grads, metrics = gradients(params, micro)
+            add = lambda total, grad: (total.astype(jnp.float32) + grad).astype(total.dtype)
+            return jax.tree.map(add, total[0], grads), total[1].merge(metrics)
+
+    def apply(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics = total
         with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
             norm = optax.tree.norm(grads)
             is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -184,25 +211,42 @@ def make_update_step(
         summary["actor/skipped_updates"] = 1 - is_finite.astype(jnp.int32)
         return new, summary
 
-    return jax.jit(
-        update,
-        donate_argnums=0,
-        out_shardings=(state_shardings(config, optimizer, mesh), replicated(mesh)),
+    sums = (shardings.params, replicated(mesh))
+    return UpdateStep(
+        cast=make_cast(config, mesh),
+        zeros=jax.jit(zeros, out_shardings=sums),
+        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=sums),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
     )
 
 
+def make_cast(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
+    """Returns the function that casts parameters once an update, and not once a micro-batch."""
+    if config.dtype == config.param_dtype:
+        return lambda params: params
+    cast = lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params)
+    return jax.jit(cast, out_shardings=param_shardings(config, mesh))
+
+
 def _logprobs(
-    params: Params, config: ModelConfig, batch: TrainBatch, mesh: Mesh, temperature: float, chunk_tokens: int
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    mesh: Mesh,
+    temperature: float,
+    chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of every token of a micro-batch [R, T]."""
-    rows_per_device = batch.tokens.shape[0] // num_batch_shards(mesh)
+    """Log-probability and entropy of every token of a micro-batch, [R, T] each."""
+    rows_per_device = tokens.shape[0] // num_batch_shards(mesh)
     with jax.named_scope("forward"):
-        hidden = forward(params, config, batch.tokens, batch.positions, batch.segment_ids)
+        hidden = forward(params, config, tokens, positions, segment_ids)
     with jax.named_scope("head"):
         return token_logprobs(
             hidden,
             head_matrix(params),
-            batch.tokens,
+            tokens,
             temperature=temperature,
             chunk_columns=max(1, chunk_tokens // rows_per_device),
         )

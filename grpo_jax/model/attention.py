@@ -1,4 +1,8 @@
-"""Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache."""
+"""Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache.
+
+Whole rows, which may hold several sequences one after the other, go through a fused kernel where the device has
+one (`fused_attention.py`); everything else, decoding from a cache included, through `attend`.
+"""
 
 import dataclasses
 import math
@@ -8,7 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from grpo_jax.model.fused_attention import Sequences, fused_attention
 from grpo_jax.model.sharding import constrain
 
 
@@ -39,10 +45,12 @@ class AttentionInputs:
     cos: jax.Array
     """[B, T, 1, Dh/2] float32."""
     sin: jax.Array
-    mask: jax.Array
-    """[B, 1, T, S] bool; True where the query may see the key."""
+    mask: jax.Array | None
+    """[B, 1, T, S] bool; True where the query may see the key. None: `sequences` says it."""
     cache_column: jax.Array | int = 0
     """First column of the cache that this call writes."""
+    sequences: Sequences | None = None
+    """For a fused kernel, which takes whole rows and no cache."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -153,11 +161,18 @@ class Attention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="k_norm")(k)
         q = constrain(apply_rope(q, inputs.cos, inputs.sin), "batch", None, "heads", None)
         k = constrain(apply_rope(k, inputs.cos, inputs.sin), "batch", None, "kv_heads", None)
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        if cache is not None:
-            cache = _write(cache, k, v, layer, inputs.cache_column)
-            k, v = (cache.keys, cache.values) if layer is None else (cache.keys[layer], cache.values[layer])
-        out = attend(q, k, v, inputs.mask)
+        if inputs.sequences is not None:
+            out = fused_attention(c.attention, q, k, v, inputs.sequences)
+        else:
+            k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+            if cache is not None:
+                cache = _write(cache, k, v, layer, inputs.cache_column)
+                k, v = (
+                    (cache.keys, cache.values) if layer is None else (cache.keys[layer], cache.values[layer])
+                )
+            assert inputs.mask is not None
+            out = attend(q, k, v, inputs.mask)
+        out = checkpoint_name(out, "attention")
         axes, shape = ("heads", "head_dim", "embed"), (c.num_heads, c.head_dim, c.hidden_size)
         kernel = parameter(self, "o", NORMAL, axes, shape, c.param_dtype)
         return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache

@@ -1,14 +1,18 @@
 """Log-probabilities and entropy of given tokens, straight from hidden states, a chunk of columns at a time.
 
 The logits of all tokens, [B, T, V], would be the largest array of the whole training step (one row of
-1,024 tokens of Qwen2.5 takes 0.6 GB in float32). Only one chunk of them exists at a time, and the backward
-pass computes each chunk again.
+1,024 tokens of Qwen2.5 takes 0.6 GB in float32). Only one chunk of them exists at a time. The backward pass
+computes each chunk again and turns it into its gradient in one sweep, with the sums that the forward pass kept.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from grpo_jax.model.sharding import constrain
+from grpo_jax.model.sharding import AXIS_RULES, constrain
 
 
 def token_logprobs(
@@ -25,31 +29,96 @@ def token_logprobs(
     Returns:
         logprobs, entropy: [B, T] float32, aligned with `tokens`: column t is about tokens[:, t]; column 0 is 0.
     """
-    batch, length, _ = hidden.shape
-    chunks = _num_chunks(length, chunk_columns)
+    chunks = _num_chunks(tokens.shape[1], chunk_columns)
     targets = jnp.roll(tokens, -1, axis=1)  # column t predicts token t + 1; the last column is dropped below
-    head = head.astype(hidden.dtype)
-
-    @jax.checkpoint
-    def one_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", None, "vocab") / temperature
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        entropy = normalizer - jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
-        return chosen - normalizer, entropy
-
-    if chunks == 1:
-        logprobs, entropy = one_chunk(hidden, targets)
-    else:
-        columns = length // chunks
-        split = lambda x: jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
-        _, (logprobs, entropy) = jax.lax.scan(
-            lambda carry, xs: (carry, one_chunk(*xs)), None, (split(hidden), split(targets))
+    of_rows = functools.partial(_chosen, temperature, chunks)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and any(mesh.shape[axis] > 1 for axis in AXIS_RULES["batch"]):
+        # Each device sums the head's gradient over its own rows, and all of them are added once; left to the
+        # compiler, they would be added after every chunk.
+        rows = PartitionSpec(AXIS_RULES["batch"])
+        of_rows = jax.shard_map(
+            of_rows,
+            mesh=mesh,
+            in_specs=(rows, PartitionSpec(), rows),
+            out_specs=(rows, rows),
+            axis_names=set(AXIS_RULES["batch"]),
+            check_vma=False,
         )
-        logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in (logprobs, entropy))
+    logprobs, entropy = of_rows(hidden, head.astype(hidden.dtype), targets)
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     return shift(logprobs), shift(entropy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chosen(
+    temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of `targets` [B, T] under softmax(hidden head^T / temperature), and its entropy."""
+    return _forward(temperature, chunks, hidden, head, targets)[0]
+
+
+def _forward(temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+    def one_chunk(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
+        hidden, targets = xs
+        logits = _logits(hidden, head, temperature)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        logp = logits - normalizer[..., None]
+        # As a sum, and not by an index: the sweep over the logits is being made anyway.
+        chosen = jnp.sum(jnp.where(_is_target(logits, targets), logp, 0), axis=-1)
+        return None, (chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), normalizer)
+
+    _, sums = jax.lax.scan(one_chunk, None, (_split(hidden, chunks), _split(targets, chunks)))
+    logprobs, entropy, normalizer = (_join(x) for x in sums)
+    return (logprobs, entropy), (hidden, head, targets, normalizer, entropy)
+
+
+def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+    """With p the distribution and H its entropy, of one token whose logits are z:
+
+    d log p[chosen] / dz = onehot(chosen) - p,        dH / dz = -p (log p + H)
+    """
+    hidden, head, targets, normalizer, entropy = kept
+
+    def one_chunk(d_head: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, normalizer, entropy, d_logprob, d_entropy = xs
+        logits = _logits(hidden, head, temperature)
+        logp = logits - normalizer[..., None]
+        pull = d_logprob[..., None] + d_entropy[..., None] * (logp + entropy[..., None])
+        d_logits = jnp.where(_is_target(logits, targets), d_logprob[..., None], 0) - jnp.exp(logp) * pull
+        d_logits = (d_logits / temperature).astype(hidden.dtype)
+        d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, head)
+        return d_head + jnp.einsum(
+            "bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32
+        ), d_hidden
+
+    d_head = constrain(jnp.zeros(head.shape, jnp.float32), "vocab", None)
+    columns = (hidden, targets, normalizer, entropy, *cotangents)
+    d_head, d_hidden = jax.lax.scan(one_chunk, d_head, tuple(_split(x, chunks) for x in columns))
+    return _join(d_hidden), d_head.astype(head.dtype), None
+
+
+_chosen.defvjp(_forward, _backward)
+
+
+def _logits(hidden: jax.Array, head: jax.Array, temperature: float) -> jax.Array:
+    logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, "vocab") / temperature
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def _split(x: jax.Array, chunks: int) -> jax.Array:
+    """[B, T, ...] to [chunks, B, T / chunks, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """Undoes `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 def _num_chunks(length: int, chunk_columns: int) -> int:

@@ -24,6 +24,7 @@ from grpo_jax.model.attention import (
     project,
     rope_frequencies,
 )
+from grpo_jax.model.fused_attention import find_sequences
 from grpo_jax.model.sharding import constrain, tree_shardings
 from grpo_jax.types import Params
 
@@ -50,6 +51,8 @@ class ModelConfig:
     param_dtype: Any = jnp.float32
     remat: str = "none"
     scan_layers: bool = True
+    attention: str = "plain"
+    """Kernel for whole rows, as `fused_attention.choose_kernel` gives it."""
 
 
 Cache = KVCache | tuple[KVCache, ...]
@@ -57,6 +60,7 @@ Cache = KVCache | tuple[KVCache, ...]
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # keep what attention gives
     "full": None,  # keep nothing but each layer's input
 }
 
@@ -157,7 +161,10 @@ def forward(
     Returns: [B, T, D] in `config.dtype`; those of padding mean nothing.
     """
     cos, sin = _rope_tables(config, positions)
-    inputs = AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
+    if config.attention == "plain":
+        inputs = AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
+    else:
+        inputs = AttentionInputs(cos, sin, None, sequences=find_sequences(segment_ids))
     hidden, _ = Transformer(config).apply({"params": params}, tokens, inputs, None)
     return hidden
 

@@ -1,0 +1,203 @@
+"""The update and the scoring at full size on this device: tokens a second, MFU, memory, and where the time goes.
+
+    python benchmarks/mfu.py --shape=qwen2.5-1.5b --variants=dots:20:2048,none:20:2048 --profile
+
+Random weights, packed rows; a variant is REMAT:ROWS:CHUNK (model.remat, rows of a micro-batch,
+actor.logits_chunk_tokens). The limit beside it is this device's own rate at a large bfloat16 matrix product,
+measured in the same process. FLOPs are the model's (`metrics.update_flops`): recomputation is not counted.
+"""
+
+import collections
+import functools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import engine_common
+import numpy as np
+
+LEARNING_RATE = 1e-6
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--shape", default="tiny", choices=engine_common.SHAPES)
+    parser.add_argument("--variants", default="dots:4:1024")
+    parser.add_argument("--length", type=int, default=640, help="tokens of a row")
+    parser.add_argument("--min_length", type=int, default=0, help="shortest sequence; 0: all fill their rows")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of an update, about")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--param_dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
+    args = parser.parse_args()
+    common.print_environment()
+    print(f"gpu       {engine_common.gpu_name()}")
+    limit = matmul_rate(args.dtype)
+    print(f"limit     {limit / 1e12:,.0f} TFLOP/s, a matrix product of {args.dtype}")
+    for variant in args.variants.split(","):
+        measure(args, variant, limit)
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of a large square matrix product; smaller on a CPU, which would take minutes."""
+    import jax
+    import jax.numpy as jnp
+
+    n = 512 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+
+    def once() -> float:
+        start = time.perf_counter()
+        results = [product(x) for _ in range(10)]
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / 10
+
+    return 2 * n**3 / statistics.median(once() for _ in range(5))
+
+
+def measure(args: Any, variant: str, limit: float) -> None:
+    import jax
+
+    from grpo_jax.metrics import update_flops
+
+    remat, rows, chunk = variant.split(":")
+    batch = random_batch(args)
+    lengths = np.asarray(batch.segment_ids).sum(axis=1)
+    tokens, flops = int(lengths.sum()), None
+    with jax.set_mesh(make_mesh()):
+        model, update, score = build(args, remat, (int(rows), args.length), int(chunk), batch)
+        flops = update_flops(model, lengths)
+        results = {}
+        for name, function, share in (("update", update, 1.0), ("score", score, 1 / 3)):
+            start = time.perf_counter()
+            function()
+            first = time.perf_counter() - start
+            seconds = []
+            for _ in range(args.rounds):
+                start = time.perf_counter()
+                function()
+                seconds.append(time.perf_counter() - start)
+            median = statistics.median(seconds)
+            results[name] = median
+            print(
+                f"  {variant:<18} {model.attention:<7} {name:<7} {median:7.3f} s (first {first:5.1f})  "
+                f"{tokens / median:>9,.0f} tokens/s  {flops * share / median / 1e12:6.1f} TFLOP/s  "
+                f"MFU {flops * share / median / limit:.3f} of the limit",
+                flush=True,
+            )
+        stats = jax.devices()[0].memory_stats() or {}
+        print(f"  {variant:<18} peak memory so far {stats.get('peak_bytes_in_use', 0) / 1e9:.1f} GB", flush=True)
+        if args.profile:
+            profile(update)
+
+
+def make_mesh() -> Any:
+    from grpo_jax.config import MeshSection
+    from grpo_jax.model import sharding
+
+    return sharding.make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+
+
+def random_batch(args: Any) -> Any:
+    """Sequences of random tokens, a fifth of each prompt, one a row."""
+    from grpo_jax.batching import add_advantages, add_loss_weights, make_sft_batch
+
+    rng = np.random.default_rng(0)
+    vocab = engine_common.SHAPES[args.shape]["vocab_size"]
+    mean = args.length if not args.min_length else (args.length + args.min_length) / 2
+    lengths = rng.integers(args.min_length or args.length, args.length + 1, round(args.tokens / mean))
+    draw = lambda n: rng.integers(10, vocab - 10, n).tolist()
+    batch = make_sft_batch([(draw(n // 5), draw(n - n // 5)) for n in lengths], pad_id=0)
+    batch = add_advantages(batch, rng.normal(size=(1, len(lengths))))
+    zeros = np.zeros(batch.tokens.shape, np.float32)
+    return add_loss_weights(batch.replace(sampler_logprobs=zeros, ref_logprobs=zeros), "token-mean", 1.0)
+
+
+def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any) -> Any:
+    """Returns the model's config, and an update and a scoring of the whole batch that wait for the device."""
+    import dataclasses
+    import runpy
+
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax.config import AlgorithmSection, OptimSection
+    from grpo_jax.losses import grpo_loss
+    from grpo_jax.model.fused_attention import choose_kernel
+    from grpo_jax.model.transformer import init_params
+    from grpo_jax.update import (
+        init_state,
+        make_cast,
+        make_optimizer,
+        make_schedule,
+        make_score_step,
+        make_update_step,
+        to_micro_batches,
+    )  # fmt: skip
+
+    defaults = runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"))["get_config"]()
+    algorithm = AlgorithmSection(**defaults.algorithm.to_dict())
+    optim = OptimSection(**defaults.optim.to_dict())
+    mesh = jax.sharding.get_mesh()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = engine_common.write_shape(Path(temporary) / "model", args.shape)
+        model = engine_common.model_folder(folder, args.dtype).config
+    kernel = choose_kernel(args.attention, args.dtype, model.head_dim)
+    model = dataclasses.replace(
+        model, param_dtype=jnp.dtype(args.param_dtype), remat=remat, scan_layers=True, attention=kernel
+    )
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule)
+    head = dict(temperature=1.0, chunk_tokens=chunk)
+    loss = functools.partial(grpo_loss, algorithm=algorithm)
+    update = make_update_step(
+        model, mesh, optimizer, schedule, loss, accumulator_dtype=optim.accumulator_dtype, **head
+    )
+    score = make_score_step(model, mesh, **head)
+    state = init_state(init_params(model, jax.random.key(0), mesh), model, optimizer, mesh)
+    micro_batches, _ = to_micro_batches(batch, shape, mesh)
+    cast = make_cast(model, mesh)
+
+    def run_update() -> None:
+        nonlocal state
+        state, metrics = update(state, micro_batches)
+        jax.block_until_ready(metrics)
+
+    def run_score() -> None:
+        params = cast(state.params)
+        jax.block_until_ready([score(params, micro) for micro in micro_batches])
+
+    return model, run_update, run_score
+
+
+def profile(function: Any) -> None:
+    """Runs `function` once under JAX's profiler and prints the kernels that the device spent most time in."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            function()
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        spent: collections.Counter[str] = collections.Counter()
+        for plane in planes:
+            if not plane.name.startswith("/device:"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        spent[event.name] += event.duration_ns
+    total = sum(spent.values())
+    for name, duration in spent.most_common(40):
+        print(f"    {duration / 1e6:9.2f} ms {duration / total:6.1%}  {name[:110]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Fused kernels against the plain computation, sequence by sequence."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.model import fused_attention
+from grpo_jax.model.attention import attend, causal_segment_mask
+from grpo_jax.model.fused_attention import choose_kernel, find_sequences, max_sequences
+
+IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
+
+
+def test_sequences_are_found_padding_included():
+    segment_ids = np.zeros((3, 64), np.int32)
+    segment_ids[0, :10], segment_ids[0, 10:30] = 1, 2  # and 34 columns of padding
+    segment_ids[1] = 1
+    found = find_sequences(jnp.asarray(segment_ids))
+    assert max_sequences(64) == 2 and found.starts.shape == (3, 3)
+    assert found.starts.tolist() == [[0, 10, 30], [0, -1, -1], [0, -1, -1]]
+    assert found.lengths.tolist() == [[10, 20, 34], [64, -1, -1], [64, -1, -1]]
+
+
+@pytest.mark.parametrize(("length", "most"), [(16, 1), (32, 1), (63, 1), (64, 2), (1024, 32)])
+def test_max_sequences(length, most):
+    assert max_sequences(length) == most
+
+
+def random_inputs(heads, kv_heads, width, dtype, lengths, length):
+    """q, k, v, the cotangent of the output, and segment ids [rows, length]; `lengths`: of each row's sequences."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: jnp.asarray(rng.normal(size=(len(lengths), length, n, width)), dtype)
+    segment_ids = np.zeros((len(lengths), length), np.int32)
+    for row, sizes in enumerate(lengths):
+        ends = np.cumsum(sizes)
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True), start=1):
+            segment_ids[row, end - size : end] = number
+    return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads), jnp.asarray(segment_ids)
+
+
+def value_and_gradients(function, q, k, v, cotangent, is_token):
+    """Of the tokens alone: what padding gets is nobody's business, but it must be finite."""
+    out, vjp = jax.vjp(function, q, k, v)
+    pull = (cotangent * is_token[:, :, None, None]).astype(out.dtype)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, *vjp(pull)))
+    keep = lambda x: np.asarray(x, np.float32)[np.asarray(is_token)]
+    return [keep(x) for x in (out, *vjp(pull))]
+
+
+def plain(q, k, v, segment_ids):
+    heads_first = lambda x: jnp.swapaxes(x.astype(jnp.float32), 1, 2)
+    mask = causal_segment_mask(segment_ids)
+    return attend(q.astype(jnp.float32), heads_first(k), heads_first(v), mask)
+
+
+def compare(function, inputs, tolerance):
+    *arrays, segment_ids = inputs
+    is_token = segment_ids > 0
+    expected = value_and_gradients(functools.partial(plain, segment_ids=segment_ids), *arrays, is_token)
+    sequences = find_sequences(segment_ids)
+    got = value_and_gradients(lambda q, k, v: function(q, k, v, sequences), *arrays, is_token)
+    for a, b in zip(got, expected, strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance)
+
+
+LENGTHS = [(100, 60, 1, 70), (256,), (30, 226), (1, 2, 3)]
+
+
+def test_splash_equals_plain_in_the_interpreter():
+    inputs = random_inputs(4, 2, 128, jnp.float32, LENGTHS, 256)
+    compare(functools.partial(fused_attention._splash, interpret=True), inputs, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_GPU, reason="needs an NVIDIA GPU: set GRPO_JAX_TEST_GPU=1")
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(12, 2, 128), (4, 4, 64), (28, 4, 128)])
+@pytest.mark.parametrize("length", [256, 640])
+def test_cudnn_equals_plain(heads, kv_heads, width, length):
+    inputs = random_inputs(heads, kv_heads, width, jnp.bfloat16, LENGTHS, length)
+    compare(jax.jit(fused_attention._cudnn), inputs, 2e-2)
+
+
+def test_kernels_that_the_device_lacks_are_refused():
+    if jax.default_backend() != "cpu":
+        pytest.skip("only where there is no accelerator")
+    assert choose_kernel("auto", "bfloat16", 128) == "plain"
+    assert choose_kernel("plain", "float32", 7) == "plain"
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        choose_kernel("cudnn", "bfloat16", 128)
+    with pytest.raises(ValueError, match="needs a TPU"):
+        choose_kernel("splash", "bfloat16", 128)
