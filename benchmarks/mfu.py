@@ -93,7 +93,9 @@ def measure(args: Any, variant: str, limit: float) -> None:
                 flush=True,
             )
         stats = jax.devices()[0].memory_stats() or {}
-        print(f"  {variant:<18} peak memory so far {stats.get('peak_bytes_in_use', 0) / 1e9:.1f} GB", flush=True)
+        print(
+            f"  {variant:<18} peak memory so far {stats.get('peak_bytes_in_use', 0) / 1e9:.1f} GB", flush=True
+        )
         if args.profile:
             profile(update)
 
@@ -142,7 +144,9 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         to_micro_batches,
     )  # fmt: skip
 
-    defaults = runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"))["get_config"]()
+    defaults = runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"))[
+        "get_config"
+    ]()
     algorithm = AlgorithmSection(**defaults.algorithm.to_dict())
     optim = OptimSection(**defaults.optim.to_dict())
     mesh = jax.sharding.get_mesh()

@@ -170,7 +170,6 @@ def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prom
     The final norm is scaled up first: a random model is otherwise so undecided that any two agree.
     """
     from grpo_jax.batching import make_train_batch
-    from grpo_jax.config import ActorSection
     from grpo_jax.rollout import SamplingParams
     from grpo_jax.update import make_score_step, score_rows
 
@@ -179,7 +178,7 @@ def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prom
     groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, args.new), seed=99)
     batch = make_train_batch(groups, pad_id=0, max_length=None)
     score = make_score_step(folder.config, mesh, temperature=1.0, chunk_tokens=1024)
-    trainer = score_rows(score, params, batch, ActorSection(1, 1, 4, 0, 1024), mesh)
+    trainer = score_rows(score, params, batch, (4, batch.tokens.shape[1]), mesh)
     mask = np.asarray(batch.completion_mask) > 0
     trainer, sampler = trainer[mask], np.asarray(batch.sampler_logprobs)[mask]
     probabilities = np.abs(np.exp(trainer) - np.exp(sampler)).mean()

@@ -115,7 +115,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     """
     import jax
 
-    from grpo_jax.config import ActorSection, AlgorithmSection, MeshSection, OptimSection
+    from grpo_jax.batching import add_loss_weights, bucket_length
+    from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
     from grpo_jax.losses import grpo_loss
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
@@ -131,31 +132,30 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
-    actor = ActorSection(1, 1, args.micro_rows, 0, args.chunk_tokens)
+    shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
     algorithm = AlgorithmSection(
         "grpo", 8, CLIP_LOW, CLIP_HIGH, DUAL_CLIP, "token-mean", 0.0, KL_COEF, "k3", "loss", 0.0,
         old_logprobs="trainer", rollout_is="none", rollout_is_threshold=2.0,
     )  # fmt: skip
-    optim = OptimSection(schedule="constant", warmup_steps=0, **OPTIM)
+    optim = OptimSection(schedule="constant", warmup_steps=0, accumulator_dtype="float32", **OPTIM)
     schedule = make_schedule(optim, 1)
     optimizer = make_optimizer(optim, schedule)
     head: dict[str, Any] = dict(temperature=1.0, chunk_tokens=args.chunk_tokens)
     loss = functools.partial(grpo_loss, algorithm=algorithm)
     with jax.set_mesh(mesh):
         params = load_params(inspect_folder(folder), model, mesh)
-        logprobs = score_rows(make_score_step(model, mesh, **head), params, batch, actor, mesh)
+        logprobs = score_rows(make_score_step(model, mesh, **head), params, batch, shape, mesh)
         noise = np.random.default_rng(1).normal(0, 0.2, (2, *logprobs.shape)).astype(np.float32)
         old, ref = np.where(batch.completion_mask > 0, logprobs + noise, np.float32(0))
         batch = batch.replace(old_logprobs=old, ref_logprobs=ref, sampler_logprobs=old)
+        weighted = add_loss_weights(batch, "token-mean", 1.0)
         state = init_state(params, model, optimizer, mesh)
-        update = make_update_step(
-            model, mesh, optimizer, schedule, loss, loss_agg="token-mean", loss_norm=1.0, **head
-        )
+        update = make_update_step(model, mesh, optimizer, schedule, loss, accumulator_dtype="float32", **head)
 
     def run() -> tuple[float, float]:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = update(state, to_micro_batches(batch, actor, mesh))
+            state, metrics = update(state, to_micro_batches(weighted, shape, mesh)[0])
             jax.block_until_ready(state)
         return float(metrics["actor/loss"]), float(metrics["actor/grad_norm"])
 

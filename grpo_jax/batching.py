@@ -123,17 +123,14 @@ def add_advantages(batch: TrainBatch, advantages: Any) -> TrainBatch:
     """Puts the advantage of each completion on all of its tokens.
 
     Args:
-        batch: rows in group order; rows beyond P * G must be padding.
+        batch: B = P * G rows in group order.
         advantages: [P, G] float32.
     """
     advantages = np.asarray(advantages, np.float32)
     mask = np.asarray(batch.completion_mask)
-    num_rows = advantages.size
-    if advantages.ndim != 2 or len(mask) < num_rows or mask[num_rows:].any():
+    if advantages.ndim != 2 or len(mask) != advantages.size:
         raise ValueError(f"advantages of shape {advantages.shape} do not fit a batch of shape {mask.shape}")
-    of_row = np.zeros((len(mask), 1), np.float32)
-    of_row[:num_rows, 0] = advantages.ravel()
-    on_tokens: Any = np.where(mask > 0, of_row, np.float32(0))
+    on_tokens: Any = np.where(mask > 0, advantages.reshape(-1, 1), np.float32(0))
     return dataclasses.replace(batch, advantages=on_tokens)
 
 

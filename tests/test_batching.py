@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax import batching, losses
 from grpo_jax.config import ActorSection, parse_config
-from grpo_jax.types import Completion, Prompt, RolloutGroup, TrainBatch
+from grpo_jax.types import Completion, Prompt, RolloutGroup
 
 PAD = 0
 
@@ -164,8 +164,6 @@ def test_advantages_lie_on_completion_tokens():
         [0, -0.25, -0.25, 0, 0],
     ]
     assert not filled[:, 5:].any()
-    padded = batching.add_advantages(batching.pad_rows(batch, 3), advantages).advantages
-    np.testing.assert_array_equal(padded, np.pad(filled, ((0, 2), (0, 0))))
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (4,), (3, 2), (1, 2)])
@@ -175,7 +173,7 @@ def test_refuses_advantages_of_another_batch(shape):
         batching.add_advantages(batch, np.ones(shape))
 
 
-# Mini-batches and padding
+# Mini-batches
 
 
 def numbered_batch(num_rows):
@@ -221,16 +219,55 @@ def test_refuses_uneven_minibatches():
         batching.split_minibatches(numbered_batch(5), 2, seed=1)
 
 
-@pytest.mark.parametrize(("multiple", "expected"), [(1, 5), (5, 5), (4, 8), (8, 8), (3, 6)])
-def test_pad_rows(multiple, expected):
-    batch = numbered_batch(5)
-    padded = batching.pad_rows(batch, multiple)
-    assert isinstance(padded, TrainBatch) and padded.old_logprobs is None
-    for name in ("tokens", "segment_ids", "completion_mask", "ref_logprobs"):
-        field = getattr(padded, name)
-        assert field.shape == (expected, 16) and field.dtype == getattr(batch, name).dtype
-        np.testing.assert_array_equal(field[:5], getattr(batch, name))
-        assert not np.any(field[5:])
+# Packing
+
+
+def test_places_by_hand():
+    """Rows of 96 tokens hold three sequences at most. Longest first, each where it leaves the least room."""
+    places = batching.find_places(np.array([10, 50, 40, 46, 4, 1]), 96)
+    # 50 opens row 0; 46 fills it; 40 opens row 1, then 10 and 4 join it: three; 1 opens row 2.
+    assert places.rows.tolist() == [1, 0, 1, 0, 1, 2]
+    assert places.starts.tolist() == [40, 0, 0, 50, 50, 0]
+    assert places.numbers.tolist() == [2, 1, 1, 2, 3, 1]
+
+
+def test_a_sequence_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="97 tokens does not fit a row of 96"):
+        batching.find_places(np.array([3, 97]), 96)
+
+
+def test_packing_loses_nothing_and_wastes_little():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(30, 400, 300)
+    places = batching.find_places(lengths, 1024)
+    used = np.zeros((places.rows.max() + 1, 1024), int)
+    for row, start, length in zip(places.rows, places.starts, lengths, strict=True):
+        used[row, start : start + length] += 1
+    assert used.max() == 1 and used.sum() == lengths.sum()
+    assert used.mean() > 0.97
+
+
+def test_packed_fields_come_back():
+    batch = batching.make_train_batch(GROUPS, pad_id=PAD, max_length=None)
+    micro_batches, places = batching.pack(batch, 1, 96)
+    assert all(part.tokens.shape == (1, 96) for part in micro_batches)
+    for name in ("tokens", "positions", "completion_mask", "sampler_logprobs"):
+        field = getattr(batch, name)
+        packed = np.concatenate([getattr(part, name) for part in micro_batches])
+        assert packed.dtype == field.dtype
+        expected = np.where(batch.segment_ids > 0, field, 0)
+        np.testing.assert_array_equal(places.unpack(packed, field.shape[1]), expected)
+    segments = np.concatenate([part.segment_ids for part in micro_batches])
+    for row in segments:  # 1, 2, ... in order, then padding
+        present = [int(n) for n in dict.fromkeys(row.tolist())]
+        assert present == [*range(1, max(present) + 1), *([0] if row[-1] == 0 else [])]
+
+
+def test_the_last_micro_batch_is_filled_with_padding():
+    batch = batching.make_train_batch(GROUPS, pad_id=PAD, max_length=None)
+    micro_batches, places = batching.pack(batch, 100, 32)
+    assert len(micro_batches) == 1
+    assert not np.any(micro_batches[0].segment_ids[places.rows.max() + 1 :])
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
@@ -253,27 +290,32 @@ def test_micro_batch_rows(tokens, length, expected):
 @pytest.mark.parametrize(
     ("num_rows", "shards", "expected"),  # with at most 4 rows a shard
     [
-        (1024, 8, (32, 4)),
-        (9, 1, (3, 3)),  # and not 3 of 4, of which 3 would be padding
-        (4, 8, (1, 1)),  # and not 1 of 4 on each of 8
-        (10, 2, (2, 3)),
-        (1, 1, (1, 1)),
-        (33, 8, (2, 3)),
+        (1024, 8, 32),
+        (9, 1, 3),  # three times, and not 4 rows three times, of which 3 would be padding
+        (4, 8, 8),  # one on each of 8, and not 4 on each
+        (10, 2, 6),
+        (1, 1, 1),
+        (33, 8, 24),
     ],
 )
 def test_micro_batches_are_few_and_even(num_rows, shards, expected):
-    assert batching.plan_micro_batches(num_rows, 512, actor(), shards) == expected
+    assert batching.plan_rows(num_rows, 512, actor(), shards) == expected
 
 
 def test_micro_batches_always_hold_all_rows_within_memory():
     for num_rows in range(1, 70):
         for shards in (1, 2, 3, 8):
-            num, rows = batching.plan_micro_batches(num_rows, 512, actor(), shards)
-            assert rows <= 4
-            assert (
-                num_rows <= num * rows * shards < num_rows + num * shards
-            )  # less than a row a shard is lost
+            rows = batching.plan_rows(num_rows, 512, actor(), shards)
+            assert rows % shards == 0 and rows // shards <= 4
+            num = -(-num_rows // rows)
+            assert num * rows < num_rows + num * shards  # less than a row a shard is lost
             assert num == -(-num_rows // (4 * shards))
+
+
+def test_the_shape_holds_the_longest_prompt_with_the_longest_completion():
+    changes = {"data.max_prompt_length": 500, "data.max_response_length": 100, "actor.num_minibatches": 2}
+    # 600 tokens: rows of 640. 1,024 / 2 completions, 4 a shard on 8 shards: 32 rows, 16 times.
+    assert batching.micro_batch_shape(gsm8k_config(**changes), 8) == (32, 640)
 
 
 # The table
@@ -296,7 +338,7 @@ def test_table_of_the_shipped_run():
         "completions per step": "1,024 (4 a prompt)",
         "updates per step": "1 (mini-batches: 1, passes: 1)",
         "completions per update": "1,024",
-        "micro-batches per update": "32, 4 completions on each of 8 data shards",
+        "micro-batches per update": "at most 32, of 4 packed rows of 1,024 tokens on each of 8 data shards",
         "tokens per step, at most": "1,048,576",  # 1,024 x (512 + 512)
         "steps per epoch": "29",
         "steps in all": "87",
@@ -317,6 +359,6 @@ def test_table_of_an_uneven_run():
     assert table["completions per update"] == "15"
     # 2,048 tokens hold 2 rows of 1,024; 4 shards hold 8 rows, so 2 micro-batches of 8 for 15.
     assert table["micro-batches per update"] == (
-        "2, 2 completions on each of 4 data shards (rows of padding: 1)"
+        "at most 2, of 2 packed rows of 1,024 tokens on each of 4 data shards"
     )
     assert table["steps in all"] == "10"

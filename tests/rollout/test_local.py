@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from grpo_jax.batching import make_train_batch
-from grpo_jax.config import ActorSection, MeshSection
+from grpo_jax.config import MeshSection
 from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
@@ -441,7 +441,7 @@ def test_log_probabilities_equal_the_trainers(models, sample, sizes):
     batch = make_train_batch(groups, pad_id=0, max_length=None)
     with jax.set_mesh(mesh):
         score = make_score_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
-        logprobs = score_rows(score, model.params(*sizes), batch, ActorSection(1, 1, 4, 0, 16), mesh)
+        logprobs = score_rows(score, model.params(*sizes), batch, (4, batch.tokens.shape[1]), mesh)
     assert np.count_nonzero(logprobs) == batch.completion_mask.sum() > 50
     np.testing.assert_allclose(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
 

@@ -13,7 +13,6 @@ import pytest
 import vllm_helpers as helpers
 
 from grpo_jax.batching import make_train_batch
-from grpo_jax.config import ActorSection
 from grpo_jax.rollout import EngineError, SamplingParams
 from grpo_jax.update import make_score_step, score_rows
 from grpo_jax.weight_sync import WeightSyncError
@@ -39,8 +38,7 @@ def test_trainer_and_sampler_agree(engine):
     groups = engine.generate(helpers.prompts([5, 40, 12]), sampling, seed=2)
     batch = make_train_batch(groups, pad_id=0, max_length=None)
     score = make_score_step(engine.test_model, engine.test_mesh, temperature=0.8, chunk_tokens=1024)
-    actor = ActorSection(1, 1, 8, 0, 1024)
-    ours = score_rows(score, engine.test_params, batch, actor, engine.test_mesh)
+    ours = score_rows(score, engine.test_params, batch, (4, 128), engine.test_mesh)
     mask = np.asarray(batch.completion_mask) > 0
     assert np.abs(ours - np.asarray(batch.sampler_logprobs))[mask].max() < helpers.TOLERANCE
 
@@ -146,7 +144,7 @@ def test_a_stale_prefix_cache_would_be_caught(engine, monkeypatch):
     score = functools.partial(
         score_rows,
         make_score_step(engine.test_model, engine.test_mesh, temperature=1.0, chunk_tokens=1024),
-        actor=ActorSection(1, 1, 4, 0, 1024),
+        shape=(4, 320),
         mesh=engine.test_mesh,
     )
     long = helpers.prompts([200, 260], seed=6)  # longer than a block of the cache

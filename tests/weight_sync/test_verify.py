@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from weight_sync_helpers import VOCAB, mesh_of
 
-from grpo_jax.config import ActorSection
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.local import LocalEngine
 from grpo_jax.types import Prompt
@@ -80,7 +79,7 @@ def engine(models, mesh):
 @pytest.fixture(scope="module")
 def score(models, mesh):
     step = make_score_step(models("qwen3").config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
-    return functools.partial(score_rows, step, actor=ActorSection(1, 1, 4, 0, 16), mesh=mesh)
+    return functools.partial(score_rows, step, shape=(4, 48), mesh=mesh)
 
 
 @pytest.fixture
