@@ -23,15 +23,23 @@ class GpuWatch:
         self._samples: list[tuple[float, float, float]] = []
         """(time.time(), share of the period in which a GPU worked, bytes in use on the fullest one)."""
         self._thread: threading.Thread | None = None
+        self.trouble = ""
+        """Why there are no samples."""
 
     def __enter__(self) -> "GpuWatch":
-        with contextlib.suppress(Exception):  # no NVML, no driver or no GPU: nothing to watch
+        try:
             import pynvml
-
+        except ImportError:
+            self.trouble = "pip install nvidia-ml-py"
+            return self
+        try:
             pynvml.nvmlInit()
             handles = _visible(pynvml)
-            self._thread = threading.Thread(target=self._sample, args=(pynvml, handles), daemon=True)
-            self._thread.start()
+        except pynvml.NVMLError as error:  # no driver, most often
+            self.trouble = f"NVML: {error}"
+            return self
+        self._thread = threading.Thread(target=self._sample, args=(pynvml, handles), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -77,6 +77,8 @@ class Run:
     idle: float | None
     peak_gb: float | None
     """The most that was in use on a GPU, of all processes."""
+    trouble: str
+    """Why the two above are missing."""
     steps: list[Step]
     """The measured ones."""
 
@@ -103,7 +105,7 @@ def main() -> None:
             print_ratios(runs)
         if args.json:
             content = {"arguments": vars(args), "overrides": overrides, "matmul": matmul}
-            content["runs"] = [dataclasses.asdict(run) for run in runs]
+            content |= {"runs": [dataclasses.asdict(run) for run in runs]}
             Path(args.json).write_text(json.dumps(content, indent=1))
 
 
@@ -265,6 +267,7 @@ def measure(name: str, command: list[str], log: Path, read: Callable[[], list[St
         tokens=statistics.fmean(num_tokens(step.metrics, args) for step in measured),
         idle=watch.idle_share(ends[0], ends[-1]),
         peak_gb=peak / 1e9 if peak else None,
+        trouble=watch.trouble,
         steps=measured,
     )
 
@@ -380,10 +383,11 @@ def print_run(run: Run) -> None:
     phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in run.phases.items() if name != "step")
     print(f"  phases, s, medians  {phases}")
     print(f"  tokens/s            {run.tokens / run.median_s:,.0f} (prompts and completions)")
-    if run.idle is not None:
+    if run.idle is not None and run.peak_gb is not None:
         print(f"  GPU idle            {run.idle:.3f} of the measured steps")
-    if run.peak_gb is not None:
         print(f"  GPU memory, peak    {run.peak_gb:.2f} GB in use, of all processes")
+    else:
+        print(f"  GPU idle, memory    not measured ({run.trouble or 'no samples'})")
     print(f"  first step          {run.first_step_s:.1f} s after the command", flush=True)
 
 
