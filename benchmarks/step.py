@@ -2,6 +2,7 @@
 
     python benchmarks/step.py               # on a GPU: Qwen2.5-1.5B's shape, 64 prompts x 8, 128 + 512 tokens
     python benchmarks/step.py --peer=trl    # then TRL on the same card: model, prompts, lengths, updates
+    python benchmarks/step.py --peer=trl --peer=verl:/path/of/its/environment/bin/python
     python benchmarks/step.py --shape=qwen2.5-7b --prompts=256 --samples=4 --prompt_tokens=512
     python benchmarks/step.py --config.actor.micro_batch_size_per_device=32
 
@@ -45,7 +46,19 @@ HERE = Path(__file__).resolve().parent
 REWARD = HERE / "peers" / "reward.py"
 W1 = dict(shape="qwen2.5-1.5b", prompts=64, samples=8, prompt_tokens=128, new=512, engine="vllm")
 TINY = dict(shape="tiny", prompts=4, samples=4, prompt_tokens=128, new=16, engine="local")
-PEERS = ("trl",)
+PEERS = {  # what each needs: a module, and the distribution that holds it
+    "trl": {"trl": "trl", "datasets": "datasets"},
+    "verl": {
+        "verl": "verl",
+        "transfer_queue": "TransferQueue",
+        "tensordict": "tensordict",
+        "hydra": "hydra-core",
+        "codetiming": "codetiming",
+        "torchdata": "torchdata",
+        "datasets": "datasets",
+        "ray": "ray",
+    },
+}
 STOP_S = 90.0
 """How long a trainer may take to end when told to."""
 
@@ -90,7 +103,7 @@ class Run:
 def main() -> None:
     args, overrides = parse_args()
     common.print_environment()
-    print(f"gpu       {engine_common.gpu_name()}")
+    print(f"gpu       {engine_common.gpu_name()}; vLLM {common.version('vllm')}, Ray {common.version('ray')}")
     with contextlib.ExitStack() as stack:
         folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         matmul = measure_matmul()
@@ -99,13 +112,19 @@ def main() -> None:
         print_ours(args, ours, model, matmul)
         runs = [ours]
         for peer in args.peer:
-            runs.append(run_peer(peer, args, folder, model, data))
+            name, python = interpreter(peer, args)
+            missing, versions = look_at(name, python)
+            if missing:
+                print(f"\n{name}: not run; {python} -m pip install {' '.join(missing)}")
+                continue
+            print(f"\npeer      {versions}")
+            runs.append(run_peer(name, python, args, folder, model, data))
             print_run(runs[-1])
         if len(runs) > 1:
             print_ratios(runs)
         if args.json:
-            content = {"arguments": vars(args), "overrides": overrides, "matmul": matmul}
-            content |= {"runs": [dataclasses.asdict(run) for run in runs]}
+            results = [dataclasses.asdict(run) for run in runs]
+            content = dict(arguments=vars(args), overrides=overrides, matmul=matmul, runs=results)
             Path(args.json).write_text(json.dumps(content, indent=1))
 
 
@@ -121,8 +140,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--engine", default=defaults["engine"], choices=("vllm", "local"))
     parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones, at least 1")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
-    parser.add_argument("--peer", action="append", default=[], choices=PEERS, help="may be given twice")
-    parser.add_argument("--peer_python", default=sys.executable, help="interpreter of the peers' environment")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME[:PYTHON]",
+        help="trl, verl, or both in turn; with the interpreter of an environment of its own",
+    )  # fmt: skip
+    parser.add_argument("--peer_python", default=sys.executable, help="interpreter of a peer that names none")
+    parser.add_argument("--peer_args", default="", help="added to the peer's command: see benchmarks/peers")
     parser.add_argument(
         "--peer_micro_batch", type=int, default=32, help="TRL: completions on the GPU at once"
     )
@@ -137,6 +160,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"{override}: overrides are written --config.KEY=VALUE")
     if args.warmup < 1:
         parser.error("--warmup must be at least 1: the first step compiles")
+    if unknown := [peer for peer in args.peer if peer.partition(":")[0] not in PEERS]:
+        parser.error(f"--peer={unknown[0]}: must be one of {', '.join(PEERS)}")
     args.peer_micro_batch = min(args.peer_micro_batch, args.prompts * args.samples)
     return args, overrides
 
@@ -173,7 +198,7 @@ def prepare(args: Any, folder: Path) -> tuple[Path, Path]:
 
 def run_ours(args: Any, overrides: list[str], folder: Path, model: Path, data: Path) -> Run:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        workdir = Path(temporary) / "run"
+        workdir = Path(temporary).absolute() / "run"
         command = [sys.executable, "-m", "grpo_jax.train", "--config=configs/gsm8k.py"]
         command += [f"--workdir={workdir}", *our_flags(args, model, data), *overrides]
         print(f"command   {shlex.join(command)}", flush=True)
@@ -218,16 +243,42 @@ def our_steps(file: Path) -> list[Step]:
 # ---- the peers ----
 
 
-def run_peer(peer: str, args: Any, folder: Path, model: Path, data: Path) -> Run:
-    log = folder / f"{peer}.log"
+def interpreter(peer: str, args: Any) -> tuple[str, str]:
+    """Name and interpreter of NAME[:PYTHON]."""
+    name, _, python = peer.partition(":")
+    return name, python or args.peer_python
+
+
+def look_at(name: str, python: str) -> tuple[list[str], str]:
+    """What a peer's environment lacks, and the versions of what it has."""
+    code = """if True:
+        import importlib.metadata as m, importlib.util as u, json, sys
+        def version(name):
+            try: return m.version(name)
+            except m.PackageNotFoundError: return "(none)"
+        missing = [name for name in sys.argv[2:] if u.find_spec(name) is None]
+        names = (sys.argv[1], "torch", "transformers", "vllm")
+        print(json.dumps([missing, ", ".join(f"{name} {version(name)}" for name in names)]))
+    """
+    done = subprocess.run(
+        [python, "-c", code, name, *PEERS[name]], capture_output=True, text=True, check=True
+    )
+    missing, versions = json.loads(done.stdout.splitlines()[-1])
+    return [PEERS[name][module] for module in missing], versions
+
+
+def run_peer(peer: str, python: str, args: Any, folder: Path, model: Path, data: Path) -> Run:
+    log = folder.absolute() / f"{peer}.log"
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        output = Path(temporary).absolute()
         command = [
-            args.peer_python, str(HERE / "peers" / f"{peer}_run.py"), f"--model={model}", f"--data={data}",
-            f"--output={temporary}", f"--prompts={args.prompts}", f"--samples={args.samples}",
+            python, str(HERE / "peers" / f"{peer}_run.py"), f"--model={model}", f"--data={data}",
+            f"--output={output}", f"--prompts={args.prompts}", f"--samples={args.samples}",
             f"--prompt_tokens={args.prompt_tokens}", f"--new={args.new}", f"--steps={args.warmup + args.steps}",
             f"--micro_batch={args.peer_micro_batch}", "--vllm" if args.engine == "vllm" else "--no-vllm",
+            *shlex.split(args.peer_args),
         ]  # fmt: skip
-        print(f"\ncommand   {shlex.join(command)}", flush=True)
+        print(f"command   {shlex.join(command)}", flush=True)
         return measure(peer, command, log, lambda: peer_steps(log), args)
 
 
@@ -238,7 +289,7 @@ def peer_steps(log: Path) -> list[Step]:
         if text.startswith("STEP "):
             with contextlib.suppress(json.JSONDecodeError):
                 line = json.loads(text.removeprefix("STEP "))
-                phases = {"gen": line["generation_s"]} | line.get("phases", {})
+                phases = line.get("phases") or {"gen": line["generation_s"]}
                 steps.append(Step(line["step"], line["time"], phases, line))
     return steps
 
@@ -273,7 +324,7 @@ def measure(name: str, command: list[str], log: Path, read: Callable[[], list[St
 
 
 def num_tokens(metrics: dict[str, Any], args: Any) -> float:
-    response = metrics.get("response_length/mean", metrics.get("mean_length", args.new))
+    response = metrics["response_length/mean" if "response_length/mean" in metrics else "mean_length"]
     return float(args.prompts * args.samples * (args.prompt_tokens + response))
 
 
@@ -337,8 +388,10 @@ def wait_for_steps(
 def print_ours(args: Any, run: Run, model: Path, matmul: dict[str, Any]) -> None:
     print_run(run)
     last = run.steps[-1].metrics
-    devices, update_s = matmul["num_devices"], run.phases["update_actor"]
-    flops = statistics.median(step_flops(step, args, model, matmul) for step in run.steps)
+    # perf/throughput is that of one of the trainer's devices, which may be fewer than there are.
+    devices = round(num_tokens(last, args) / last["timing_s/step"] / last["perf/throughput"])
+    update_s = run.phases["update_actor"]
+    flops = statistics.median(step_flops(step, args, model, matmul, devices) for step in run.steps)
     rate = flops / update_s / devices
     parts = [f"{rate / matmul['tflops'] / 1e12:.3f} of the measured matmul rate"]
     if peak := data_sheet(matmul["device"]):
@@ -357,7 +410,7 @@ def data_sheet(device: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
-def step_flops(step: Step, args: Any, model: Path, matmul: dict[str, Any]) -> float:
+def step_flops(step: Step, args: Any, model: Path, matmul: dict[str, Any], devices: int) -> float:
     """FLOPs of a step's update over the lengths that it had.
 
     The trainer knows every length: its own MFU, where it reports one, is turned back into FLOPs. Elsewhere every
@@ -370,7 +423,7 @@ def step_flops(step: Step, args: Any, model: Path, matmul: dict[str, Any]) -> fl
 
     mfu, peak = step.metrics.get("perf/mfu/actor"), data_sheet(matmul["device"])
     if mfu and peak:
-        return float(mfu) * peak * step.phases["update_actor"] * int(matmul["num_devices"])
+        return float(mfu) * peak * step.phases["update_actor"] * devices
     rows = args.prompts * args.samples
     lengths = np.full(rows, num_tokens(step.metrics, args) / rows)
     return update_flops(parse_hf_config(json.loads((model / "config.json").read_text())), lengths)
@@ -380,7 +433,7 @@ def print_run(run: Run) -> None:
     print(f"\n{run.name}")
     print(f"  step                {run.median_s:.3f} s median, {min(run.seconds):.3f} fastest, "
           f"{max(run.seconds):.3f} slowest of {len(run.seconds)}")  # fmt: skip
-    phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in run.phases.items() if name != "step")
+    phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in run.phases.items())
     print(f"  phases, s, medians  {phases}")
     print(f"  tokens/s            {run.tokens / run.median_s:,.0f} (prompts and completions)")
     if run.idle is not None and run.peak_gb is not None:

@@ -73,3 +73,17 @@ def test_no_gpu_no_samples(monkeypatch):
         watch.wait_until_free(0, timeout_s=5)
     assert watch.idle_share(0, time.time()) is None
     assert watch.peak_bytes() is None
+
+
+def test_the_console_line_of_verl(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
+    verl_run = importlib.import_module("verl_run")
+    line = (
+        "(TaskRunner pid=7) step:2 - actor/entropy:np.float64(11.62) - critic/score/mean:0.43 - "
+        "timing_s/gen:16.1 - timing_s/ref:3.8 - response_length/mean:511.5 - perf/mfu/actor:3.3e-01\n"
+    )
+    step = verl_run.parse_step(line, 5.0)
+    assert (step["step"], step["time"], step["generation_s"], step["mfu"]) == (2, 5.0, 16.1, 0.33)
+    assert step["phases"] == {"gen": 16.1, "ref": 3.8}
+    assert (step["mean_length"], step["reward"]) == (511.5, 0.43)
+    assert verl_run.parse_step("Training Progress: step:", 5.0) is None
