@@ -63,6 +63,10 @@ STOP_S = 90.0
 """How long a trainer may take to end when told to."""
 
 
+class TrainerFailed(RuntimeError):
+    """A trainer ended, or was ended, before a step could be measured; the message holds its last words."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One step of any trainer."""
@@ -108,7 +112,10 @@ def main() -> None:
         folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         matmul = measure_matmul()
         model, data = prepare(args, folder)
-        ours = run_ours(args, overrides, folder, model, data)
+        try:
+            ours = run_ours(args, overrides, folder, model, data)
+        except TrainerFailed as failure:
+            sys.exit(str(failure))
         print_ours(args, ours, model, matmul)
         runs = [ours]
         for peer in args.peer:
@@ -118,7 +125,11 @@ def main() -> None:
                 print(f"\n{name}: not run; {python} -m pip install {' '.join(missing)}")
                 continue
             print(f"\npeer      {versions}")
-            runs.append(run_peer(name, python, args, folder, model, data))
+            try:
+                runs.append(run_peer(name, python, args, folder, model, data))
+            except TrainerFailed as failure:
+                print(failure, flush=True)  # what was measured of the others is not lost
+                continue
             print_run(runs[-1])
         if len(runs) > 1:
             print_ratios(runs)
@@ -153,7 +164,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--folder", default="", help="model, data and logs stay here; default: a temporary one"
     )
     parser.add_argument("--json", default="", help="file for everything that was measured")
-    parser.add_argument("--timeout_s", type=float, default=1800.0, help="for one trainer")
+    parser.add_argument(
+        "--timeout_s",
+        type=float,
+        default=1800.0,
+        help="for one trainer; the steps that it has done by then count",
+    )
     args, overrides = parser.parse_known_args()
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
@@ -304,8 +320,9 @@ def measure(name: str, command: list[str], log: Path, read: Callable[[], list[St
         at_start = watch.peak_bytes() or 0
         start = time.time()
         with started(command, log) as process:
-            steps = wait_for_steps(name, process, log, read, last, start + args.timeout_s)
+            steps = wait_for_steps(name, process, log, read, args.warmup, last, start + args.timeout_s)
         watch.wait_until_free(at_start + 2e9, timeout_s=30)
+    last = min(last, len(steps))
     ends = [step.end for step in steps[args.warmup - 1 : last]]
     measured = steps[args.warmup : last]
     names = dict.fromkeys(phase for step in measured for phase in step.phases)
@@ -360,25 +377,30 @@ def wait_for_steps(
     process: subprocess.Popen[bytes],
     log: Path,
     read: Callable[[], list[Step]],
+    warmup: int,
     last: int,
     deadline: float,
 ) -> list[Step]:
-    """Shows each step as it ends. Returns them; ends everything where the trainer fails or takes too long."""
+    """Shows each step as it ends. Returns them, of a trainer that takes too long as many as there are.
+
+    Raises: TrainerFailed: it ended by itself before the last step, or no step could be measured in time.
+    """
     shown = 0
     while True:
         is_over = process.poll() is not None  # before reading: what it wrote last is there then
+        is_late = time.time() > deadline
         steps = read()
         for step in steps[shown:]:
             before = steps[step.number - 2].end if step.number > 1 else None
             seconds = f"{step.end - before:.2f} s" if before else "done"
             print(f"  {name} step {step.number}/{last}: {seconds}", flush=True)
         shown = len(steps)
-        if shown >= last:
+        if shown >= last or (is_late and shown > warmup):
             return steps
-        if is_over or time.time() > deadline:
+        if is_over or is_late:
             how = f"ended with exit code {process.returncode}" if is_over else "took too long (--timeout_s)"
             tail = log.read_text(errors="replace")[-4000:]
-            sys.exit(f"{name} {how} after {shown} of {last} steps:\n{tail}")
+            raise TrainerFailed(f"{tail}\n{name} {how} after {shown} of {last} steps")
         time.sleep(0.1)
 
 
