@@ -57,7 +57,7 @@ def describe_model(args: Any) -> str:
 def print_environment() -> None:
     """Hardware, load, versions and date: figures mean nothing without them."""
     load, cpus = os.getloadavg(), os.cpu_count() or 1
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     threads = os.environ.get("OMP_WAIT_POLICY", "(default)")
     print(f"date      {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC")
     print(f"hardware  {_cpu_name()}, {cpus} CPUs, {_memory_gb():.0f} GB")
@@ -71,7 +71,8 @@ def warn_if_busy() -> None:
         print("warning   other work is running: OMP_WAIT_POLICY=PASSIVE is fairer to PyTorch then")
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed distribution, or "(none)"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
