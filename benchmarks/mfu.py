@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--param_dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mesh", default="1,1", help="devices: data, fsdp")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
     args = parser.parse_args()
     common.print_environment()
@@ -70,11 +71,11 @@ def measure(args: Any, variant: str, limit: float) -> None:
     remat, rows, chunk = variant.split(":")
     batch = random_batch(args)
     lengths = np.asarray(batch.segment_ids).sum(axis=1)
-    tokens, flops = int(lengths.sum()), None
-    with jax.set_mesh(make_mesh()):
+    tokens = int(lengths.sum())
+    with jax.set_mesh(make_mesh(args.mesh)):
         model, update, score = build(args, remat, (int(rows), args.length), int(chunk), batch)
         flops = update_flops(model, lengths)
-        results = {}
+        devices = jax.sharding.get_mesh().size
         for name, function, share in (("update", update, 1.0), ("score", score, 1 / 3)):
             start = time.perf_counter()
             function()
@@ -85,11 +86,10 @@ def measure(args: Any, variant: str, limit: float) -> None:
                 function()
                 seconds.append(time.perf_counter() - start)
             median = statistics.median(seconds)
-            results[name] = median
             print(
                 f"  {variant:<18} {model.attention:<7} {name:<7} {median:7.3f} s (first {first:5.1f})  "
                 f"{tokens / median:>9,.0f} tokens/s  {flops * share / median / 1e12:6.1f} TFLOP/s  "
-                f"MFU {flops * share / median / limit:.3f} of the limit",
+                f"MFU {flops * share / median / limit / devices:.3f} of the limit, mesh {args.mesh}",
                 flush=True,
             )
         stats = jax.devices()[0].memory_stats() or {}
@@ -100,11 +100,14 @@ def measure(args: Any, variant: str, limit: float) -> None:
             profile(update)
 
 
-def make_mesh() -> Any:
+def make_mesh(sizes: str) -> Any:
+    import jax
+
     from grpo_jax.config import MeshSection
     from grpo_jax.model import sharding
 
-    return sharding.make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+    data, fsdp = map(int, sizes.split(","))
+    return sharding.make_mesh(MeshSection(data, fsdp, tensor=1), jax.devices()[: data * fsdp])
 
 
 def random_batch(args: Any) -> Any:

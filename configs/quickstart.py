@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
     config.algorithm.group_size = 8
     config.rollout.update(engine="local", temperature=1.0)
     config.optim.learning_rate = 1e-4  # the model is small, and not pretrained
-    config.trainer.total_epochs = 1  # 40 steps
+    config.trainer.update(total_epochs=1, deterministic=True)  # 40 steps
 
     config.actor.micro_batch_size_per_device = (
         32  # what the CPU's memory allocator likes; 256 takes twice as long

@@ -90,9 +90,15 @@ def share_gpus(section: RolloutSection) -> None:
         # Both want most of the memory, one after the other: JAX must not keep what it does not need.
         os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{trainer_share(section):.3f}")
+
+
+def trainer_share(section: RolloutSection) -> float:
+    """The part of a GPU's memory that JAX may take in the run; its own default where no engine is beside it."""
+    if section.engine == "local" or section.placement == "separate":
+        return 0.75
     left = 1 if section.sleep else 1 - section.gpu_memory_utilization
-    share = max(0.05, left - CONTEXT_SHARE)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
+    return max(0.05, left - CONTEXT_SHARE)
 
 
 def read_inputs(config: Config, workdir: Workdir) -> Inputs:

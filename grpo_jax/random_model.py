@@ -62,11 +62,9 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     )
 
 
-def make_random_model(
-    folder: Path, section: RandomModelSection, tokenizer: Any, *, seed: int, mesh: Mesh
-) -> None:
-    """Writes a Hugging Face folder with a tokenizer of `make_tokenizer` and random weights, seeded."""
-    config = ModelConfig(
+def random_model_config(section: RandomModelSection, **overrides: Any) -> ModelConfig:
+    """A Qwen2-shaped model of the section's sizes. Args: overrides: other fields of `ModelConfig`."""
+    return ModelConfig(
         **dataclasses.asdict(section),
         head_dim=section.hidden_size // section.num_heads,
         rope_theta=10_000.0,
@@ -74,7 +72,15 @@ def make_random_model(
         tie_embeddings=True,
         qkv_bias=True,
         qk_norm=False,
+        **overrides,
     )
+
+
+def make_random_model(
+    folder: Path, section: RandomModelSection, tokenizer: Any, *, seed: int, mesh: Mesh
+) -> None:
+    """Writes a Hugging Face folder with a tokenizer of `make_tokenizer` and random weights, seeded."""
+    config = random_model_config(section)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with tempfile.TemporaryDirectory() as files, jax.set_mesh(mesh):
         tokenizer.save_pretrained(files)

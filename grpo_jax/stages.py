@@ -123,12 +123,11 @@ def build_stages(
         workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
         copy_side_files(folder.path, workdir.model_files)
         state, first = init_state(params, model, optimizer, mesh), None
-        version = 0
     else:
         del params  # before the restored ones come
         state, progress = checkpointer.restore(abstract_state(model, optimizer, mesh))
         prompts.restore(progress.prompt_iterator)
-        first, version = progress.global_step, progress.policy_version
+        first = progress.global_step
     score = make_score_step(model, mesh, **common)
     shape = micro_batch_shape(config, num_batch_shards(mesh))
     stages = Stages(
@@ -164,7 +163,6 @@ def build_stages(
         timers=timers,
         num_steps=num_steps,
     )
-    give_weights(stages, state.params, version, is_first=True)
     return stages, state, first
 
 

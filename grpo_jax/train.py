@@ -34,6 +34,7 @@ from grpo_jax.batching import (
     add_advantages,
     add_loss_weights,
     batch_table,
+    make_sft_batch,
     make_train_batch,
     split_minibatches,
 )
@@ -121,23 +122,39 @@ def run_updates(
     config, timers = stages.config, stages.timers
     minibatches = split_minibatches(batch, config.actor.num_minibatches, seed=(config.trainer.seed, step))
     placed = [_place(stages, minibatch) for minibatch in minibatches]
-    with timers("old_log_prob"):
-        if config.needs_old_logprobs and batch.old_logprobs is None:
-            placed = _score(stages, state.params, placed, "old_logprobs")
-    with timers("ref"):
-        if config.uses_reference and batch.ref_logprobs is None:
-            placed = _score(stages, stages.ref_params, placed, "ref_logprobs")
+    scores = {}
+    if config.needs_old_logprobs and batch.old_logprobs is None:
+        scores["old_log_prob"] = ("old_logprobs", state.params)
+    if config.uses_reference and batch.ref_logprobs is None:
+        scores["ref"] = ("ref_logprobs", stages.ref_params)
+    for phase, (field, params) in scores.items():
+        with timers(phase):
+            placed = _score(stages, params, placed, field)
     metrics = []
     with timers("update_actor"):
         for minibatch in placed * config.actor.num_epochs:
             state, update_metrics = stages.update(state, minibatch)
             metrics.append(update_metrics)
-    with timers("old_log_prob"):
-        jax.block_until_ready([micro.old_logprobs for minibatch in placed for micro in minibatch])
-    with timers("ref"):
-        jax.block_until_ready([micro.ref_logprobs for minibatch in placed for micro in minibatch])
+    for phase, (field, _) in scores.items():
+        with timers(phase):
+            jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
     with timers("update_actor"):
         return state, jax.device_get(metrics)
+
+
+def warm_up(stages: Stages, state: TrainState) -> TrainState:
+    """Compiles the steps, while the engine may still be starting, and finds out whether they fit the memory.
+
+    They run on completions whose advantage is not a number: such an update changes nothing.
+    """
+    config = stages.config
+    examples = [([0], [0])] * config.actor.num_minibatches
+    batch = make_sft_batch(examples, pad_id=0)
+    batch, _ = penalized(stages, state.params, batch, np.zeros((len(examples), 1), np.float32))
+    batch = add_advantages(batch, np.full((len(examples), 1), np.nan, np.float32))
+    state, _ = run_updates(stages, state, batch, step=0)
+    stages.timers.collect()
+    return state
 
 
 def _place(stages: Stages, minibatch: TrainBatch) -> list[TrainBatch]:
@@ -153,6 +170,7 @@ def _score(
     stages: Stages, params: Params, placed: list[list[TrainBatch]], field: str
 ) -> list[list[TrainBatch]]:
     """Puts the log-probabilities under `params` into a field of every micro-batch; they stay on the devices."""
+    params = stages.update.cast(params)
     score = lambda micro: dataclasses.replace(micro, **{field: stages.score(params, micro)})
     return [[score(micro) for micro in minibatch] for minibatch in placed]
 
@@ -191,6 +209,8 @@ def train(config: Config, path: Path) -> None:
             stages, state, first = build_stages(
                 config, workdir, inputs, folder, mesh, reward, engine, timers, checkpointer
             )
+            state = warm_up(stages, state)
+            give_weights(stages, state.params, version=first or 0, is_first=True)
             writer = MetricsWriter(workdir, config, resume_step=first)
             stack.callback(writer.close)
             _print_plan(stages, workdir, first)

@@ -99,10 +99,11 @@ def make_score_step(config: ModelConfig, mesh: Mesh, *, temperature: float, chun
 
     @jax.jit
     def score(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        columns = _chunk_columns(chunk_tokens, tokens.shape[0], mesh)
         with jax.named_scope("score"):
-            return _logprobs(params, config, tokens, positions, segment_ids, mesh, temperature, chunk_tokens)[
-                0
-            ]
+            return token_scores(
+                params, config, tokens, positions, segment_ids, temperature=temperature, chunk_columns=columns
+            )[0]
 
     return lambda params, micro: score(params, micro.tokens, micro.positions, micro.segment_ids)
 
@@ -168,16 +169,10 @@ def make_update_step(
 
     def gradients(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         def loss(params: Params) -> tuple[jax.Array, LossMetrics]:
-            logprobs, entropy = _logprobs(
-                params,
-                config,
-                micro.tokens,
-                micro.positions,
-                micro.segment_ids,
-                mesh,
-                temperature,
-                chunk_tokens,
-            )
+            logprobs, entropy = token_scores(
+                params, config, micro.tokens, micro.positions, micro.segment_ids,
+                temperature=temperature, chunk_columns=_chunk_columns(chunk_tokens, micro.tokens.shape[0], mesh),
+            )  # fmt: skip
             return loss_fn(logprobs, entropy, micro, micro.loss_weights)
 
         return jax.grad(loss, has_aux=True)(params)
@@ -220,6 +215,11 @@ def make_update_step(
     )
 
 
+def _chunk_columns(chunk_tokens: int, rows: int, mesh: Mesh) -> int:
+    """Columns of a micro-batch whose logits one device computes at once."""
+    return max(1, chunk_tokens // (rows // num_batch_shards(mesh)))
+
+
 def make_cast(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
     """Returns the function that casts parameters once an update, and not once a micro-batch."""
     if config.dtype == config.param_dtype:
@@ -228,25 +228,20 @@ def make_cast(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
     return jax.jit(cast, out_shardings=param_shardings(config, mesh))
 
 
-def _logprobs(
+def token_scores(
     params: Params,
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-    mesh: Mesh,
+    *,
     temperature: float,
-    chunk_tokens: int,
+    chunk_columns: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of every token of a micro-batch, [R, T] each."""
-    rows_per_device = tokens.shape[0] // num_batch_shards(mesh)
+    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
     with jax.named_scope("forward"):
         hidden = forward(params, config, tokens, positions, segment_ids)
     with jax.named_scope("head"):
         return token_logprobs(
-            hidden,
-            head_matrix(params),
-            tokens,
-            temperature=temperature,
-            chunk_columns=max(1, chunk_tokens // rows_per_device),
+            hidden, head_matrix(params), tokens, temperature=temperature, chunk_columns=chunk_columns
         )

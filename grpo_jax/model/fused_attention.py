@@ -91,11 +91,11 @@ def fused_attention(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, seque
     """Each token sees itself and those before it in its own sequence.
 
     Args:
-        kernel: "cudnn" or "splash".
+        kernel: "cudnn" or "splash"; "shapes": for counting memory without either.
         q: [B, T, H, Dh]; k, v: [B, T, K, Dh].
     Returns: [B, T, H, Dh] in the dtype of v.
     """
-    function = {"cudnn": _cudnn, "splash": _splash}[kernel]
+    function = {"cudnn": _cudnn, "splash": _splash, "shapes": _shapes}[kernel]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(q, k, v, sequences)
@@ -146,6 +146,24 @@ def _splash(
     ids = splash.SegmentIds(sequences.segment_ids, sequences.segment_ids)
     # Splash leaves the scale to its caller.
     return heads_first(attend(heads_first(q) / math.sqrt(q.shape[-1]), heads_first(k), heads_first(v), ids))
+
+
+@jax.custom_vjp
+def _shapes(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> jax.Array:
+    """Computes nothing, and keeps for the backward pass what a flash kernel keeps."""
+    return q
+
+
+def _shapes_forward(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> Any:
+    statistics = jnp.zeros((*sequences.starts.shape, q.shape[2], q.shape[1]), jnp.float32)
+    return q, (q, k, v, jnp.zeros_like(q), statistics)
+
+
+def _shapes_backward(kept: Any, cotangent: jax.Array) -> Any:
+    return cotangent, kept[1], kept[2], None
+
+
+_shapes.defvjp(_shapes_forward, _shapes_backward)
 
 
 @functools.lru_cache(maxsize=8)

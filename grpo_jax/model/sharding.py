@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import ConfigError, MeshSection
 
@@ -52,7 +52,7 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     return Mesh(np.asarray(devices[:used]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways the rows of a batch are split; row counts must be multiples of it."""
     return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
 

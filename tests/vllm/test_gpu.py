@@ -30,17 +30,22 @@ def test_nccl_is_found_and_broadcasts_to_itself():
 
 
 def test_an_engine_sleeps_and_wakes_with_new_weights(models, tmp_path):
+    import os
     import subprocess
 
     def used():
+        """Of the GPU, in MiB."""
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return int(subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0])
+        query += ["--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0")]
+        return int(subprocess.run(query, capture_output=True, text=True).stdout)
 
     mesh = helpers.mesh_of()
     inspected, params = helpers.load(models["qwen2-untied"], mesh)
     moved = helpers.perturbed(params, seed=5)
     folder = helpers.save_as_folder(moved, inspected.config, models["qwen2-untied"], tmp_path / "moved")
     batch = helpers.prompts([11, 140])
+    jax.block_until_ready(params)
+    before = used()
     engine = helpers.engine_for(models["qwen2-untied"], mesh, sleep=True, gpu_memory_utilization=0.3)
     with contextlib.closing(engine):
         engine.load_weights(params, version=0)
@@ -48,8 +53,9 @@ def test_an_engine_sleeps_and_wakes_with_new_weights(models, tmp_path):
         awake = used()
         engine.sleep()
         asleep = used()
-        # 0.3 of the GPU is vLLM's, nearly all of it cache.
-        assert asleep < awake / 2, (asleep, awake)
+        # Asleep it keeps a CUDA context and its compiled kernels; the trainer's memory is not its to give up.
+        kept = asleep - before
+        assert awake - before > 20_000 and kept < 0.1 * (awake - before), (before, awake, asleep)
         engine.load_weights(moved, version=1)
         groups = engine.generate(batch, GREEDY, seed=0)
         model = helpers.reference(folder)

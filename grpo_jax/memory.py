@@ -1,0 +1,124 @@
+"""How much memory each phase of a step takes on one device, counted from shapes; no device is needed.
+
+What is held is exact: parameters, Adam's moments, accumulators and the reference, as they are sharded. What the
+forward pass keeps for the backward pass is counted from JAX's own list of it (`jax.vjp` of the traced model), for
+any `model.remat`. What the compiler adds within one layer and one chunk of the head is estimated from their largest
+arrays.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from grpo_jax.batching import micro_batch_shape
+from grpo_jax.config import Config
+from grpo_jax.model.sharding import MESH_AXES, num_batch_shards, partition_spec
+from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.update import token_scores
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device."""
+
+    held: dict[str, int]
+    """From step to step, by name."""
+    phases: dict[str, int]
+    """Phase -> the most that is in use during it, `held` included."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def plan_memory(config: Config, model: ModelConfig, sizes: tuple[int, int, int]) -> MemoryPlan:
+    """Counts the memory of one device of a mesh.
+
+    Args:
+        model: with the attention kernel of the device that is planned for; "shapes" stands for any fused one.
+        sizes: devices along the axes data, fsdp, tensor.
+    """
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    parameters = _elements_on_a_device(model, mesh)
+    stored, computed = (jnp.dtype(dtype).itemsize for dtype in (model.param_dtype, model.dtype))
+    held = {"parameters": parameters * stored, "Adam's moments": 2 * parameters * stored}
+    if config.uses_reference:
+        held["reference"] = parameters * computed
+    base = sum(held.values())
+
+    rows, length = micro_batch_shape(config, num_batch_shards(mesh))
+    rows //= num_batch_shards(mesh)
+    chunk = min(rows * length, max(rows, config.actor.logits_chunk_tokens))
+    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
+    logits = chunk * words * 4
+    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
+    width = rows * length * model.hidden_size * computed
+
+    cast = parameters * computed if computed != stored else 0
+    sums = parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize
+    gradients = parameters * computed
+    head_gradient = words * model.hidden_size * 4
+    kept = kept_for_backward(model, rows, length)
+    backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
+    phases = {
+        "update": base + cast + sums + gradients + kept + backward,
+        "optimizer": base + cast + sums,
+    }
+    if config.uses_reference or config.needs_old_logprobs:
+        phases["score"] = base + cast + 4 * width + max(layer, logits)
+    if config.rollout.engine == "vllm":
+        phases["weight sync"] = base + 4 * config.rollout.bucket_mb * MIB
+    return MemoryPlan(held, phases)
+
+
+def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
+    """Bytes that the forward pass of one micro-batch [rows, length] keeps, the parameters not counted."""
+    params = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))[0]
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def pullback(params: Any, tokens: Any) -> Any:
+        score = lambda params: token_scores(
+            params, model, tokens, tokens, tokens, temperature=1.0, chunk_columns=1
+        )
+        return jax.vjp(score, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, params, tokens))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
+
+
+def largest_micro_batch(config: Config, model: ModelConfig, sizes: tuple[int, int, int], limit: float) -> int:
+    """Most rows of full length that a data shard can hold at once; 0 if one is too many already."""
+
+    def fits(rows: int) -> bool:
+        actor = dataclasses.replace(
+            config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
+        )
+        return plan_memory(dataclasses.replace(config, actor=actor), model, sizes).peak <= limit
+
+    shards = sizes[0] * sizes[1]
+    most = -(-config.completions_per_step // config.actor.num_minibatches // shards)
+    low, high = 0, max(1, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _elements_on_a_device(model: ModelConfig, mesh: Any) -> int:
+    """Parameters of the largest share of one device."""
+    shapes, axes = abstract_params(model)
+    is_axes = lambda x: isinstance(x, jax.sharding.PartitionSpec)
+
+    def of_leaf(names: Any, leaf: Any) -> int:
+        spec = partition_spec(names, leaf.shape, mesh)
+        split = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
+        return leaf.size // math.prod(mesh.shape[a] for a in split)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, axes, shapes, is_leaf=is_axes)))

@@ -1,0 +1,147 @@
+"""Prints what a run will take of each device's memory, phase by phase, and the largest micro-batch that fits.
+
+    python -m grpo_jax.plan --config=FILE.py [--device=h200] [--num_devices=1] [--config.SECTION.KEY=VALUE ...]
+
+DEVICE is one of those below or its memory in GB; without it, the device at hand. Of the model, only config.json
+is read, so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figure and
+the real peak beside it.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.cli import one_line_errors
+from grpo_jax.config import Config, ConfigError, nearest
+
+# Bytes, as the driver reports them.
+DEVICE_BYTES = {
+    "h100": 81_559 * 2**20,
+    "h200": 143_771 * 2**20,
+    "b200": 183_359 * 2**20,
+    "a100": 81_920 * 2**20,
+    "a100-40": 40_960 * 2**20,
+    "l40s": 46_068 * 2**20,
+    "tpu-v4": 32 * 2**30,
+    "tpu-v5e": 16 * 2**30,
+    "tpu-v5p": 95 * 2**30,
+    "tpu-v6e": 32 * 2**30,
+}
+GB = 1e9
+
+
+def main() -> None:
+    from grpo_jax.config_file import parse_command_line
+
+    with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
+        options, rest = _own_flags(sys.argv[1:])
+        config, _ = parse_command_line("grpo_jax.plan", __doc__, rest)
+        memory = device_bytes(options.get("--device", ""))
+        text = options.get("--num_devices", "1")
+        if not text.isdigit() or int(text) < 1:
+            raise ConfigError("num_devices", text, "must be a number of devices, at least 1")
+        print_plan(config, memory, mesh_sizes(config, int(text)))
+
+
+def device_bytes(name: str) -> int:
+    """Memory of a named device, of so many GB, or of the one at hand.
+
+    Raises: ConfigError: there is no such device.
+    """
+    if name in DEVICE_BYTES:
+        return DEVICE_BYTES[name]
+    try:
+        return int(float(name) * GB) if name else _memory_at_hand()
+    except ValueError:
+        rule = f"must be a number of GB or one of {', '.join(DEVICE_BYTES)}{nearest(name, DEVICE_BYTES)}"
+        raise ConfigError("device", name, rule) from None
+
+
+def _memory_at_hand() -> int:
+    import jax
+
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        raise ConfigError("device", "", f"{jax.devices()[0].device_kind} does not say how much memory it has")
+    # JAX reports what it may take, by default three quarters.
+    return int(limit / 0.75)
+
+
+def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor, -1 filled in.
+
+    Raises: ConfigError: they do not fit.
+    """
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if fixed > num_devices or num_devices % fixed:
+        raise ConfigError("num_devices", num_devices, f"must be a multiple of the mesh's {fixed}")
+    data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
+
+
+def read_model(config: Config) -> Any:
+    """The `ModelConfig` of the run, with a fused attention kernel where the dtype allows one.
+
+    Raises: ConfigError: model.path holds no config.json that is understood.
+    """
+    import jax.numpy as jnp
+
+    from grpo_jax.model.hf import parse_hf_config, read_json
+    from grpo_jax.prepare import model_overrides
+    from grpo_jax.random_model import random_model_config
+
+    if config.model.path == "random":
+        model = random_model_config(config.random_model, **model_overrides(config))
+    else:
+        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), **model_overrides(config))
+    is_fused = config.model.attention != "plain" and jnp.dtype(model.dtype).itemsize == 2
+    return dataclasses.replace(model, attention="shapes" if is_fused else "plain")
+
+
+def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
+    from grpo_jax.batching import micro_batch_shape
+    from grpo_jax.memory import largest_micro_batch, plan_memory
+    from grpo_jax.prepare import trainer_share
+
+    model = read_model(config)
+    plan = plan_memory(config, model, sizes)
+    share = trainer_share(config.rollout)
+    limit = share * memory
+    rows, length = micro_batch_shape(config, sizes[0] * sizes[1])
+    print(f"Device          {memory / GB:.1f} GB, {share:.0%} of it for the trainer: {limit / GB:.1f} GB")
+    print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
+    print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
+    print("Held from step to step, GB a device")
+    for name, size in plan.held.items():
+        print(f"  {name:<16}{size / GB:>8.2f}")
+    print("The most in each phase, GB a device")
+    for name, size in plan.phases.items():
+        print(f"  {name:<16}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
+    most = largest_micro_batch(config, model, sizes, limit)
+    advice = (
+        f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
+    )
+    print(f"Largest micro-batch that fits: {advice}")
+    if not most:
+        print("Less is taken with more devices in mesh.fsdp, model.param_dtype=bfloat16,")
+        print("optim.accumulator_dtype=bfloat16, rollout.sleep=True, or rollout.placement=separate.")
+
+
+def _own_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """This command's flags, written --FLAG=VALUE, and the rest."""
+    own = {}
+    rest = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--device", "--num_devices") and equals:
+            own[flag] = value
+        else:
+            rest.append(argument)
+    return own, rest
+
+
+if __name__ == "__main__":
+    main()
