@@ -3,13 +3,13 @@
     python benchmarks/learning_curve.py --seeds=0,1,2 --picture=docs/images/learning_curve_trl.png
     python benchmarks/learning_curve.py --peer_python=OTHER_ENVIRONMENT/bin/python
 
-Claimed: the curves agree within the spread between seeds. The model, its warm start and the problems are those of
-configs/quickstart.py: both sides start from the same Hugging Face folder, take the same problems in the same order
-and score completions by the same function (the GSM8K rule). Equal are also: prompts a step, group size, lengths,
-temperature, learning rate (constant), AdamW without weight decay, gradient clipping, ratio clipping, one update a
-step, mean over the tokens of the batch, no KL, float32. Different: the random numbers that completions are sampled
-with, and what is added to a group's spread (1e-6 here, 1e-4 there). Ours samples with the local engine, TRL with
-transformers' generate. Every `--config.KEY=VALUE` goes to both as far as TRL has the key.
+Expected: curves that lie within one another's spread between seeds. The model, its warm start and the problems are
+those of configs/quickstart.py: both sides start from the same Hugging Face folder, take the same problems in the
+same order and score completions by the same function (the GSM8K rule). Equal are also: prompts a step, group size,
+lengths, temperature, learning rate (constant), AdamW without weight decay, gradient clipping, ratio clipping, one
+update a step, mean over the tokens of the batch, no KL, float32. Different: the random numbers that completions
+are sampled with, and what is added to a group's spread (1e-6 here, 1e-4 there). Ours samples with the local
+engine, TRL with transformers' generate. Every `--config.KEY=VALUE` goes to both as far as TRL has the key.
 
 Printed are both curves as CSV, one column a run, and the greedy held-out accuracy of every model at the end, which
 `grpo_jax.evaluate` measures for both. The peer needs trl and datasets.
@@ -225,7 +225,8 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
         steps = range(1, len(mean) + 1)
         for curve in runs:
             axes.plot(steps, curve, color=SIDES[side], alpha=0.3, linewidth=1)
-        axes.plot(steps, mean, color=SIDES[side], linewidth=2, label=f"{side}, mean of {len(runs)}")
+        label = f"{side}, mean of {len(runs)} seeds" if len(runs) > 1 else side
+        axes.plot(steps, mean, color=SIDES[side], linewidth=2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward of the sampled completions")
     axes.set_ylim(0, 1)

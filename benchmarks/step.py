@@ -59,6 +59,8 @@ PEERS = {  # what each needs: a module, and the distribution that holds it
         "ray": "ray",
     },
 }
+SPARE_STEPS = 3
+"""More than are waited for: the last step of all would save."""
 STOP_S = 90.0
 """How long a trainer may take to end when told to."""
 
@@ -199,7 +201,7 @@ def prepare(args: Any, folder: Path) -> tuple[Path, Path]:
     start = time.perf_counter()
     model = workload.write_model(folder.absolute() / f"model-{args.shape}", args.shape)
     data = folder.absolute() / "prompts.parquet"
-    steps = args.warmup + args.steps + 1  # the last one is begun, not finished
+    steps = args.warmup + args.steps + SPARE_STEPS
     workload.write_prompts(data, model, num_prompts=args.prompts * steps, prompt_tokens=args.prompt_tokens)
     batch = (
         f"{args.prompts} prompts of {args.prompt_tokens} tokens x {args.samples} completions of {args.new}"
@@ -364,7 +366,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if process.poll() is None:
             process.send_signal(number)
-            time.sleep(0.5)
+            time.sleep(0.05)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
     with contextlib.suppress(ProcessLookupError):

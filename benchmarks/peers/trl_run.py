@@ -150,5 +150,4 @@ def now() -> float:
 
 
 if __name__ == "__main__":
-    print(f"VERSION {trl.__version__}", flush=True)
     main()

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,7 @@ def main() -> None:
         command, cwd=args.output, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", env=os.environ | ENVIRONMENT,
     ) as process:  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # and wait for it to end
         try:
             for line in process.stdout or ():
                 print(line, end="", flush=True)
