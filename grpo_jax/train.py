@@ -25,29 +25,37 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import report
-from grpo_jax.advantages import group_advantages
-from grpo_jax.batching import add_advantages, batch_table, make_train_batch, split_minibatches
+from grpo_jax.advantages import estimate_advantages
+from grpo_jax.batching import (
+    add_advantages,
+    batch_table,
+    keep_completions,
+    make_train_batch,
+    split_minibatches,
+)
 from grpo_jax.checkpoint import Checkpointer, Progress
 from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
-from grpo_jax.losses import kl_penalized_rewards
+from grpo_jax.kl import kl_of_tokens
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.prepare import make_model, read_inputs, set_determinism, share_gpus
 from grpo_jax.rewards import make_reward
+from grpo_jax.rewards.base import RewardResult
 from grpo_jax.rollout import check_devices, check_engine, eval_sampling
+from grpo_jax.rollout.dynamic import Scored
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
 from grpo_jax.stages import Stages, build_stages, derive_seed, give_weights, start_engine
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
 from grpo_jax.update import score_rows, to_micro_batches
+from grpo_jax.user_code import load_estimator
 from grpo_jax.workdir import Workdir, start_logging
 
 logger = logging.getLogger("grpo_jax.train")  # __name__ is "__main__" when run as a command
@@ -58,6 +66,8 @@ class StepResult:
     groups: list[RolloutGroup]
     rewards: np.ndarray
     """[P, G] float32."""
+    dropped: Scored
+    """Groups that were sampled and are not trained on: dynamic sampling."""
     updates: list[Metrics]
     metrics: Metrics
 
@@ -65,23 +75,34 @@ class StepResult:
 def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState, StepResult]:
     """Step number `step`, counted from 0: prompts, rollouts, rewards, advantages, updates, new weights."""
     config, timers = stages.config, stages.timers
-    with timers("gen"):
-        groups = stages.rollouts.take()
-        stages.engine.sleep()
-    with timers("reward"):
-        scored = stages.reward.score(groups)
+    groups, scored, dropped, sampled = sample(stages)
     batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
     batch = add_logprobs(stages, state.params, batch)
-    advantages = group_advantages(penalized(config, scored.rewards, batch), config.algorithm.adv_estimator)
-    batch = add_advantages(batch, advantages)
+    batch, penalty = with_advantages(stages, batch, scored.rewards)
+    batch = with_loss_terms(stages, batch, groups)
     with timers("update_actor"):
         state, updates = run_updates(stages, state, batch, step)
     give_weights(stages, state.params, version=step + 1)
-    metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
+    metrics = rollout_metrics(groups, scored, config) | sampled | merge_updates(updates) | penalty
+    metrics |= update_reference(stages, state.params, metrics, step + 1)
     metrics["training/policy_lag"] = step - metrics["training/policy_version"]
     metrics["reward/num_errors"] = len(scored.errors)
     _log_reward_errors(scored.errors)
-    return state, StepResult(groups, scored.rewards, updates, metrics)
+    return state, StepResult(groups, scored.rewards, dropped, updates, metrics)
+
+
+def sample(stages: Stages) -> tuple[list[RolloutGroup], RewardResult, Scored, Metrics]:
+    """The groups of a step and their rewards; with dynamic sampling also those that are left out, and numbers."""
+    if stages.dynamic is not None:
+        batch = stages.dynamic.take()
+        stages.engine.sleep()
+        return batch.groups, batch.rewards, batch.dropped, batch.metrics
+    with stages.timers("gen"):
+        groups = stages.rollouts.take()
+        stages.engine.sleep()
+    with stages.timers("reward"):
+        scored = stages.reward.score(groups)
+    return groups, scored, ([], scored.take([])), {}
 
 
 def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
@@ -103,21 +124,49 @@ def add_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatc
     return batch
 
 
-def penalized(config: Config, rewards: np.ndarray, batch: TrainBatch) -> np.ndarray:
-    """The rewards, less the KL penalty where it belongs to them. [P, G] float32."""
-    algorithm = config.algorithm
-    if algorithm.kl_in != "reward":
-        return rewards
-    assert batch.old_logprobs is not None and batch.ref_logprobs is not None  # the config's rules see to it
-    penalized_rewards = kl_penalized_rewards(
-        jnp.asarray(rewards),
-        batch.old_logprobs,
-        batch.ref_logprobs,
-        batch.completion_mask,
-        kl_coef=algorithm.kl_coef,
-        estimator=algorithm.kl_estimator,
-    )
-    return np.asarray(penalized_rewards)
+def with_advantages(stages: Stages, batch: TrainBatch, rewards: np.ndarray) -> tuple[TrainBatch, Metrics]:
+    """Adds the advantages, from rewards less the KL penalty where it belongs to them; and its metric."""
+    algorithm, mask = stages.config.algorithm, np.asarray(batch.completion_mask)
+    penalties, metrics = None, {}
+    if algorithm.kl_in == "reward":
+        assert (
+            batch.old_logprobs is not None and batch.ref_logprobs is not None
+        )  # the config's rules see to it
+        kl = np.asarray(
+            kl_of_tokens(
+                batch.old_logprobs, batch.ref_logprobs, batch.completion_mask, algorithm.kl_estimator
+            )
+        )
+        penalties = np.float32(stages.reference.kl_coef) * kl
+        metrics["kl/reward_penalty"] = float((kl.sum(axis=1) / mask.sum(axis=1)).mean())
+    advantages = estimate_advantages(rewards, mask, penalties, algorithm.adv_estimator, stages.estimator)
+    return add_advantages(batch, advantages), metrics
+
+
+def with_loss_terms(stages: Stages, batch: TrainBatch, groups: Sequence[RolloutGroup]) -> TrainBatch:
+    """Leaves truncated completions out of the loss where configured; adds the KL's coefficient where it moves."""
+    algorithm = stages.config.algorithm
+    if algorithm.mask_truncated:
+        is_kept = np.array([c.finish_reason != "length" for group in groups for c in group.completions])
+        batch = keep_completions(batch, is_kept)
+    if stages.reference.is_adaptive and algorithm.kl_in == "loss":
+        # On every token: the scalar has to follow its rows wherever they are placed or packed.
+        coef = np.full(batch.tokens.shape, stages.reference.kl_coef, np.float32)
+        batch = dataclasses.replace(batch, kl_coef=coef)
+    return batch
+
+
+def update_reference(stages: Stages, params: Params, metrics: Metrics, steps_done: int) -> Metrics:
+    """Adapts the coefficient of the KL and refreshes the reference, where configured; returns their metrics."""
+    reference = stages.reference
+    changed: Metrics = {}
+    if reference.is_adaptive:
+        changed["kl/coef"] = reference.kl_coef
+        kl = metrics["kl/reward_penalty"] if "kl/reward_penalty" in metrics else metrics["kl/mean"]
+        reference.adapt(kl, stages.config.completions_per_step)
+    if reference.is_refreshed:
+        changed["kl/is_refreshed"] = int(reference.refresh(params, steps_done))
+    return changed
 
 
 def run_updates(
@@ -152,7 +201,9 @@ def train(config: Config, path: Path) -> None:
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
     share_gpus(config.rollout)
-    with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
+    estimator = load_estimator(config.algorithm.adv_estimator)
+    limit = config.data.max_response_length
+    with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         check_devices(config.rollout, mesh)
         workdir.open(config)
@@ -164,7 +215,7 @@ def train(config: Config, path: Path) -> None:
             engine = start_engine(config, inputs, folder, mesh)
             stack.callback(engine.close)
             stages, state, first = build_stages(
-                config, workdir, inputs, folder, mesh, reward, engine, timers, checkpointer
+                config, workdir, inputs, folder, mesh, reward, estimator, engine, timers, checkpointer
             )
             writer = MetricsWriter(workdir, config, resume_step=first)
             stack.callback(writer.close)
@@ -273,8 +324,12 @@ def _save(
                 seed=stages.config.trainer.seed,
                 prompt_iterator=stages.rollouts.state(),
                 hf_dtype=stages.folder.dtype,
+                num_rollout_batches=stages.rollouts.num_taken,
+                surplus=[] if stages.dynamic is None else stages.dynamic.state(),
+                kl_coef=stages.reference.kl_coef,
             )
-            checkpointer.save(state, progress)
+            reference = stages.reference.params if stages.reference.is_refreshed else None
+            checkpointer.save(state, progress, reference)
 
 
 def _report_step(
@@ -292,7 +347,9 @@ def _report_step(
     records = rollout_records(result.groups, result.rewards)
     writer.write_text("rollouts", [_show(r) for r in records[: section.num_text_samples]], step=done)
     if section.save_rollouts:
-        write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", records)
+        groups, rewards = result.dropped
+        dropped = [record | {"is_dropped": True} for record in rollout_records(groups, rewards.rewards)]
+        write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", [*records, *dropped])
 
 
 def _final_model(stages: Stages, workdir: Workdir) -> Path:
