@@ -1,78 +1,18 @@
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_helpers import ALGORITHM, GOLDEN, array, loss_and_grad, make_batch, random_batch
 
 from grpo_jax import config, corrections, kl, losses, policy_losses, ratios
-from grpo_jax.config import AlgorithmSection
 from grpo_jax.metrics import merge_updates
-from grpo_jax.types import TrainBatch
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_verl_0.9.1.json").read_text())
 PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
 MODES = config.CHOICES["algorithm.loss_agg"]
-
-ALGORITHM = AlgorithmSection(
-    adv_estimator="grpo",
-    group_size=2,
-    policy_loss="clip",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=0.0,
-    sapo_tau_positive=1.0,
-    sapo_tau_negative=1.05,
-    loss_agg="token-mean",
-    loss_norm=0.0,
-    mask_truncated=False,
-    dynamic_sampling_rounds=0,
-    kl_coef=0.0,
-    kl_estimator="k3",
-    kl_in="loss",
-    kl_target=0.0,
-    kl_horizon=10000.0,
-    ref_refresh_every=0,
-    entropy_coef=0.0,
-    old_logprobs="trainer",
-    rollout_is="none",
-    rollout_is_threshold=2.0,
-    rollout_is_low=0.5,
-    rollout_rs="none",
-    rollout_rs_low=0.5,
-    rollout_rs_high=2.0,
-)
-
-
-def array(values):
-    return jnp.asarray(values, jnp.float32)
-
-
-def make_batch(mask, *, advantages=None, sampler=None, old=None, ref=None):
-    """A batch of which only what the losses read is filled in."""
-    zeros = jnp.zeros(np.shape(mask), jnp.float32)
-    return TrainBatch(
-        tokens=zeros.astype(jnp.int32),
-        positions=zeros.astype(jnp.int32),
-        segment_ids=zeros.astype(jnp.int32) + 1,  # one sequence a row
-        completion_mask=array(mask),
-        sampler_logprobs=zeros if sampler is None else array(sampler),
-        advantages=zeros if advantages is None else array(advantages),
-        old_logprobs=None if old is None else array(old),
-        ref_logprobs=None if ref is None else array(ref),
-    )
-
-
-def loss_and_grad(logprobs, batch, weights, algorithm, entropy=None):
-    """Returns the loss, its metrics by name, and its gradient with respect to `logprobs`."""
-    entropy = jnp.zeros_like(array(logprobs)) if entropy is None else array(entropy)
-    loss = functools.partial(losses.grpo_loss, algorithm=algorithm)
-    (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(array(logprobs), entropy, batch, weights)
-    return value, metrics.summary(), np.asarray(grad)
 
 
 # Agreement with verl
@@ -477,21 +417,6 @@ def test_k3_is_accurate_near_the_reference():
 
 
 # Properties
-
-
-def random_batch(seed, num_rows=6, length=7, **without):
-    """Logprobs, entropy and a batch with rows of different lengths, the last but one without a completion."""
-    rng = np.random.default_rng(seed)
-    ends = rng.integers(3, length + 1, num_rows)
-    starts = rng.integers(1, 3, num_rows)
-    columns = np.arange(length)
-    mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).astype(np.float32)
-    mask[-2] = 0
-    logprobs, old, ref, sampler = -rng.exponential(size=(4, num_rows, length))
-    advantages = rng.normal(size=(num_rows, 1)) * mask
-    entropy = rng.exponential(size=mask.shape)
-    fields = {"advantages": advantages, "sampler": sampler, "old": old, "ref": ref} | without
-    return array(logprobs), array(entropy), make_batch(mask, **fields)
 
 
 FULL = dataclasses.replace(ALGORITHM, dual_clip=3.0, kl_coef=0.3, entropy_coef=0.02, rollout_is="token")
