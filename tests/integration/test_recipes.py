@@ -22,6 +22,8 @@ TINY = {  # size alone: whatever belongs to a recipe stays as its file has it
     "data.train_batch_size": 4,
     "data.max_prompt_length": 80,
     "data.max_response_length": 8,
+    "algorithm.group_size": 4,  # with one temperature: the sampler is compiled once for all
+    "rollout.temperature": 1.0,
     "rollout.engine": "local",
     "actor.micro_batch_size_per_device": 64,
     "mesh.fsdp": 1,
