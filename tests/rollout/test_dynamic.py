@@ -1,11 +1,14 @@
 """Dynamic sampling: which groups are trained on, dropped and kept, and that none is lost."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from grpo_jax.prompts import PromptIterator
 from grpo_jax.rewards.base import RewardResult
+from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.rollout.dynamic import DynamicSampling, NoSpreadError
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -43,7 +46,11 @@ def sampling(spread, *, max_rounds=10, first=0):
 
 
 def names(groups):
-    return [int(group.prompt.prompt_id.split("/")[1]) for group in groups]
+    return names_of([group.prompt for group in groups])
+
+
+def names_of(prompts):
+    return [int(prompt.prompt_id.split("/")[1]) for prompt in prompts]
 
 
 def test_groups_without_spread_are_replaced_and_surplus_ones_wait():
@@ -129,3 +136,76 @@ def test_surplus_groups_go_through_a_checkpoint(num_steps, surplus):
             assert ours.dtype == theirs.dtype
             np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(one.rewards.parts["f"], other.rewards.parts["f"])
+
+
+# With batches sampled ahead
+
+
+class Engine:
+    """Completes prompts when asked to, with the version of that moment; each third prompt has no spread."""
+
+    def __init__(self):
+        self.version, self.seeds = 0, []
+
+    def submit(self, prompts, sampling, *, seed, progress=""):
+        self.seeds.append(seed)
+        groups = [make_group(int(prompt.prompt_id.split("/")[1]), self.version) for prompt in prompts]
+        return lambda: groups
+
+
+def score(groups):
+    spread = np.array([[0, index % 3 > 0] for index in names(groups)], np.float32)
+    return RewardResult(spread, spread, spread, {"f": spread}, ())
+
+
+def build(engine, max_lag, first_batch=0):
+    iterator = PromptIterator(PROMPTS, batch_size=4, seed=1, shuffle=True)
+    rollouts = RolloutsAhead(
+        iterator, engine, None, lambda n: n, max_lag=max_lag, first_step=first_batch, num_steps=sys.maxsize
+    )
+
+    def next_round():
+        groups = rollouts.take()
+        return groups, score(groups)
+
+    return iterator, rollouts, DynamicSampling(next_round, num_groups=4, max_rounds=9)
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_rounds_are_the_batches_in_their_order_whatever_the_lag(max_lag):
+    engine, trained, dropped = Engine(), [], []
+    _, rollouts, dynamic = build(engine, max_lag)
+    for step in range(12):
+        batch = dynamic.take()
+        versions = {c.policy_version for group in batch.groups for c in group.completions}
+        # Surplus groups are one step older than the rounds, and no older: they come first in the next step.
+        assert all(max(0, step - max_lag - 1) <= version <= step for version in versions)
+        trained += names(batch.groups)
+        dropped += names(batch.dropped[0])
+        engine.version += 1
+    assert engine.seeds == list(range(rollouts.num_taken + max_lag))
+    assert all(index % 3 for index in trained) and not any(index % 3 for index in dropped)
+    kept = [int(entry["prompt_id"].split("/")[1]) for entry in dynamic.state()]
+    iterator, _, _ = build(Engine(), max_lag)
+    sampled = [i for _ in range(rollouts.num_taken) for i in names_of(next(iterator))]
+    assert sorted([*trained, *dropped, *kept]) == sorted(sampled)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps):
+    engine = Engine()
+    _, rollouts, dynamic = build(engine, 0)
+    for _ in range(num_steps):
+        dynamic.take()
+        engine.version += 1
+    saved = json.loads(json.dumps([rollouts.state(), rollouts.num_taken, dynamic.state()]))
+    again = Engine()
+    again.version = engine.version
+    iterator, _, resumed = build(again, 0, first_batch=saved[1])
+    iterator.restore(saved[0])
+    resumed.restore(saved[2], PROMPTS)
+    for _ in range(4):
+        one, other = dynamic.take(), resumed.take()
+        assert one.groups == other.groups and one.metrics == other.metrics
+        engine.version += 1
+        again.version += 1
