@@ -14,7 +14,7 @@ What differs from configs/gsm8k.py, and why:
   limit; completions that are cut there are trained like others (`mask_truncated=True` is the paper's overlong
   filtering);
 - no KL term (2.3), no dual clip;
-- 16 completions a prompt, temperature 1, 16 updates a step (4.1), weight decay 0.1.
+- 16 completions a prompt, 16 updates a step (4.1), temperature 1.
 
 Groups that dynamic sampling has left over are trained on in the next step, when they are of the weights
 before it: `rollout_is="token"` corrects that, and the difference between engine and trainer with it.
@@ -41,7 +41,6 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.reward.update(overlong_buffer=config.data.max_response_length // 5, overlong_penalty=1.0)
     config.rollout.temperature = 1.0
     config.actor.num_minibatches = 16
-    config.optim.weight_decay = 0.1
     if variant == "smoke":
         config.algorithm.dynamic_sampling_rounds = (
             0  # a random model is always wrong: no group has any spread

@@ -1,4 +1,4 @@
-"""REINFORCE++ on GSM8K: "REINFORCE++: ... Large Language Models", arXiv:2501.03262.
+"""REINFORCE++ on GSM8K: "REINFORCE++", arXiv:2501.03262.
 
     python -m grpo_jax.train --config=configs/gsm8k_reinforce_pp.py
     python -m grpo_jax.train --config=configs/gsm8k_reinforce_pp.py:smoke   # a tiny random model: it runs
@@ -12,8 +12,7 @@ What differs from configs/gsm8k.py, and why:
   its token;
 - the clipped surrogate stays, without a dual clip.
 
-`adv_estimator="reinforce_plus_plus_baseline"` takes the group's mean off first, which the paper recommends
-where several completions of a prompt are sampled anyway.
+`adv_estimator="reinforce_plus_plus_baseline"`, the paper's other variant, takes the group's mean off first.
 """
 
 import runpy

@@ -10,7 +10,7 @@ What differs from configs/gsm8k.py, and why:
 - the plain policy gradient, one update a step: a policy that starts from a good model and is updated on what
   it has just sampled needs no clipping (section 3.2);
 - a completion is one action, its log-probability the sum over its tokens: `seq-mean-token-sum`;
-- the KL penalty belongs to the reward, as log p / p_ref of the whole completion (1).
+- the KL penalty belongs to the reward, as log p / p_ref of the whole completion.
 """
 
 import runpy

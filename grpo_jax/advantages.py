@@ -88,7 +88,7 @@ def rloo_advantages(rewards: Any, lengths: Any) -> Any:
 
         A[p, g] = r[p, g] - mean_{h != g} r[p, h] = G / (G - 1) * (r[p, g] - mean_h r[p, h])
 
-    RLOO, arXiv:2402.14740 (7): the baseline does not depend on the completion, so the gradient is unbiased.
+    RLOO, arXiv:2402.14740: the baseline does not depend on the completion, so the gradient is unbiased.
 
     Args:    rewards: [P, G] floating point, G >= 2; lengths: unread.
     Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
@@ -117,7 +117,7 @@ def opo_advantages(rewards: Any, lengths: Any) -> Any:
 
         A[p, g] = r[p, g] - sum_h l[p, h] r[p, h] / sum_h l[p, h]
 
-    OPO, arXiv:2505.23585 (4): the baseline of least variance, if the squared gradient of a completion grows
+    OPO, arXiv:2505.23585: the baseline of least variance, if the squared gradient of a completion grows
     as its length l and those of its tokens are uncorrelated.
 
     Args:    rewards: [P, G] floating point; lengths: [P, G] completion tokens, >= 1.
@@ -148,7 +148,7 @@ def reinforce_plus_plus_advantages(token_rewards: Any, completion_mask: Any) -> 
 
         A[b, t] = whiten(sum_{s >= t} r[b, s])
 
-    REINFORCE++, arXiv:2501.03262 (8): r is the completion's reward on its last token, less the KL penalty
+    REINFORCE++, arXiv:2501.03262: r is the completion's reward on its last token, less the KL penalty
     (`algorithm.kl_in` = "reward") on every token. Not discounted, as in the paper and verl's default.
 
     Args:

@@ -116,7 +116,7 @@ def cispo_loss(
 
         L = -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A log p
 
-    CISPO, arXiv:2506.13585 (4): a bound on the weight, not on the gradient, so that rare tokens go on learning.
+    CISPO, arXiv:2506.13585: a bound on the weight, not on the gradient, so that rare tokens go on learning.
 
     Args:    as `clipped_surrogate`.
     Returns: `Losses`; clipped says where the ratio is out of bounds, of either sign of A.
@@ -132,7 +132,7 @@ def geo_mean_surrogate(tokens: PolicyTokens, *, clip_low: float, clip_high: floa
 
         L = -A exp(mean_t x),   x = log(p / p_old), at most clip_high where A > 0, at least -clip_low where A < 0
 
-    GMPO, arXiv:2507.20673 (4): outliers among the ratios weigh less than in a mean. The bounds are those of
+    GMPO, arXiv:2507.20673: outliers among the ratios weigh less than in a mean. The bounds are those of
     log-ratios, not of ratios.
 
     Args:    tokens: as there; clip_low: in (0, 1); clip_high: above 0.
@@ -162,7 +162,7 @@ def sapo_loss(
 
         L = -A (4 / tau) sigmoid(tau (r - 1)),   tau = tau_positive where A > 0, else tau_negative
 
-    SAPO, arXiv:2511.20347 (5) to (7). At r = 1 the gate's slope is 1, the policy gradient's; it falls smoothly on
+    SAPO, arXiv:2511.20347. At r = 1 the gate's slope is 1, the policy gradient's; it falls smoothly on
     both sides, faster with a larger tau.
 
     Args:    logprobs, old_logprobs, advantages: [R, T] float32; both tau above 0.
