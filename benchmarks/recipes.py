@@ -4,11 +4,11 @@
     python benchmarks/recipes.py --recipes=gsm8k_rloo,gsm8k_dapo --seeds=0
     python benchmarks/recipes.py --seeds=0 --config.trainer.num_steps=2 --config.sft.num_steps=10
 
-Claimed: each recipe improves the quickstart's accuracy, on every seed. A run is configs/quickstart.py (model, data,
-learning rate, steps) with all that a recipe changes of configs/gsm8k.py, but for the number of completions a prompt
-and the temperature, which stay the quickstart's. Each run is the README's own command in a process and a folder of
-its own; the accuracies are the first and the last `val/accuracy` of its metrics.jsonl. All other arguments go to the
-command.
+Claimed: each recipe improves the quickstart's accuracy, on every seed. A run is configs/quickstart.py (model,
+data, learning rate, steps) with all that a recipe changes of configs/gsm8k.py, but for the number of completions a
+prompt and the temperature, which stay the quickstart's. Each run is the README's own command in a process and a
+folder of its own; the accuracies are the first and the last `val/accuracy` of its metrics.jsonl. All other
+arguments go to the command.
 """
 
 import argparse
