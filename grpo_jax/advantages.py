@@ -237,10 +237,11 @@ def estimate_advantages(
         name: `algorithm.adv_estimator`; says whether `function` is of tokens or of completions.
 
     Returns:
-        [P, G] float32, or [B, T] float32 from an estimator of `PER_TOKEN`.
+        [P, G] float32, or [B, T] float32 from an estimator of `PER_TOKEN`. What is not finite stays: the update
+        skips and counts it, and the run stops after too many.
 
     Raises:
-        ValueError: an advantage is not finite, or as in `group_advantages`.
+        ValueError: as in `group_advantages`.
     """
     if name in PER_TOKEN:
         advantages = function(token_rewards(rewards, completion_mask, penalties), completion_mask)
@@ -249,8 +250,6 @@ def estimate_advantages(
             rewards = rewards - penalties.sum(axis=1).reshape(rewards.shape)
         lengths = completion_mask.sum(axis=1).reshape(rewards.shape)
         advantages = group_advantages(rewards, lengths, function)
-    if not np.isfinite(advantages).all():
-        raise ValueError(f"algorithm.adv_estimator={name} returned an advantage that is not finite")
     return np.asarray(advantages, np.float32)
 
 

@@ -190,8 +190,6 @@ def test_refuses_what_an_estimator_must_not_return():
     mask, rewards = np.ones((4, 3), np.float32), np.array([[0.0, 1.0], [0.0, 1.0]])
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for rewards of shape \(2, 2\)"):
         estimate_advantages(rewards, mask, None, "my.py:f", lambda r, n: r.mean(axis=1))
-    with pytest.raises(ValueError, match=r"adv_estimator=my\.py:f .* not finite"):
-        estimate_advantages(rewards, mask, None, "my.py:f", lambda r, n: r * np.inf + 1)
 
 
 def test_frac_zero_std():
