@@ -133,10 +133,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
-    algorithm = AlgorithmSection(
-        "grpo", 8, CLIP_LOW, CLIP_HIGH, DUAL_CLIP, "token-mean", 0.0, KL_COEF, "k3", "loss", 0.0,
-        old_logprobs="trainer", rollout_is="none", rollout_is_threshold=2.0,
-    )  # fmt: skip
+    bounds = dict(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
+    algorithm = AlgorithmSection(**common.quickstart().algorithm.to_dict() | bounds)
     optim = OptimSection(schedule="constant", warmup_steps=0, accumulator_dtype="float32", **OPTIM)
     schedule = make_schedule(optim, 1)
     optimizer = make_optimizer(optim, schedule)

@@ -58,20 +58,32 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 learning_rate=1e-3,  # peak, > 0; warmed up over a tenth of the steps, then cosine to 0
             ),
             algorithm=dict(
-                adv_estimator="grpo",  # grpo, grpo_no_std (Dr. GRPO)
+                adv_estimator="grpo",  # one of docs/algorithms.md, or FILE.py:NAME
                 group_size=4,  # G, completions a prompt, >= 2
+                policy_loss="clip",  # clip, gspo, cispo, geo_mean, sapo, policy_gradient
                 clip_low=0.2,  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 0 < clip_low < 1
                 clip_high=0.2,  # > 0
-                dual_clip=3.0,  # bound on the ratio where the advantage is negative, > 1; 0: off
+                dual_clip=3.0,  # clip: bound on the ratio where the advantage is negative, > 1; 0: off
+                sapo_tau_positive=1.0,  # sapo: sharpness of the gate for positive advantages, > 0
+                sapo_tau_negative=1.05,  # sapo: for the others, > 0
                 loss_agg="token-mean",  # seq-mean-token-sum, seq-mean-token-mean, seq-mean-token-sum-norm
                 loss_norm=0.0,  # divisor of seq-mean-token-sum-norm, tokens; 0: data.max_response_length
+                mask_truncated=False,  # True: completions cut at the limit are compared, but not trained
+                dynamic_sampling_rounds=0,  # most rounds to fill a batch with groups that have spread; 0: off
                 kl_coef=0.001,  # >= 0; 0: no reference model is held
-                kl_estimator="k3",  # k1, k2, k3, abs
+                kl_estimator="k3",  # k1, k2, k3, abs; in the loss also k1+, k3+, abs+ (gradient of k2)
                 kl_in="loss",  # loss, reward
+                kl_target=0.0,  # nats a token that an adaptive kl_coef aims at; 0: kl_coef is fixed
+                kl_horizon=10000.0,  # completions in which it changes by a fifth, at most
+                ref_refresh_every=0,  # steps after which the policy becomes the reference; 0: never
                 entropy_coef=0.0,  # >= 0, bonus for entropy
                 old_logprobs="trainer",  # denominator of the ratio: trainer (its own), sampler (the engine's)
-                rollout_is="none",  # corrects sampler against trainer: none, token (truncated importance weight)
-                rollout_is_threshold=2.0,  # largest weight of rollout_is=token, > 0
+                rollout_is="none",  # weights sampler -> trainer: none, token, sequence, token_mask, sequence_mask
+                rollout_is_threshold=2.0,  # largest weight, > 0: cut there; with _mask, 0 beyond
+                rollout_is_low=0.5,  # smallest weight with _mask, > 0: 0 below
+                rollout_rs="none",  # rejects completions by their ratio: none, seq_sum_k1, seq_mean_k1
+                rollout_rs_low=0.5,  # smallest ratio that is kept, > 0
+                rollout_rs_high=2.0,  # largest
             ),
             optim=dict(  # AdamW
                 learning_rate=1e-6,  # peak, > 0
@@ -120,7 +132,11 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 api_port=0,  # the live policy answers OpenAI requests on this port of 127.0.0.1; 0: none
             ),
             reward=dict(
-                function="gsm8k",  # gsm8k, gsm8k_flexible, math, or FILE.py:NAME (verl's compute_score arguments)
+                function="gsm8k",  # gsm8k, gsm8k_flexible, gsm8k_format, think_format, math, or FILE.py:NAME
+                extra_functions=(),  # others, of the same kinds; rewards are added up
+                weights=(),  # one for each function, the first for `function`; (): 1 each
+                overlong_buffer=0,  # tokens before max_response_length in which a penalty grows; 0: no penalty
+                overlong_penalty=1.0,  # at max_response_length, >= 0
                 num_workers=2,  # processes, for math and FILE.py:NAME
                 timeout_s=10.0,  # seconds for one completion, > 0
                 on_error="stop",  # an exception, a NaN, a hang: stop, zero (counted, reward 0)

@@ -1,7 +1,8 @@
-"""Rewards to advantages: how much better a completion is than the other completions of its prompt.
+"""Rewards to advantages: how much better a completion is than others.
 
-Rewards [P, G] enter, advantages [P, G] leave. Only array methods are used, so that numpy gives numpy (the
-training loop, on the host, in the precision of the rewards) and JAX gives JAX (under `jax.jit` as well).
+Rewards [P, G] and completion lengths [P, G] enter, advantages [P, G] leave; for an estimator of `PER_TOKEN`,
+rewards and advantages of tokens, [B, T]. Only array methods are used, so that numpy gives numpy (the training
+loop, on the host, in the precision of the rewards) and JAX gives JAX (under `jax.jit` as well).
 """
 
 from collections.abc import Callable
@@ -12,8 +13,15 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 
+Estimator = Callable[[Any, Any], Any]
+"""(rewards, lengths) -> advantages, all [P, G]; of `PER_TOKEN`: (token rewards, completion mask) -> advantages,
+all [B, T]."""
+
 STD_EPSILON = 1e-6
 """Added to the spread of a group, as in verl; it decides only where rewards differ by less than that."""
+
+WHITENING_EPSILON = 1e-8
+"""Added to the variance of a batch, as in verl."""
 
 
 def _centred(rewards: Any) -> Any:
@@ -27,58 +35,233 @@ def _centred(rewards: Any) -> Any:
     return differences - differences.mean(axis=1, keepdims=True)
 
 
-def grpo_advantages(rewards: Any) -> Any:
+def _spread(centred: Any) -> Any:
+    """The sample's standard deviation of each group (divisor G - 1), [P, 1]."""
+    return centred.std(axis=1, ddof=1, keepdims=True)
+
+
+def _whitened(values: Any, weights: Any) -> Any:
+    """Shifts and scales a whole batch to mean 0 and variance 1.
+
+    Args:
+        values: floating point, of any shape.
+        weights: of the same shape; how many tokens have this value (0: it counts nowhere).
+
+    Returns:
+        (x - mean) / sqrt(var + 1e-8), var with the divisor N - 1, N being all tokens; as verl's `masked_whiten`.
+    """
+    weights = weights.astype(values.dtype)
+    num_tokens = weights.sum()
+    values = values - values.max()  # equal values become exact zeros, as in `_centred`
+    differences = values - (values * weights).sum() / num_tokens.clip(1)
+    variance = (differences**2 * weights).sum() / (num_tokens - 1).clip(1)
+    return differences / (variance + WHITENING_EPSILON) ** 0.5
+
+
+def grpo_advantages(rewards: Any, lengths: Any) -> Any:
     """Centres each reward on its group and divides by the group's spread.
 
         A[p, g] = (r[p, g] - mean_g r[p]) / (std_g r[p] + 1e-6)
 
     GRPO, arXiv:2402.03300; std is the sample's (divisor G - 1), as in verl and TRL.
 
-    Args:    rewards: [P, G] floating point, G >= 2.
+    Args:    rewards: [P, G] floating point, G >= 2; lengths: unread.
     Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
     """
     centred = _centred(rewards)
-    spread = centred.std(axis=1, ddof=1, keepdims=True)
-    return (centred / (spread + STD_EPSILON)).astype(np.float32)
+    return (centred / (_spread(centred) + STD_EPSILON)).astype(np.float32)
 
 
-def grpo_no_std_advantages(rewards: Any) -> Any:
+def grpo_no_std_advantages(rewards: Any, lengths: Any) -> Any:
     """Centres each reward on its group: A[p, g] = r[p, g] - mean_g r[p].
 
     Dr. GRPO, arXiv:2503.20783: dividing by the spread would weigh very easy and very hard prompts more.
 
-    Args:    rewards: [P, G] floating point.
+    Args:    rewards: [P, G] floating point; lengths: unread.
     Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
     """
     return _centred(rewards).astype(np.float32)
 
 
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[Any], Any]] = {
+def rloo_advantages(rewards: Any, lengths: Any) -> Any:
+    """Compares each reward with the mean of the others of its group.
+
+        A[p, g] = r[p, g] - mean_{h != g} r[p, h] = G / (G - 1) * (r[p, g] - mean_h r[p, h])
+
+    RLOO, arXiv:2402.14740: the baseline does not depend on the completion, so the gradient is unbiased.
+
+    Args:    rewards: [P, G] floating point, G >= 2; lengths: unread.
+    Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
+    """
+    group_size = rewards.shape[1]
+    return (_centred(rewards) * (group_size / (group_size - 1))).astype(np.float32)
+
+
+def rloo_std_advantages(rewards: Any, lengths: Any) -> Any:
+    """The leave-one-out advantage, divided by the group's spread.
+
+        A[p, g] = (r[p, g] - mean_{h != g} r[p, h]) / (std_h r[p, h] + 1e-6)
+
+    The baseline is RLOO's, arXiv:2402.14740; the spread is GRPO's, of the whole group, arXiv:2402.03300.
+
+    Args:    rewards: [P, G] floating point, G >= 2; lengths: unread.
+    Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
+    """
+    group_size = rewards.shape[1]
+    centred = _centred(rewards)
+    return (centred * (group_size / (group_size - 1)) / (_spread(centred) + STD_EPSILON)).astype(np.float32)
+
+
+def opo_advantages(rewards: Any, lengths: Any) -> Any:
+    """Compares each reward with the length-weighted mean of its group.
+
+        A[p, g] = r[p, g] - sum_h l[p, h] r[p, h] / sum_h l[p, h]
+
+    OPO, arXiv:2505.23585: the baseline of least variance, if the squared gradient of a completion grows
+    as its length l and those of its tokens are uncorrelated.
+
+    Args:    rewards: [P, G] floating point; lengths: [P, G] completion tokens, >= 1.
+    Returns: [P, G] float32; a group whose rewards are all equal gives exact zeros.
+    """
+    lengths = lengths.astype(rewards.dtype)
+    differences = rewards - rewards[:, :1]
+    baseline = (lengths * differences).sum(axis=1, keepdims=True) / lengths.sum(axis=1, keepdims=True)
+    return (differences - baseline).astype(np.float32)
+
+
+def reinforce_plus_plus_baseline_advantages(rewards: Any, lengths: Any) -> Any:
+    """Centres each reward on its group, then whitens over all tokens of the batch.
+
+        A[p, g] = whiten(r[p, g] - mean_h r[p, h]),   each completion counted once for each of its tokens
+
+    REINFORCE++ with baseline, arXiv:2501.03262. A group without spread is not zero after the second step: what
+    the batch's mean token has is taken off it, too.
+
+    Args:    rewards: [P, G] floating point; lengths: [P, G] completion tokens.
+    Returns: [P, G] float32; zeros only if no group has any spread.
+    """
+    return _whitened(_centred(rewards), lengths).astype(np.float32)
+
+
+def reinforce_plus_plus_advantages(token_rewards: Any, completion_mask: Any) -> Any:
+    """What is still to come after each token, whitened over all tokens of the batch; no group takes part.
+
+        A[b, t] = whiten(sum_{s >= t} r[b, s])
+
+    REINFORCE++, arXiv:2501.03262: r is the completion's reward on its last token, less the KL penalty
+    (`algorithm.kl_in` = "reward") on every token. Not discounted, as in the paper and verl's default.
+
+    Args:
+        token_rewards: [B, T] floating point, 0 outside the completions.
+        completion_mask: [B, T] of 0 and 1, one completion a row.
+
+    Returns:
+        [B, T] float32, 0 outside the completions; zeros if all tokens have the same return.
+    """
+    returns = token_rewards[:, ::-1].cumsum(axis=1)[:, ::-1]
+    # Before a completion stands the return of its first token. Put behind it as well, every value occurs within
+    # a completion, and `_whitened`, which looks for the largest, sees no other.
+    returns = completion_mask * returns + (1 - completion_mask) * returns[:, :1]
+    return (_whitened(returns, completion_mask) * completion_mask).astype(np.float32)
+
+
+ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
     "grpo": grpo_advantages,
     "grpo_no_std": grpo_no_std_advantages,
+    "rloo": rloo_advantages,
+    "rloo_std": rloo_std_advantages,
+    "opo": opo_advantages,
+    "reinforce_plus_plus": reinforce_plus_plus_advantages,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline_advantages,
 }
 """`algorithm.adv_estimator` -> function."""
 
+PER_TOKEN = frozenset({"reinforce_plus_plus"})
+"""Estimators of tokens. The others, and functions by path, are of completions."""
 
-def group_advantages(rewards: Array, estimator: str) -> Any:
-    """Applies one of `ADVANTAGE_ESTIMATORS`, after checking the shape.
+
+def group_advantages(rewards: Array, lengths: Array, estimator: Estimator) -> Any:
+    """Applies an estimator of completions, and checks what goes in and what comes out.
 
     Args:
         rewards: [P, G] floating point, one scalar a completion, G >= 2.
-        estimator: key of `ADVANTAGE_ESTIMATORS`.
+        lengths: [P, G] completion tokens, >= 1.
+        estimator: not one of `PER_TOKEN`.
 
     Returns:
         [P, G] float32; numpy for numpy, JAX for JAX.
+
+    Raises:
+        ValueError: the rewards are no groups; the estimator returns another shape.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [P, G] with G >= 2, have shape {rewards.shape}")
-    return ADVANTAGE_ESTIMATORS[estimator](rewards)
+    advantages = estimator(rewards, lengths)
+    if np.shape(advantages) != rewards.shape:
+        raise ValueError(
+            f"algorithm.adv_estimator returned shape {np.shape(advantages)} for rewards of shape {rewards.shape}"
+        )
+    return advantages.astype(np.float32)
+
+
+def token_rewards(rewards: np.ndarray, completion_mask: np.ndarray, penalties: Any) -> np.ndarray:
+    """Puts the reward of each completion on its last token, and takes off every token's penalty.
+
+    Args:
+        rewards: [P, G] float32.
+        completion_mask: [B, T] float32 of 0 and 1, B = P * G rows in group order, each with a token or more.
+        penalties: [B, T] float32, 0 outside the completions, or None.
+
+    Returns:
+        [B, T] float32.
+    """
+    last = completion_mask.shape[1] - 1 - completion_mask[:, ::-1].argmax(axis=1)
+    placed = np.zeros(completion_mask.shape, np.float32)
+    placed[np.arange(len(placed)), last] = rewards.ravel()
+    return placed if penalties is None else placed - penalties
+
+
+def estimate_advantages(
+    rewards: np.ndarray,
+    completion_mask: np.ndarray,
+    penalties: np.ndarray | None,
+    name: str,
+    function: Estimator,
+) -> np.ndarray:
+    """Advantages of a step, on the host.
+
+    Args:
+        rewards: [P, G] float32.
+        completion_mask: [B, T] float32 of 0 and 1, B = P * G rows in group order.
+        penalties: [B, T] float32, the KL penalty of every token, or None.
+        name: `algorithm.adv_estimator`; says whether `function` is of tokens or of completions.
+
+    Returns:
+        [P, G] float32, or [B, T] float32 from an estimator of `PER_TOKEN`. What is not finite stays: the update
+        skips and counts it, and the run stops after too many.
+
+    Raises:
+        ValueError: as in `group_advantages`.
+    """
+    if name in PER_TOKEN:
+        advantages = function(token_rewards(rewards, completion_mask, penalties), completion_mask)
+    else:
+        if penalties is not None:
+            rewards = rewards - penalties.sum(axis=1).reshape(rewards.shape)
+        lengths = completion_mask.sum(axis=1).reshape(rewards.shape)
+        advantages = group_advantages(rewards, lengths, function)
+    return np.asarray(advantages, np.float32)
+
+
+def has_spread(rewards: Array) -> Any:
+    """Returns which groups have any spread of rewards: [P] bool for [P, G]. The others teach nothing."""
+    return rewards.max(axis=1) != rewards.min(axis=1)
 
 
 def frac_zero_std(rewards: Array) -> Any:
-    """Returns the fraction of groups without any spread, which teach nothing: metric frac_reward_zero_std.
+    """Returns the fraction of groups without any spread: metric frac_reward_zero_std.
 
     Args:    rewards: [P, G].
     Returns: scalar from 0 to 1.
     """
-    return (rewards.max(axis=1) == rewards.min(axis=1)).mean()
+    return 1 - has_spread(rewards).mean()

@@ -124,14 +124,30 @@ def add_advantages(batch: TrainBatch, advantages: Any) -> TrainBatch:
 
     Args:
         batch: B = P * G rows in group order.
-        advantages: [P, G] float32.
+        advantages: [P, G] float32, or [B, T] float32 where the estimator is per token.
     """
     advantages = np.asarray(advantages, np.float32)
     mask = np.asarray(batch.completion_mask)
+    if advantages.shape == mask.shape:
+        of_tokens: Any = np.where(mask > 0, advantages, np.float32(0))
+        return dataclasses.replace(batch, advantages=of_tokens)
     if advantages.ndim != 2 or len(mask) != advantages.size:
         raise ValueError(f"advantages of shape {advantages.shape} do not fit a batch of shape {mask.shape}")
     on_tokens: Any = np.where(mask > 0, advantages.reshape(-1, 1), np.float32(0))
     return dataclasses.replace(batch, advantages=on_tokens)
+
+
+def keep_completions(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
+    """Takes completions out of the loss: to it, and to its denominators, they are rows of prompt and padding.
+
+    Args:
+        batch: one completion a row.
+        is_kept: [B] bool.
+    """
+    keep = lambda field: None if field is None else np.where(is_kept[:, None], field, np.float32(0))
+    names = ("completion_mask", "sampler_logprobs", "advantages", "old_logprobs", "ref_logprobs")
+    kept: dict[str, Any] = {name: keep(getattr(batch, name)) for name in names}
+    return dataclasses.replace(batch, **kept)
 
 
 def split_minibatches(

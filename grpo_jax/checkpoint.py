@@ -17,7 +17,7 @@ from grpo_jax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands; as small as JSON."""
+    """Where a run stands, as JSON."""
 
     global_step: int
     """GRPO steps done; the seed of step s is made from `seed` and s, so this is the random state too."""
@@ -26,6 +26,13 @@ class Progress:
     prompt_iterator: dict[str, Any]
     hf_dtype: str
     """In which the Hugging Face folders of this run are written."""
+    num_rollout_batches: int
+    """Batches of prompts sampled and taken; the seed of the next one is made from it. One a step, but for dynamic
+    sampling."""
+    surplus: list[dict[str, Any]]
+    """Groups that dynamic sampling has left for the next step."""
+    kl_coef: float
+    """As the adaptive coefficient is now."""
 
 
 class Checkpointer:
@@ -40,36 +47,44 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves once a step; a second call for the same step does nothing."""
+    def save(self, state: TrainState, progress: Progress, reference: Params = None) -> None:
+        """Saves once a step; a second call for the same step does nothing.
+
+        Args: reference: parameters of a reference that changes during the run.
+        """
         if self.latest_step == progress.global_step:
             return
         rest = {"step": state.step, "opt_state": state.opt_state}
-        self._manager.save(
-            progress.global_step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(rest),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-        )
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(rest),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+        }
+        if reference is not None:
+            items["reference"] = ocp.args.StandardSave(reference)
+        self._manager.save(progress.global_step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
+    def restore(
+        self, abstract: TrainState, abstract_reference: Params = None
+    ) -> tuple[TrainState, Progress, Params]:
         """Reads the latest checkpoint straight into its shards.
 
-        Args: abstract: `jax.ShapeDtypeStruct` with a sharding for every leaf.
+        Args: both `jax.ShapeDtypeStruct` with a sharding for every leaf; without the second no reference is read.
         """
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "optimizer": ocp.args.StandardRestore(rest),
+            "progress": ocp.args.JsonRestore(),
+        }
+        if abstract_reference is not None:
+            items["reference"] = ocp.args.StandardRestore(abstract_reference)
         restored = self._manager.restore(
             self.latest_step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(rest),
-                progress=ocp.args.JsonRestore(),
-            ),
+            args=ocp.args.Composite(**items),
         )
         state = TrainState(params=restored.params, **restored.optimizer)
-        return state, Progress(**restored.progress)
+        return state, Progress(**restored.progress), restored.get("reference")
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""

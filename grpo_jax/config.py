@@ -72,18 +72,30 @@ class SftSection:
 class AlgorithmSection:
     adv_estimator: str
     group_size: int
+    policy_loss: str
     clip_low: float
     clip_high: float
     dual_clip: float
+    sapo_tau_positive: float
+    sapo_tau_negative: float
     loss_agg: str
     loss_norm: float
+    mask_truncated: bool
+    dynamic_sampling_rounds: int
     kl_coef: float
     kl_estimator: str
     kl_in: str
+    kl_target: float
+    kl_horizon: float
+    ref_refresh_every: int
     entropy_coef: float
     old_logprobs: str
     rollout_is: str
     rollout_is_threshold: float
+    rollout_is_low: float
+    rollout_rs: str
+    rollout_rs_low: float
+    rollout_rs_high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +152,10 @@ class RolloutSection:
 @dataclasses.dataclass(frozen=True)
 class RewardSection:
     function: str
+    extra_functions: tuple[str, ...]
+    weights: tuple[float, ...]
+    overlong_buffer: int
+    overlong_penalty: float
     num_workers: int
     timeout_s: float
     on_error: str
@@ -225,6 +241,11 @@ class Config:
         return self.algorithm.kl_coef > 0
 
     @property
+    def corrects_sampler(self) -> bool:
+        """Whether the loss knows which distribution the tokens came from."""
+        return self.algorithm.rollout_is != "none" or self.algorithm.old_logprobs == "sampler"
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the trainer scores the batch before the first update.
 
@@ -254,17 +275,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": ("none", "dots", "attention", "full"),
     "model.attention": ("auto", "cudnn", "splash", "plain"),
     "data.overlong_prompts": ("filter", "truncate"),
-    "algorithm.adv_estimator": ("grpo", "grpo_no_std"),
+    "algorithm.policy_loss": ("clip", "gspo", "cispo", "geo_mean", "sapo", "policy_gradient"),
     "algorithm.loss_agg": (
         "token-mean",
         "seq-mean-token-sum",
         "seq-mean-token-mean",
         "seq-mean-token-sum-norm",
     ),
-    "algorithm.kl_estimator": ("k1", "k2", "k3", "abs"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"),
     "algorithm.kl_in": ("loss", "reward"),
     "algorithm.old_logprobs": ("trainer", "sampler"),
-    "algorithm.rollout_is": ("none", "token"),
+    "algorithm.rollout_is": ("none", "token", "sequence", "token_mask", "sequence_mask"),
+    "algorithm.rollout_rs": ("none", "seq_sum_k1", "seq_mean_k1"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "optim.accumulator_dtype": ("float32", "bfloat16"),
     "rollout.engine": ("vllm", "local"),
@@ -274,6 +296,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reward.on_error": ("stop", "zero"),
     "checkpoint.resume": ("auto", "force"),
 }
+
+ADV_ESTIMATORS = (
+    "grpo", "grpo_no_std", "rloo", "rloo_std", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+)  # fmt: skip
+"""`algorithm.adv_estimator` is one of these, or FILE.py:NAME."""
+
+SEQUENCE_LOSSES = ("gspo", "geo_mean")
+"""Policy losses whose ratio is that of a whole completion."""
 
 # key -> (lower bound, whether the bound itself is allowed)
 LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
@@ -294,10 +324,19 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "sft.learning_rate": (0, False),
     "algorithm.clip_low": (0, False),
     "algorithm.clip_high": (0, False),
+    "algorithm.sapo_tau_positive": (0, False),
+    "algorithm.sapo_tau_negative": (0, False),
     "algorithm.loss_norm": (0, True),
+    "algorithm.dynamic_sampling_rounds": (0, True),
     "algorithm.kl_coef": (0, True),
+    "algorithm.kl_target": (0, True),
+    "algorithm.kl_horizon": (0, False),
+    "algorithm.ref_refresh_every": (0, True),
     "algorithm.entropy_coef": (0, True),
     "algorithm.rollout_is_threshold": (0, False),
+    "algorithm.rollout_is_low": (0, False),
+    "algorithm.rollout_rs_low": (0, False),
+    "algorithm.rollout_rs_high": (0, False),
     "optim.learning_rate": (0, False),
     "optim.warmup_steps": (0, True),
     "optim.beta1": (0, True),
@@ -325,6 +364,8 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "rollout.timeout_s": (0, False),
     "rollout.max_restarts": (0, True),
     "rollout.api_port": (0, True),
+    "reward.overlong_buffer": (0, True),
+    "reward.overlong_penalty": (0, True),
     "reward.num_workers": (1, True),
     "reward.timeout_s": (0, False),
     "eval.every_epochs": (0, True),
@@ -502,18 +543,86 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "eval.num_samples", config.eval.num_samples, "must be 1 while eval.temperature is 0 (greedy)"
         )
-    if config.algorithm.kl_in == "reward" and not config.uses_reference:
-        raise ConfigError("algorithm.kl_in", "reward", "needs algorithm.kl_coef above 0")
-    if config.algorithm.rollout_is != "none" and config.algorithm.old_logprobs == "sampler":
-        raise ConfigError(
-            "algorithm.rollout_is",
-            config.algorithm.rollout_is,
-            "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler already, "
-            "and every weight would be 1",
-        )
+    _check_policy_loss(config)
+    _check_kl(config)
+    _check_correction(config.algorithm)
+    _check_reward(config)
     _check_rollout(config)
     _check_mesh(config.mesh)
     _check_data(config)
+
+
+def _check_policy_loss(config: Config) -> None:
+    algorithm = config.algorithm
+    estimator, (path, colon, name) = algorithm.adv_estimator, algorithm.adv_estimator.rpartition(":")
+    if estimator not in ADV_ESTIMATORS and not (colon and path.endswith(".py") and name.isidentifier()):
+        rule = (
+            f"must be one of {', '.join(ADV_ESTIMATORS)}, or FILE.py:NAME{nearest(estimator, ADV_ESTIMATORS)}"
+        )
+        raise ConfigError("algorithm.adv_estimator", estimator, rule)
+    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.loss_agg != "seq-mean-token-mean":
+        rule = f"must be seq-mean-token-mean with algorithm.policy_loss={algorithm.policy_loss}: "
+        raise ConfigError(
+            "algorithm.loss_agg", algorithm.loss_agg, rule + "its loss is one number a completion"
+        )
+    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.adv_estimator == "reinforce_plus_plus":
+        rule = "has an advantage for each token, "
+        rule += f"algorithm.policy_loss={algorithm.policy_loss} wants one for each completion"
+        raise ConfigError("algorithm.adv_estimator", algorithm.adv_estimator, rule)
+    if algorithm.policy_loss == "policy_gradient" and config.updates_per_step > 1:
+        rule = "needs one update a step (actor.num_minibatches=1, actor.num_epochs=1): it has no ratio, and later "
+        raise ConfigError("algorithm.policy_loss", "policy_gradient", rule + "updates would be off-policy")
+    if algorithm.policy_loss == "policy_gradient" and algorithm.old_logprobs == "sampler":
+        rule = (
+            "has no ratio that algorithm.old_logprobs=sampler could enter; use algorithm.rollout_is instead"
+        )
+        raise ConfigError("algorithm.policy_loss", "policy_gradient", rule)
+
+
+def _check_kl(config: Config) -> None:
+    algorithm = config.algorithm
+    if not config.uses_reference:
+        if algorithm.kl_in == "reward":
+            raise ConfigError("algorithm.kl_in", "reward", "needs algorithm.kl_coef above 0")
+        for key in ("kl_target", "ref_refresh_every"):
+            if getattr(algorithm, key):
+                rule = "needs algorithm.kl_coef above 0: without it there is no reference"
+                raise ConfigError(f"algorithm.{key}", getattr(algorithm, key), rule)
+    if algorithm.kl_in == "reward" and algorithm.kl_estimator.endswith("+"):
+        rule = "differs from the estimator without + in its gradient only, and a reward has none"
+        raise ConfigError("algorithm.kl_estimator", algorithm.kl_estimator, rule)
+    if algorithm.kl_target and algorithm.kl_horizon <= config.completions_per_step / 5:
+        rule = f"must be above a fifth of the {config.completions_per_step} completions of a step, "
+        rule += "or one step could make the coefficient 0"
+        raise ConfigError("algorithm.kl_horizon", algorithm.kl_horizon, rule)
+
+
+def _check_correction(algorithm: AlgorithmSection) -> None:
+    for key, does in (("rollout_is", "every weight would be 1"), ("rollout_rs", "nothing would be rejected")):
+        value = getattr(algorithm, key)
+        if value != "none" and algorithm.old_logprobs == "sampler":
+            rule = "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler "
+            raise ConfigError(f"algorithm.{key}", value, f"{rule}already, and {does}")
+    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.rollout_is in ("token", "token_mask"):
+        rule = f"weighs tokens, but algorithm.policy_loss={algorithm.policy_loss} is of whole completions: "
+        rule += f"use {algorithm.rollout_is.replace('token', 'sequence')}"
+        raise ConfigError("algorithm.rollout_is", algorithm.rollout_is, rule)
+    if algorithm.rollout_is.endswith("_mask") and algorithm.rollout_is_low >= algorithm.rollout_is_threshold:
+        rule = f"must be below algorithm.rollout_is_threshold={algorithm.rollout_is_threshold}"
+        raise ConfigError("algorithm.rollout_is_low", algorithm.rollout_is_low, rule)
+    if algorithm.rollout_rs != "none" and algorithm.rollout_rs_low >= algorithm.rollout_rs_high:
+        rule = f"must be below algorithm.rollout_rs_high={algorithm.rollout_rs_high}"
+        raise ConfigError("algorithm.rollout_rs_low", algorithm.rollout_rs_low, rule)
+
+
+def _check_reward(config: Config) -> None:
+    reward, num_functions = config.reward, 1 + len(config.reward.extra_functions)
+    if reward.weights and len(reward.weights) != num_functions:
+        rule = f"must be empty, or hold one weight for each of the {num_functions} reward functions"
+        raise ConfigError("reward.weights", reward.weights, rule)
+    if reward.overlong_buffer > config.data.max_response_length:
+        rule = f"must be at most data.max_response_length={config.data.max_response_length}"
+        raise ConfigError("reward.overlong_buffer", reward.overlong_buffer, rule)
 
 
 def _check_rollout(config: Config) -> None:
@@ -521,10 +630,14 @@ def _check_rollout(config: Config) -> None:
     if rollout.max_lag and rollout.engine == "local":
         rule = "must be 0 with rollout.engine=local, which samples on the trainer's own devices"
         raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
-    is_corrected = config.algorithm.rollout_is != "none" or config.algorithm.old_logprobs == "sampler"
-    if rollout.max_lag and not is_corrected:
+    if rollout.max_lag and not config.corrects_sampler:
         rule = "samples with old weights: needs algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
         raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
+    if config.algorithm.dynamic_sampling_rounds and not config.corrects_sampler:
+        rule = "keeps surplus groups for the next step, when they are of older weights: needs "
+        rule += "algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
+        key, value = "algorithm.dynamic_sampling_rounds", config.algorithm.dynamic_sampling_rounds
+        raise ConfigError(key, value, rule)
     if rollout.update_weights == "during" and not rollout.max_lag:
         rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
         raise ConfigError("rollout.update_weights", "during", rule)

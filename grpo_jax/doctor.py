@@ -72,7 +72,7 @@ def check_config(config: Config, path: Path) -> None:
     workdir.check(config)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
-    make_reward(config.reward).close()
+    make_reward(config.reward, max_response_length=config.data.max_response_length).close()
     mesh = make_mesh(config.mesh)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)

@@ -29,18 +29,20 @@ class Evaluation:
     groups: list[RolloutGroup]
     rewards: np.ndarray
     """[P, G] float32."""
+    correctness: np.ndarray
+    """[P, G] float32; what `metrics.CORRECT_REWARD` is held against."""
     errors: tuple[str, ...]
     """Of the reward function, where it may go on after one."""
 
     @property
     def accuracy(self) -> float:
         """Share of the completions that are correct."""
-        return float((self.rewards >= CORRECT_REWARD).mean())
+        return float((self.correctness >= CORRECT_REWARD).mean())
 
     def pass_at(self, k: int) -> float:
         """Mean over prompts of the estimated chance that one of k completions is correct."""
         samples = self.rewards.shape[1]
-        counts = (self.rewards >= CORRECT_REWARD).sum(axis=1)
+        counts = (self.correctness >= CORRECT_REWARD).sum(axis=1)
         return float(np.mean([pass_at_k(samples, int(c), k) for c in counts]))
 
     def summary(self) -> Metrics:
@@ -75,7 +77,7 @@ def evaluate(
     """Completes the prompts with the engine's present weights and scores the completions."""
     groups = engine.generate(prompts, sampling, seed=seed, progress=progress)
     result = reward.score(groups)
-    return Evaluation(groups, result.rewards, result.errors)
+    return Evaluation(groups, result.rewards, result.correctness, result.errors)
 
 
 def rollout_records(groups: Sequence[RolloutGroup], rewards: np.ndarray) -> list[dict[str, Any]]:
@@ -157,6 +159,22 @@ def _check_arguments(args: Any) -> None:
             raise ConfigError(f"--{name}", getattr(args, name), "its folder does not exist")
 
 
+def _reward_section(function: str) -> Any:
+    """One function, and nothing that shapes what it gives."""
+    from grpo_jax.config import RewardSection
+
+    return RewardSection(
+        function=function,
+        extra_functions=(),
+        weights=(),
+        overlong_buffer=0,
+        overlong_penalty=0.0,
+        num_workers=2,
+        timeout_s=10.0,
+        on_error="zero",
+    )
+
+
 def _rollout_section(args: Any) -> Any:
     """The engine of this command: one, on the GPUs that it shares with JAX, given its weights once."""
     from grpo_jax.config import RolloutSection
@@ -194,7 +212,7 @@ def _rollout_section(args: Any) -> Any:
 def _run(args: Any) -> None:
     import jax.numpy as jnp
 
-    from grpo_jax.config import MeshSection, RewardSection
+    from grpo_jax.config import MeshSection
     from grpo_jax.data.schema import read_rows
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
@@ -220,7 +238,7 @@ def _run(args: Any) -> None:
     if counts.num_filtered:
         print(f"{counts.num_filtered} prompts longer than {args.max_prompt_length} tokens are left out")
     prompts = prompts[: args.num or None]
-    with make_reward(RewardSection(args.reward, num_workers=2, timeout_s=10.0, on_error="zero")) as reward:
+    with make_reward(_reward_section(args.reward), max_response_length=args.max_response_length) as reward:
         mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
         longest = max(len(prompt.token_ids) for prompt in prompts)
         engine = make_engine(

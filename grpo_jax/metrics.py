@@ -19,6 +19,7 @@ from grpo_jax.advantages import frac_zero_std
 from grpo_jax.config import Config
 from grpo_jax.losses import FIRST_UPDATE
 from grpo_jax.model.transformer import ModelConfig
+from grpo_jax.rewards.base import RewardResult
 from grpo_jax.types import Metrics, RolloutGroup
 from grpo_jax.workdir import Workdir
 
@@ -39,8 +40,9 @@ PEAK_FLOPS = {
 }
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], rewards: np.ndarray, config: Config) -> Metrics:
-    """Metrics of one step's completions. rewards: [P, G] float32, before any KL penalty."""
+def rollout_metrics(groups: Sequence[RolloutGroup], scored: RewardResult, config: Config) -> Metrics:
+    """Metrics of one step's completions, before any KL penalty."""
+    rewards = scored.rewards
     completions = [c for group in groups for c in group.completions]
     responses = np.array([len(c.token_ids) for c in completions])
     prompts = np.array([len(group.prompt.token_ids) for group in groups])
@@ -49,7 +51,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], rewards: np.ndarray, config:
         "reward/std": float(rewards.std()),
         "reward/max": float(rewards.max()),
         "reward/min": float(rewards.min()),
-        "accuracy": float((rewards >= CORRECT_REWARD).mean()),
+        **{f"reward/{name}/mean": float(values.mean()) for name, values in scored.parts.items()},
+        "accuracy": float((scored.correctness >= CORRECT_REWARD).mean()),
         "frac_reward_zero_std": float(frac_zero_std(rewards)),
         **_spread("response_length", responses),
         "response_length/clip_ratio": float(np.mean([c.finish_reason == "length" for c in completions])),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.advantages import Estimator
 from grpo_jax.batching import micro_batch_shape
 from grpo_jax.checkpoint import Checkpointer, abstract_like
 from grpo_jax.config import Config
@@ -15,12 +17,14 @@ from grpo_jax.losses import grpo_loss
 from grpo_jax.metrics import Timers
 from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
 from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
 from grpo_jax.prepare import Inputs
 from grpo_jax.prompts import PromptIterator
+from grpo_jax.reference import Reference
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
 from grpo_jax.rollout.ahead import RolloutsAhead
+from grpo_jax.rollout.dynamic import DynamicSampling, Scored
 from grpo_jax.types import Params, TrainState
 from grpo_jax.update import (
     Score,
@@ -49,16 +53,24 @@ class Stages:
     prompts: PromptIterator
     engine: RolloutEngine
     rollouts: RolloutsAhead
+    dynamic: DynamicSampling | None
+    """Takes from `rollouts`; None: a batch is what was sampled."""
     probe: Probe | None
     """Compares engine and trainer; None where both are one."""
     reward: Reward
+    estimator: Estimator
     score: Score
     update: UpdateStep
     shape: tuple[int, int]
     """[R, T] of every micro-batch."""
-    ref_params: Params
+    reference: Reference
     timers: Timers
     num_steps: int
+
+    @property
+    def ref_params(self) -> Params:
+        """Of the reference as it is now; None without a KL term."""
+        return self.reference.params
 
 
 def derive_seed(seed: int, step: int, purpose: str) -> int:
@@ -98,6 +110,7 @@ def build_stages(
     folder: ModelFolder,
     mesh: Mesh,
     reward: Reward,
+    estimator: Estimator,
     engine: RolloutEngine,
     timers: Timers,
     checkpointer: Checkpointer,
@@ -123,11 +136,31 @@ def build_stages(
         workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
         copy_side_files(folder.path, workdir.model_files)
         state, first = init_state(params, model, optimizer, mesh), None
+        kl_coef, num_batches, surplus = config.algorithm.kl_coef, 0, []
     else:
         del params  # before the restored ones come
-        state, progress = checkpointer.restore(abstract_state(model, optimizer, mesh))
+        is_refreshed = config.algorithm.ref_refresh_every > 0
+        state, progress, restored = checkpointer.restore(
+            abstract_state(model, optimizer, mesh), abstract_reference(model, mesh) if is_refreshed else None
+        )
+        ref_params = restored if is_refreshed else ref_params
         prompts.restore(progress.prompt_iterator)
         first = progress.global_step
+        kl_coef, num_batches, surplus = progress.kl_coef, progress.num_rollout_batches, progress.surplus
+    is_dynamic = config.algorithm.dynamic_sampling_rounds > 0
+    rollouts = RolloutsAhead(
+        prompts,
+        engine,
+        rollout_sampling(config),
+        lambda number: derive_seed(config.trainer.seed, number, "rollout"),
+        max_lag=config.rollout.max_lag,
+        first_step=num_batches,
+        # How many batches dynamic sampling will want is not known before: the last steps may ask for some in vain.
+        num_steps=sys.maxsize if is_dynamic else num_steps,
+    )
+    dynamic = make_dynamic(config, rollouts, reward, timers) if is_dynamic else None
+    if dynamic is not None:
+        dynamic.restore(surplus, inputs.train_prompts)
     score = make_score_step(model, mesh, **common)
     shape = micro_batch_shape(config, num_batch_shards(mesh))
     stages = Stages(
@@ -137,17 +170,11 @@ def build_stages(
         inputs=inputs,
         prompts=prompts,
         engine=engine,
-        rollouts=RolloutsAhead(
-            prompts,
-            engine,
-            rollout_sampling(config),
-            lambda step: derive_seed(config.trainer.seed, step, "rollout"),
-            max_lag=config.rollout.max_lag,
-            first_step=first or 0,
-            num_steps=num_steps,
-        ),
+        rollouts=rollouts,
+        dynamic=dynamic,
         probe=_make_probe(config, inputs, score, shape, mesh),
         reward=reward,
+        estimator=estimator,
         score=score,
         update=make_update_step(
             model,
@@ -159,11 +186,24 @@ def build_stages(
             **common,
         ),
         shape=shape,
-        ref_params=ref_params,
+        reference=Reference(ref_params, config.algorithm, model.dtype, kl_coef=kl_coef),
         timers=timers,
         num_steps=num_steps,
     )
     return stages, state, first
+
+
+def make_dynamic(config: Config, rollouts: RolloutsAhead, reward: Reward, timers: Timers) -> DynamicSampling:
+    """Dynamic sampling whose rounds are the batches of `rollouts`, in their order."""
+
+    def next_round() -> Scored:
+        with timers("gen"):
+            groups = rollouts.take()
+        with timers("reward"):
+            return groups, reward.score(groups)
+
+    rounds = config.algorithm.dynamic_sampling_rounds
+    return DynamicSampling(next_round, num_groups=config.data.train_batch_size, max_rounds=rounds)
 
 
 def _make_probe(
@@ -189,3 +229,9 @@ def abstract_state(model: ModelConfig, optimizer: Any, mesh: Mesh) -> TrainState
         opt_state=jax.eval_shape(optimizer.init, params),
     )
     return abstract_like(shapes, state_shardings(model, optimizer, mesh))
+
+
+def abstract_reference(model: ModelConfig, mesh: Mesh) -> Params:
+    """Shape, dtype and sharding of the parameters of a reference that is saved."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), abstract_params(model)[0])
+    return abstract_like(shapes, param_shardings(model, mesh))

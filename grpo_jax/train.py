@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import report
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import estimate_advantages
 from grpo_jax.batching import (
     add_advantages,
     add_loss_weights,
     batch_table,
+    keep_completions,
     make_sft_batch,
     make_train_batch,
     split_minibatches,
@@ -43,18 +43,21 @@ from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
-from grpo_jax.losses import kl_penalized_rewards
+from grpo_jax.kl import kl_of_tokens
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.prepare import keep_compiled, make_model, read_inputs, set_determinism, share_gpus
 from grpo_jax.rewards import make_reward
+from grpo_jax.rewards.base import RewardResult
 from grpo_jax.rollout import check_devices, check_engine, eval_sampling
+from grpo_jax.rollout.dynamic import Scored
 from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
 from grpo_jax.stages import Stages, build_stages, derive_seed, give_weights, start_engine
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
 from grpo_jax.update import score_rows, to_micro_batches
+from grpo_jax.user_code import load_estimator
 from grpo_jax.workdir import Workdir, start_logging
 
 logger = logging.getLogger("grpo_jax.train")  # __name__ is "__main__" when run as a command
@@ -65,6 +68,8 @@ class StepResult:
     groups: list[RolloutGroup]
     rewards: np.ndarray
     """[P, G] float32."""
+    dropped: Scored
+    """Groups that were sampled and are not trained on: dynamic sampling."""
     updates: list[Metrics]
     metrics: Metrics
 
@@ -72,42 +77,97 @@ class StepResult:
 def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState, StepResult]:
     """Step number `step`, counted from 0: prompts, rollouts, rewards, advantages, updates, new weights."""
     config, timers = stages.config, stages.timers
-    with timers("gen"):
-        groups = stages.rollouts.take()
-        stages.engine.sleep()
-    with timers("reward"):
-        scored = stages.reward.score(groups)
+    groups, scored, dropped, sampled = sample(stages)
     batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
-    batch, rewards = penalized(stages, state.params, batch, scored.rewards)
-    batch = add_advantages(batch, group_advantages(rewards, config.algorithm.adv_estimator))
+    batch = with_host_logprobs(stages, state.params, batch)
+    batch, penalty = with_advantages(stages, batch, scored.rewards)
+    batch = with_loss_terms(stages, batch, groups)
     state, updates = run_updates(stages, state, batch, step)
     give_weights(stages, state.params, version=step + 1)
-    metrics = rollout_metrics(groups, scored.rewards, config) | merge_updates(updates)
+    metrics = rollout_metrics(groups, scored, config) | sampled | merge_updates(updates) | penalty
+    metrics |= update_reference(stages, state.params, metrics, step + 1)
     metrics["training/policy_lag"] = step - metrics["training/policy_version"]
     metrics["reward/num_errors"] = len(scored.errors)
     _log_reward_errors(scored.errors)
-    return state, StepResult(groups, scored.rewards, updates, metrics)
+    return state, StepResult(groups, scored.rewards, dropped, updates, metrics)
 
 
-def penalized(
-    stages: Stages, params: Params, batch: TrainBatch, rewards: np.ndarray
-) -> tuple[TrainBatch, np.ndarray]:
-    """The rewards [P, G] less the KL penalty where it belongs to them, and the batch with what that took."""
-    algorithm = stages.config.algorithm
-    if algorithm.kl_in != "reward":
-        return batch, rewards
+def sample(stages: Stages) -> tuple[list[RolloutGroup], RewardResult, Scored, Metrics]:
+    """The groups of a step and their rewards; with dynamic sampling also those that are left out, and numbers."""
+    if stages.dynamic is not None:
+        batch = stages.dynamic.take()
+        stages.engine.sleep()
+        return batch.groups, batch.rewards, batch.dropped, batch.metrics
+    with stages.timers("gen"):
+        groups = stages.rollouts.take()
+        stages.engine.sleep()
+    with stages.timers("reward"):
+        scored = stages.reward.score(groups)
+    return groups, scored, ([], scored.take([])), {}
+
+
+def with_host_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
+    """Adds the old and the reference log-probabilities where rewards, which come first, are to hold a KL penalty."""
+    config = stages.config
+    if config.algorithm.kl_in != "reward":
+        return batch
     score = functools.partial(score_rows, stages.score, batch=batch, shape=stages.shape, mesh=stages.mesh)
     old: Any = batch.sampler_logprobs
-    if stages.config.needs_old_logprobs:
+    if config.needs_old_logprobs:
         with stages.timers("old_log_prob"):
-            old = score(params)
+            old = score(stages.update.cast(params))
     with stages.timers("ref"):
         ref: Any = score(stages.ref_params)
-    penalized_rewards = kl_penalized_rewards(
-        jnp.asarray(rewards), old, ref, batch.completion_mask,
-        kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator,
-    )  # fmt: skip
-    return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref), np.asarray(penalized_rewards)
+    return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
+
+
+def with_advantages(stages: Stages, batch: TrainBatch, rewards: np.ndarray) -> tuple[TrainBatch, Metrics]:
+    """Adds the advantages, from rewards less the KL penalty where it belongs to them; and its metric."""
+    algorithm, mask = stages.config.algorithm, np.asarray(batch.completion_mask)
+    penalties, metrics = None, {}
+    if algorithm.kl_in == "reward":
+        assert (
+            batch.old_logprobs is not None and batch.ref_logprobs is not None
+        )  # the config's rules see to it
+        kl = np.asarray(
+            kl_of_tokens(
+                batch.old_logprobs, batch.ref_logprobs, batch.completion_mask, algorithm.kl_estimator
+            )
+        )
+        penalties = np.float32(stages.reference.kl_coef) * kl
+        metrics["kl/reward_penalty"] = float((kl.sum(axis=1) / mask.sum(axis=1)).mean())
+    advantages = estimate_advantages(rewards, mask, penalties, algorithm.adv_estimator, stages.estimator)
+    return add_advantages(batch, advantages), metrics
+
+
+def with_loss_terms(stages: Stages, batch: TrainBatch, groups: Sequence[RolloutGroup]) -> TrainBatch:
+    """Leaves truncated completions out of the loss where configured; adds the KL's coefficient where it moves."""
+    if stages.config.algorithm.mask_truncated:
+        is_kept = np.array([c.finish_reason != "length" for group in groups for c in group.completions])
+        batch = keep_completions(batch, is_kept)
+    return with_kl_coef(stages, batch)
+
+
+def with_kl_coef(stages: Stages, batch: TrainBatch) -> TrainBatch:
+    """Adds the coefficient of the KL in the loss, where it changes from step to step."""
+    if not stages.reference.is_adaptive or stages.config.algorithm.kl_in != "loss":
+        return batch
+    # On every token: the scalar has to follow its rows wherever they are placed or packed.
+    coef: Any = np.full(batch.tokens.shape, stages.reference.kl_coef, np.float32)
+    return dataclasses.replace(batch, kl_coef=coef)
+
+
+def update_reference(stages: Stages, params: Params, metrics: Metrics, steps_done: int) -> Metrics:
+    """Adapts the coefficient of the KL and refreshes the reference, where configured; returns their metrics."""
+    reference = stages.reference
+    changed: Metrics = {}
+    if reference.is_adaptive:
+        changed["kl/coef"] = reference.kl_coef
+        kl = metrics["kl/reward_penalty"] if "kl/reward_penalty" in metrics else metrics["kl/mean"]
+        reference.adapt(kl, stages.config.completions_per_step)
+    if reference.is_refreshed:
+        changed["kl/is_refreshed"] = int(reference.refresh(params, steps_done))
+    return changed
 
 
 def run_updates(
@@ -124,7 +184,7 @@ def run_updates(
     placed = [_place(stages, minibatch) for minibatch in minibatches]
     scores = {}
     if config.needs_old_logprobs and batch.old_logprobs is None:
-        scores["old_log_prob"] = ("old_logprobs", state.params)
+        scores["old_log_prob"] = ("old_logprobs", stages.update.cast(state.params))
     if config.uses_reference and batch.ref_logprobs is None:
         scores["ref"] = ("ref_logprobs", stages.ref_params)
     for phase, (field, params) in scores.items():
@@ -150,7 +210,7 @@ def warm_up(stages: Stages, state: TrainState) -> TrainState:
     config = stages.config
     examples = [([0], [0])] * config.actor.num_minibatches
     batch = make_sft_batch(examples, pad_id=0)
-    batch, _ = penalized(stages, state.params, batch, np.zeros((len(examples), 1), np.float32))
+    batch = with_kl_coef(stages, with_host_logprobs(stages, state.params, batch))
     batch = add_advantages(batch, np.full((len(examples), 1), np.nan, np.float32))
     state, _ = run_updates(stages, state, batch, step=0)
     stages.timers.collect()
@@ -170,7 +230,6 @@ def _score(
     stages: Stages, params: Params, placed: list[list[TrainBatch]], field: str
 ) -> list[list[TrainBatch]]:
     """Puts the log-probabilities under `params` into a field of every micro-batch; they stay on the devices."""
-    params = stages.update.cast(params)
     score = lambda micro: dataclasses.replace(micro, **{field: stages.score(params, micro)})
     return [[score(micro) for micro in minibatch] for minibatch in placed]
 
@@ -195,7 +254,9 @@ def train(config: Config, path: Path) -> None:
     set_determinism(config.trainer)
     keep_compiled(config.trainer)
     share_gpus(config.rollout)
-    with make_reward(config.reward) as reward, contextlib.ExitStack() as stack:
+    estimator = load_estimator(config.algorithm.adv_estimator)
+    limit = config.data.max_response_length
+    with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         check_devices(config.rollout, mesh)
         workdir.open(config)
@@ -207,7 +268,7 @@ def train(config: Config, path: Path) -> None:
             engine = start_engine(config, inputs, folder, mesh)
             stack.callback(engine.close)
             stages, state, first = build_stages(
-                config, workdir, inputs, folder, mesh, reward, engine, timers, checkpointer
+                config, workdir, inputs, folder, mesh, reward, estimator, engine, timers, checkpointer
             )
             state = warm_up(stages, state)
             give_weights(stages, state.params, version=first or 0, is_first=True)
@@ -318,8 +379,12 @@ def _save(
                 seed=stages.config.trainer.seed,
                 prompt_iterator=stages.rollouts.state(),
                 hf_dtype=stages.folder.dtype,
+                num_rollout_batches=stages.rollouts.num_taken,
+                surplus=[] if stages.dynamic is None else stages.dynamic.state(),
+                kl_coef=stages.reference.kl_coef,
             )
-            checkpointer.save(state, progress)
+            reference = stages.reference.params if stages.reference.is_refreshed else None
+            checkpointer.save(state, progress, reference)
 
 
 def _report_step(
@@ -337,7 +402,9 @@ def _report_step(
     records = rollout_records(result.groups, result.rewards)
     writer.write_text("rollouts", [_show(r) for r in records[: section.num_text_samples]], step=done)
     if section.save_rollouts:
-        write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", records)
+        groups, rewards = result.dropped
+        dropped = [record | {"is_dropped": True} for record in rollout_records(groups, rewards.rewards)]
+        write_jsonl(workdir.rollouts / f"step-{done:06d}.jsonl", [*records, *dropped])
 
 
 def _final_model(stages: Stages, workdir: Workdir) -> Path:

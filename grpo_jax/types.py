@@ -86,7 +86,9 @@ class TrainBatch:
     """float32; the trainer's own before the first update, or the sampler's (`algorithm.old_logprobs`);
     None where the update is the first one."""
     ref_logprobs: Any = None
-    """float32; the frozen reference's; None without a KL term."""
+    """float32; the reference's; None without a KL term."""
+    kl_coef: Any = None
+    """float32; the coefficient of the KL in the loss, the same on every token; None: `algorithm.kl_coef`."""
     loss_weights: Any = None
     """float32; what the token weighs in the loss of its mini-batch; None until that is known."""
 

@@ -47,14 +47,25 @@ def tokenizer(tokenizer_folder):
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
-@pytest.fixture(scope="session")
-def rollout_section():
-    """Returns `section(key=value, ...)`: the `rollout` section of configs/gsm8k.py, with those keys changed."""
+def section_of(section_class, name):
+    """Returns `section(key=value, ...)`: a section of configs/gsm8k.py, with those keys changed."""
     import pathlib
     import runpy
 
+    file = pathlib.Path(__file__).resolve().parent.parent / "configs" / "gsm8k.py"
+    values = dict(runpy.run_path(str(file))["get_config"]()[name].to_dict())
+    return lambda **changes: section_class(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def rollout_section():
     from grpo_jax.config import RolloutSection
 
-    file = pathlib.Path(__file__).resolve().parent.parent / "configs" / "gsm8k.py"
-    values = runpy.run_path(str(file))["get_config"]().rollout.to_dict()
-    return lambda **changes: RolloutSection(**(values | changes))
+    return section_of(RolloutSection, "rollout")
+
+
+@pytest.fixture(scope="session")
+def reward_section():
+    from grpo_jax.config import RewardSection
+
+    return section_of(RewardSection, "reward")

@@ -177,7 +177,76 @@ def test_what_is_below_its_bound_is_refused(key):
 
 CORRECTED = {"algorithm.rollout_is": "token"}  # samples with old weights are allowed
 
+GSPO = {"algorithm.policy_loss": "gspo", "algorithm.loss_agg": "seq-mean-token-mean"}
+MASKED = {"algorithm.rollout_is": "token_mask"}
+
 RULES = [  # changes, the key that is named, part of the rule
+    ({"algorithm.adv_estimator": "grpo_nostd"}, "algorithm.adv_estimator", "did you mean grpo_no_std?"),
+    ({"algorithm.adv_estimator": "mine.py:"}, "algorithm.adv_estimator", "FILE.py:NAME"),
+    ({"algorithm.adv_estimator": "mine:f"}, "algorithm.adv_estimator", "FILE.py:NAME"),
+    (GSPO | {"algorithm.loss_agg": "token-mean"}, "algorithm.loss_agg", "algorithm.policy_loss=gspo"),
+    ({"algorithm.policy_loss": "geo_mean"}, "algorithm.loss_agg", "must be seq-mean-token-mean"),
+    (
+        GSPO | {"algorithm.adv_estimator": "reinforce_plus_plus"},
+        "algorithm.adv_estimator",
+        "wants one for each",
+    ),
+    (GSPO | {"algorithm.rollout_is": "token"}, "algorithm.rollout_is", "use sequence"),
+    (GSPO | MASKED, "algorithm.rollout_is", "use sequence_mask"),
+    (
+        {"algorithm.policy_loss": "policy_gradient", "actor.num_minibatches": 2},
+        "algorithm.policy_loss",
+        "one update a step",
+    ),
+    (
+        {"algorithm.policy_loss": "policy_gradient", "algorithm.old_logprobs": "sampler"},
+        "algorithm.policy_loss",
+        "use algorithm.rollout_is instead",
+    ),
+    (
+        {"algorithm.rollout_rs": "seq_mean_k1", "algorithm.old_logprobs": "sampler"},
+        "algorithm.rollout_rs",
+        "nothing would be rejected",
+    ),
+    (MASKED | {"algorithm.rollout_is_low": 2.0}, "algorithm.rollout_is_low", "rollout_is_threshold=2.0"),
+    (
+        {"algorithm.rollout_rs": "seq_sum_k1", "algorithm.rollout_rs_low": 3.0},
+        "algorithm.rollout_rs_low",
+        "rollout_rs_high=2.0",
+    ),
+    (
+        {"algorithm.kl_in": "reward", "algorithm.kl_estimator": "k1+"},
+        "algorithm.kl_estimator",
+        "a reward has none",
+    ),
+    (
+        {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.0},
+        "algorithm.kl_target",
+        "algorithm.kl_coef above 0",
+    ),
+    (
+        {"algorithm.ref_refresh_every": 5, "algorithm.kl_coef": 0.0},
+        "algorithm.ref_refresh_every",
+        "algorithm.kl_coef above 0",
+    ),
+    # 1,024 completions a step: a relative change of 0.2 * 1,024 / 204.8 = 1 would end at 0.
+    (
+        {"algorithm.kl_target": 0.1, "algorithm.kl_horizon": 204.8},
+        "algorithm.kl_horizon",
+        "a fifth of the 1024 completions",
+    ),
+    (
+        {"algorithm.dynamic_sampling_rounds": 3},
+        "algorithm.dynamic_sampling_rounds",
+        "algorithm.rollout_is=token or algorithm.old_logprobs=sampler",
+    ),
+    ({"reward.weights": (1.0, 2.0)}, "reward.weights", "each of the 1 reward functions"),
+    (
+        {"reward.extra_functions": ("math",), "reward.weights": (1.0,)},
+        "reward.weights",
+        "each of the 2 reward functions",
+    ),
+    ({"reward.overlong_buffer": 513}, "reward.overlong_buffer", "data.max_response_length=512"),
     ({"algorithm.group_size": 1}, "algorithm.group_size", "at least 2"),
     ({"algorithm.clip_low": 1.0}, "algorithm.clip_low", "below 1"),
     ({"algorithm.dual_clip": 1.0}, "algorithm.dual_clip", "above 1"),
@@ -273,6 +342,18 @@ def test_a_broken_rule_names_key_value_and_rule(changes, key, rule):
         {"algorithm.kl_in": "reward", "algorithm.old_logprobs": "sampler"},
         {"algorithm.rollout_is": "token", "algorithm.rollout_is_threshold": 0.5},
         {"algorithm.rollout_is": "none", "algorithm.old_logprobs": "sampler"},
+        {"algorithm.adv_estimator": "folder/mine.py:f"},
+        GSPO | {"algorithm.rollout_is": "sequence_mask", "algorithm.rollout_rs": "seq_mean_k1"},
+        {"algorithm.policy_loss": "cispo", "algorithm.adv_estimator": "reinforce_plus_plus"} | MASKED,
+        {"algorithm.policy_loss": "policy_gradient", "algorithm.rollout_is": "token"},
+        {"algorithm.kl_estimator": "k1+"},
+        {"algorithm.kl_target": 0.1, "algorithm.kl_horizon": 204.9, "algorithm.ref_refresh_every": 1},
+        {"algorithm.kl_coef": 0.0, "algorithm.kl_horizon": 1.0},
+        {"algorithm.rollout_is_low": 3.0, "algorithm.rollout_rs_low": 3.0},  # read by nothing
+        CORRECTED | {"algorithm.dynamic_sampling_rounds": 1},
+        {"algorithm.old_logprobs": "sampler", "algorithm.dynamic_sampling_rounds": 1},
+        {"reward.extra_functions": ("math", "mine.py:f"), "reward.weights": (1.0, -0.5, 0.0)},
+        {"reward.overlong_buffer": 512},
         {"mesh.data": -1, "mesh.fsdp": 1},
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
         {"arithmetic.num_train": 10, "arithmetic.num_val": 5, "data.train_files": (), "data.val_files": ()},

@@ -1,66 +1,18 @@
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_helpers import ALGORITHM, GOLDEN, array, loss_and_grad, make_batch, random_batch
 
-from grpo_jax import config, losses
-from grpo_jax.config import AlgorithmSection
+from grpo_jax import config, corrections, kl, losses, policy_losses, ratios
 from grpo_jax.metrics import merge_updates
-from grpo_jax.types import TrainBatch
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_verl_0.9.1.json").read_text())
 PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
 MODES = config.CHOICES["algorithm.loss_agg"]
-
-ALGORITHM = AlgorithmSection(
-    adv_estimator="grpo",
-    group_size=2,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=0.0,
-    loss_agg="token-mean",
-    loss_norm=0.0,
-    kl_coef=0.0,
-    kl_estimator="k3",
-    kl_in="loss",
-    entropy_coef=0.0,
-    old_logprobs="trainer",
-    rollout_is="none",
-    rollout_is_threshold=2.0,
-)
-
-
-def array(values):
-    return jnp.asarray(values, jnp.float32)
-
-
-def make_batch(mask, *, advantages=None, sampler=None, old=None, ref=None):
-    """A batch of which only what the losses read is filled in."""
-    zeros = jnp.zeros(np.shape(mask), jnp.float32)
-    return TrainBatch(
-        tokens=zeros.astype(jnp.int32),
-        positions=zeros.astype(jnp.int32),
-        segment_ids=zeros.astype(jnp.int32),
-        completion_mask=array(mask),
-        sampler_logprobs=zeros if sampler is None else array(sampler),
-        advantages=zeros if advantages is None else array(advantages),
-        old_logprobs=None if old is None else array(old),
-        ref_logprobs=None if ref is None else array(ref),
-    )
-
-
-def loss_and_grad(logprobs, batch, weights, algorithm, entropy=None):
-    """Returns the loss, its metrics by name, and its gradient with respect to `logprobs`."""
-    entropy = jnp.zeros_like(array(logprobs)) if entropy is None else array(entropy)
-    loss = functools.partial(losses.grpo_loss, algorithm=algorithm)
-    (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(array(logprobs), entropy, batch, weights)
-    return value, metrics.summary(), np.asarray(grad)
 
 
 # Agreement with verl
@@ -90,9 +42,9 @@ def test_policy_loss_equals_verl(case):
 @pytest.mark.parametrize("name", list(GOLDEN["kl_per_token"]))
 def test_kl_equals_verl(name):
     mask = np.array(GOLDEN["mask"])
-    kl = losses.KL_ESTIMATORS[name](array(GOLDEN["logprobs"]), array(GOLDEN["ref_logprobs"])) * mask
-    np.testing.assert_allclose(kl, GOLDEN["kl_per_token"][name], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(kl.sum() / mask.sum(), GOLDEN["kl_token_mean"][name], atol=1e-5, rtol=0)
+    values = kl.KL_ESTIMATORS[name](array(GOLDEN["logprobs"]), array(GOLDEN["ref_logprobs"])) * mask
+    np.testing.assert_allclose(values, GOLDEN["kl_per_token"][name], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(values.sum() / mask.sum(), GOLDEN["kl_token_mean"][name], atol=1e-5, rtol=0)
 
 
 def test_kl_gradient_equals_verl():
@@ -108,7 +60,7 @@ def test_kl_gradient_equals_verl():
 
 
 def test_registries_hold_what_the_configuration_offers():
-    assert set(losses.KL_ESTIMATORS) == set(config.CHOICES["algorithm.kl_estimator"])
+    assert set(kl.KL_ESTIMATORS) == set(config.CHOICES["algorithm.kl_estimator"])
     for mode in MODES:
         losses.loss_weights(jnp.ones((1, 2)), mode, 2.0)
     with pytest.raises(ValueError, match="'mean'"):
@@ -214,7 +166,11 @@ TIS = dataclasses.replace(ALGORITHM, rollout_is="token", rollout_is_threshold=1.
 )
 def test_correction_by_hand(old, sampler, threshold, expected):
     old, sampler = array([[math.log(old)]]), array([[math.log(sampler)]])
-    correct = functools.partial(losses.sampler_correction, threshold=threshold)
+
+    def correct(old, sampler):
+        ratio = corrections.importance_ratio(old, sampler, jnp.ones((1, 1), jnp.int32), "token")
+        return corrections.truncated(ratio, threshold)
+
     np.testing.assert_allclose(correct(old, sampler), [[expected]], rtol=1e-6)
     grads = jax.grad(lambda *args: correct(*args).sum(), argnums=(0, 1))(old, sampler)
     assert not np.asarray(grads).any()  # a constant
@@ -222,8 +178,10 @@ def test_correction_by_hand(old, sampler, threshold, expected):
 
 @pytest.mark.parametrize(("difference", "expected"), [(1000.0, 20.0), (np.inf, 20.0), (-1000.0, -20.0)])
 def test_the_log_of_the_correction_is_clamped(difference, expected):
-    weight = losses.sampler_correction(array([[difference]]), array([[0.0]]), 1e30)
-    np.testing.assert_allclose(weight, [[math.exp(expected)]], rtol=1e-5)
+    segments = jnp.ones((1, 1), jnp.int32)
+    for level in ("token", "sequence"):
+        weight = corrections.importance_ratio(array([[difference]]), array([[0.0]]), segments, level)
+        np.testing.assert_allclose(weight, [[math.exp(expected)]], rtol=1e-5)
 
 
 def test_corrected_loss_by_hand():
@@ -341,22 +299,15 @@ def test_nll_loss_by_hand():
     np.testing.assert_array_equal(grad, [[0, -0.25, -0.25, 0], [0, 0, -0.5, 0]])
 
 
-def test_kl_penalized_rewards_by_hand():
-    rewards = [[1.0, 0.0]]
+def test_kl_of_tokens_by_hand():
     old = [[5.0, -1.0, -2.0, np.nan], [5.0, -np.inf, -4.0, 5.0], [np.nan] * 4]  # the last row is padding
     ref = [[1.0, -1.5, -1.0, 3.0], [np.nan, 0.0, -1.0, 0.0], [0.0] * 4]
     mask = [*MASK, [0] * 4]
-    penalize = functools.partial(
-        losses.kl_penalized_rewards, array(rewards), array(old), array(ref), array(mask), kl_coef=0.5
-    )
+    of_tokens = functools.partial(kl.kl_of_tokens, array(old), array(ref), array(mask))
     # log p - log p_ref: 0.5 and -1 in the first completion, -3 in the second
-    np.testing.assert_allclose(penalize(estimator="k1"), [[1 + 0.25, 1.5]])
-    np.testing.assert_allclose(penalize(estimator="abs"), [[1 - 0.75, -1.5]])
-    np.testing.assert_allclose(penalize(estimator="k2"), [[1 - 0.5 * 0.625, -2.25]])
-    with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 4\)"):
-        losses.kl_penalized_rewards(
-            jnp.zeros((2, 2)), array(old), array(ref), array(mask), kl_coef=0.5, estimator="k1"
-        )
+    np.testing.assert_allclose(of_tokens("k1"), [[0, 0.5, -1, 0], [0, 0, -3, 0], [0] * 4])
+    np.testing.assert_allclose(of_tokens("abs"), [[0, 0.5, 1, 0], [0, 0, 3, 0], [0] * 4])
+    np.testing.assert_allclose(of_tokens("k2"), [[0, 0.125, 0.5, 0], [0, 0, 4.5, 0], [0] * 4])
 
 
 @pytest.mark.parametrize(
@@ -370,7 +321,11 @@ def test_kl_penalized_rewards_by_hand():
 def test_kl_by_hand(probability, reference, expected):
     logprobs, ref_logprobs = array([[math.log(probability)]]), array([[math.log(reference)]])
     for name, value in (expected | {"abs": abs(expected["k1"])}).items():
-        np.testing.assert_allclose(losses.KL_ESTIMATORS[name](logprobs, ref_logprobs), [[value]], rtol=1e-5)
+        np.testing.assert_allclose(kl.KL_ESTIMATORS[name](logprobs, ref_logprobs), [[value]], rtol=1e-5)
+        if name != "k2":  # the straight-through variants: this value, the gradient of k2, log(p / p_ref)
+            through = lambda x, name=name: kl.KL_ESTIMATORS[f"{name}+"](x, ref_logprobs).sum()
+            np.testing.assert_allclose(through(logprobs), value, rtol=1e-5)
+            np.testing.assert_allclose(jax.grad(through)(logprobs), [[expected["k1"]]], rtol=1e-5, atol=1e-7)
 
 
 # Boundaries
@@ -380,7 +335,9 @@ def surrogate_and_grad(logprob, advantage, **clips):
     """One token, old log-probability 0. Returns (loss, clipped, dual_clipped, gradient) as numbers."""
 
     def loss(logprobs):
-        value, *flags = losses.clipped_surrogate(logprobs, array([[0.0]]), array([[advantage]]), **clips)
+        value, *flags = policy_losses.clipped_surrogate(
+            logprobs, array([[0.0]]), array([[advantage]]), **clips
+        )
         return value.sum(), flags
 
     (value, flags), grad = jax.value_and_grad(loss, has_aux=True)(array([[logprob]]))
@@ -433,7 +390,7 @@ def test_clip_higher_lets_good_tokens_grow_further():
     [(19.0, 19, 1), (20.0, 20, 1), (21.0, 20, 0), (-20.0, -20, 1), (-21.0, -20, 0), (np.inf, 20, 0)],
 )
 def test_the_log_ratio_is_clamped(difference, clamped, slope):
-    value, grad = jax.value_and_grad(losses.log_ratio)(jnp.float32(difference), jnp.float32(0))
+    value, grad = jax.value_and_grad(ratios.log_ratio)(jnp.float32(difference), jnp.float32(0))
     assert (value, grad) == (clamped, slope)
 
 
@@ -448,33 +405,18 @@ def test_a_huge_ratio_stays_finite():
 @pytest.mark.parametrize("ref_minus_logprob", [2.7, 50.0, 1000.0, -12.0, -1000.0])
 def test_k3_is_clamped_at_ten(ref_minus_logprob):
     """exp(2.7) - 2.7 - 1 = 11.2 and exp(-12) + 12 - 1 = 11.0 are the nearest of these to 10."""
-    value, grad = jax.value_and_grad(losses.kl_k3)(jnp.float32(0), jnp.float32(ref_minus_logprob))
+    value, grad = jax.value_and_grad(kl.kl_k3)(jnp.float32(0), jnp.float32(ref_minus_logprob))
     assert (value, grad) == (10, 0)
 
 
 def test_k3_is_accurate_near_the_reference():
     """exp(x) - x - 1 = x^2 / 2 + x^3 / 6 + ...; term by term in float32 it would be noise."""
     x = 2.0**-12
-    value = losses.kl_k3(jnp.float32(0), jnp.float32(x)).item()
+    value = kl.kl_k3(jnp.float32(0), jnp.float32(x)).item()
     np.testing.assert_allclose(value, x**2 / 2 + x**3 / 6, rtol=1e-3)
 
 
 # Properties
-
-
-def random_batch(seed, num_rows=6, length=7, **without):
-    """Logprobs, entropy and a batch with rows of different lengths, the last but one without a completion."""
-    rng = np.random.default_rng(seed)
-    ends = rng.integers(3, length + 1, num_rows)
-    starts = rng.integers(1, 3, num_rows)
-    columns = np.arange(length)
-    mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).astype(np.float32)
-    mask[-2] = 0
-    logprobs, old, ref, sampler = -rng.exponential(size=(4, num_rows, length))
-    advantages = rng.normal(size=(num_rows, 1)) * mask
-    entropy = rng.exponential(size=mask.shape)
-    fields = {"advantages": advantages, "sampler": sampler, "old": old, "ref": ref} | without
-    return array(logprobs), array(entropy), make_batch(mask, **fields)
 
 
 FULL = dataclasses.replace(ALGORITHM, dual_clip=3.0, kl_coef=0.3, entropy_coef=0.02, rollout_is="token")
@@ -533,7 +475,7 @@ def test_an_empty_batch_is_zero_and_not_nan(mode):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, -np.inf, np.inf, 1e38])
-@pytest.mark.parametrize("kl_estimator", list(losses.KL_ESTIMATORS))
+@pytest.mark.parametrize("kl_estimator", list(kl.KL_ESTIMATORS))
 def test_columns_outside_the_completion_may_hold_anything(garbage, kl_estimator):
     algorithm = dataclasses.replace(FULL, kl_estimator=kl_estimator)
     logprobs, entropy, batch = random_batch(3)

@@ -4,6 +4,7 @@ The worker processes of `pool.py` import this file on their way to `worker.py`: 
 (standard library and `config.py`; no jax, no numpy), or each of them starts seconds later.
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,40 +13,71 @@ from grpo_jax.config import ConfigError, RewardSection, nearest
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
 
-NAMES = ("gsm8k", "gsm8k_flexible", "math")
+NAMES = ("gsm8k", "gsm8k_flexible", "gsm8k_format", "think_format", "math")
 
 
-def make_reward(section: RewardSection) -> "Reward":
-    """Returns the reward that `section.function` names; a context manager, since it may hold processes.
+def make_reward(section: RewardSection, *, max_response_length: int) -> "Reward":
+    """Returns the weighted sum of the functions that `section` names, with its length penalty.
+
+    A context manager, since it may hold processes.
+
+    Args: max_response_length: tokens at which a completion is cut; the length penalty ends there.
 
     Raises:
-        ConfigError: an unknown name; a file that is missing, cannot be imported or lacks the function.
+        ConfigError: an unknown name, or one twice; a file that is missing, cannot be imported or lacks the
+            function.
     """
-    name = section.function
-    if name in ("gsm8k", "gsm8k_flexible"):
-        from grpo_jax.rewards import gsm8k
+    from grpo_jax.rewards.combined import CombinedReward, LengthPenalty, Part
+
+    weights = section.weights or (1.0,) * (1 + len(section.extra_functions))
+    keys = [("reward.function", section.function)]
+    keys += [("reward.extra_functions", name) for name in section.extra_functions]
+    parts: list[Part] = []
+    with contextlib.ExitStack() as stack:  # what was started is closed if a later one cannot be had
+        for (key, name), weight in zip(keys, weights, strict=True):
+            short = name.rpartition(":")[2]
+            if short in [part.name for part in parts] or short == LengthPenalty.NAME:
+                raise ConfigError(key, name, f"there is another part of the reward with the name {short}")
+            parts.append(Part(short, weight, stack.enter_context(_make_one(key, name, section))))
+        stack.pop_all()
+    penalty = LengthPenalty(max_response_length, section.overlong_buffer, section.overlong_penalty)
+    return CombinedReward(parts, penalty if section.overlong_buffer else None)
+
+
+def _make_one(key: str, name: str, section: RewardSection) -> "Reward":
+    if name in ("gsm8k", "gsm8k_flexible", "gsm8k_format", "think_format"):
+        from grpo_jax.rewards import formats, gsm8k
         from grpo_jax.rewards.base import InlineReward
 
-        if name == "gsm8k":
-            return InlineReward(gsm8k.compute_score, gsm8k.explain)
-        return InlineReward(gsm8k.compute_score_flexible, gsm8k.explain_flexible)
+        return InlineReward(
+            *{
+                "gsm8k": (gsm8k.compute_score, gsm8k.explain),
+                "gsm8k_flexible": (gsm8k.compute_score_flexible, gsm8k.explain_flexible),
+                "gsm8k_format": (formats.gsm8k_format, formats.explain_gsm8k_format),
+                "think_format": (formats.think_format, formats.explain_think_format),
+            }[name]
+        )
     if name == "math":
-        return _make_pool_reward("grpo_jax.rewards.math", "compute_score", section, explain="explain")
+        return _make_pool_reward(
+            key, name, "grpo_jax.rewards.math", "compute_score", section, explain="explain"
+        )
     path, colon, attribute = name.rpartition(":")
     if not colon or not path.endswith(".py") or not attribute.isidentifier():
         rule = f"must be one of {', '.join(NAMES)}, or FILE.py:NAME{nearest(name, NAMES)}"
-        raise ConfigError("reward.function", name, rule)
+        raise ConfigError(key, name, rule)
     if not Path(path).is_file():
-        raise ConfigError("reward.function", name, f"there is no file {path}")
-    return _make_pool_reward(str(Path(path).resolve()), attribute, section, explain=None)
+        raise ConfigError(key, name, f"there is no file {path}")
+    return _make_pool_reward(key, name, str(Path(path).resolve()), attribute, section, explain=None)
 
 
-def _make_pool_reward(module: str, function: str, section: RewardSection, *, explain: str | None) -> "Reward":
+def _make_pool_reward(
+    key: str, name: str, module: str, function: str, section: RewardSection, *, explain: str | None
+) -> "Reward":
     from grpo_jax.rewards.base import RewardError
     from grpo_jax.rewards.pool import PoolReward, WorkerPool
 
     try:
         pool = WorkerPool(module, function, num_workers=section.num_workers, timeout_s=section.timeout_s)
     except RewardError as error:
-        raise ConfigError("reward.function", section.function, str(error)) from None
-    return PoolReward(pool, section, function=function, explain=explain)
+        raise ConfigError(key, name, str(error)) from None
+    return PoolReward(pool, name, on_error=section.on_error, function=function, explain=explain)

@@ -26,12 +26,45 @@ class RewardError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class RewardResult:
-    """The rewards of a step."""
+    """The rewards of some groups; arrays are [P, G] float32, finite."""
 
     rewards: np.ndarray
-    """[P, G] float32, finite."""
+    """What is trained on."""
+    unshaped: np.ndarray
+    """The same without the length penalty."""
+    correctness: np.ndarray
+    """Of the first function alone: a completion is correct from 1 on."""
+    parts: Mapping[str, np.ndarray]
+    """What each function gave, and the length penalty, by name; not yet weighted."""
     errors: tuple[str, ...]
-    """One line for each completion whose function failed, and whose reward is 0 therefore."""
+    """One line for each completion whose function failed, and gave 0 therefore."""
+
+    @classmethod
+    def of_one(cls, rewards: np.ndarray, errors: tuple[str, ...]) -> "RewardResult":
+        """The result of a single function."""
+        return cls(rewards, rewards, rewards, {}, errors)
+
+    def take(self, groups: Sequence[int]) -> "RewardResult":
+        """Returns the rewards of some of the groups; the errors stay behind."""
+        index = list(groups)
+        return RewardResult(
+            self.rewards[index],
+            self.unshaped[index],
+            self.correctness[index],
+            {name: values[index] for name, values in self.parts.items()},
+            (),
+        )
+
+    @classmethod
+    def join(cls, results: Sequence["RewardResult"]) -> "RewardResult":
+        """Puts the groups of several results one after the other."""
+        return cls(
+            np.concatenate([r.rewards for r in results]),
+            np.concatenate([r.unshaped for r in results]),
+            np.concatenate([r.correctness for r in results]),
+            {name: np.concatenate([r.parts[name] for r in results]) for name in results[0].parts},
+            tuple(error for r in results for error in r.errors),
+        )
 
 
 class Reward(abc.ABC):
@@ -73,7 +106,7 @@ class InlineReward(Reward):
             [self._compute_score(**arguments(group.prompt, completion)) for completion in group.completions]
             for group in groups
         ]
-        return RewardResult(np.array(rewards, np.float32), errors=())
+        return RewardResult.of_one(np.array(rewards, np.float32), errors=())
 
     def explain(self, prompt: Prompt, completion: Completion, reward: float) -> str:
         return self._explain(completion.text, prompt.ground_truth)

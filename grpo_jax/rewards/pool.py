@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import RewardSection
 from grpo_jax.rewards.base import Reward, RewardError, RewardResult, arguments
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -160,12 +159,15 @@ class PoolReward(Reward):
     """Scores completions in a pool, which it owns.
 
     Args:
+        name: of the function as the configuration has it, for messages.
+        on_error: "stop" or "zero", as `reward.on_error`.
         function: name of the function in the pool's module that scores.
         explain: name of the one that explains, if there is one.
     """
 
-    def __init__(self, pool: WorkerPool, section: RewardSection, *, function: str, explain: str | None):
-        self._pool, self._section, self._function, self._explain = pool, section, function, explain
+    def __init__(self, pool: WorkerPool, name: str, *, on_error: str, function: str, explain: str | None):
+        self._pool, self._name, self._on_error = pool, name, on_error
+        self._function, self._explain = function, explain
 
     def score(self, groups: Sequence[RolloutGroup]) -> RewardResult:
         sources = [
@@ -181,17 +183,17 @@ class PoolReward(Reward):
                 rewards[number] = value
                 continue
             prompt, index, _ = sources[number]
-            line = f"prompt {prompt.prompt_id}, completion {index}: {self._section.function} {value}"
-            if self._section.on_error == "stop":
+            line = f"prompt {prompt.prompt_id}, completion {index}: {self._name} {value}"
+            if self._on_error == "stop":
                 raise RewardError(line)
             errors[number] = line
-        return RewardResult(
+        return RewardResult.of_one(
             rewards.reshape(len(groups), -1), tuple(errors[number] for number in sorted(errors))
         )
 
     def explain(self, prompt: Prompt, completion: Completion, reward: float) -> str:
         if self._explain is None:
-            return f"{self._section.function} gave it {reward:g}"
+            return f"{self._name} gave it {reward:g}"
         kwargs = {"solution_str": completion.text, "ground_truth": prompt.ground_truth}
         ((_, _, value),) = self._pool.run([(self._explain, kwargs)])
         return value

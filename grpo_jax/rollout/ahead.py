@@ -31,10 +31,16 @@ class RolloutsAhead:
         first_step: int,
         num_steps: int,
     ):
-        """Args: seed_of: step, counted from 0 -> seed of its rollouts."""
+        """
+        Args:
+            seed_of: number of a batch, counted from 0 -> seed of its rollouts. One batch a step, except with
+                dynamic sampling.
+            first_step: number of the first batch.
+            num_steps: beyond so many batches nothing is asked for ahead.
+        """
         self._prompts, self._engine, self._sampling, self._seed_of = prompts, engine, sampling, seed_of
         self._max_lag, self._num_steps = max_lag, num_steps
-        self._next_step = first_step
+        self._next_step = self._num_taken = first_step
         self._asked: collections.deque[tuple[Callable[[], list[RolloutGroup]], Mapping[str, Any]]]
         self._asked = collections.deque()
         self._state: Mapping[str, Any] = prompts.state()
@@ -45,6 +51,7 @@ class RolloutsAhead:
             self._ask()
         wait, self._state = self._asked.popleft()
         groups = wait()
+        self._num_taken += 1
         while len(self._asked) < self._max_lag and self._next_step < self._num_steps:
             self._ask()
         return groups
@@ -56,6 +63,11 @@ class RolloutsAhead:
         )
         self._asked.append((wait, self._prompts.state()))
         self._next_step += 1
+
+    @property
+    def num_taken(self) -> int:
+        """Number of the batch that will be taken next: those taken in this run, interruptions or not."""
+        return self._num_taken
 
     def state(self) -> dict[str, Any]:
         """Where the prompt iterator stood after the batch that was taken last; those ahead are asked for again."""

@@ -32,9 +32,10 @@ class Case:
     config: str = str(helpers.CONFIG)
 
 
-def config_case(name, key, value, *rule, shown=None):
-    """One key with a wrong value; `shown`: as the message quotes it, if not as it was given."""
-    return Case(name, {key: value}, (f"{key}={value!r}" if shown is None else f"{key}={shown}", *rule))
+def config_case(name, key, value, *rule, shown=None, also=()):
+    """One key with a wrong value, wrong by itself or with `also`; `shown`: as the message quotes it."""
+    overrides = {key: value} | dict(also)
+    return Case(name, overrides, (f"{key}={value!r}" if shown is None else f"{key}={shown}", *rule))
 
 
 def file_case(name, config, *expected):
@@ -86,6 +87,27 @@ CASES = [
     Case("two-open-mesh-axes", {"mesh.data": -1, "mesh.fsdp": -1}, ("mesh=", "'fsdp': -1", "only one axis")),
     config_case("greedy-samples", "eval.num_samples", 4, "eval.temperature"),
     config_case("penalty-without-reference", "algorithm.kl_in", "reward", "algorithm.kl_coef above 0"),
+    config_case("unknown-estimator", "algorithm.adv_estimator", "grpo_nostd", "did you mean grpo_no_std?"),
+    config_case("estimator-file-missing", "algorithm.adv_estimator", "absent.py:f", "no file absent.py"),
+    config_case("estimator-function-missing", "algorithm.adv_estimator", "inputs/rewards/good.py:scor",
+                "did you mean score?"),
+    config_case("dual-clip-of-one", "algorithm.dual_clip", 1.0, "above 1, or 0"),
+    config_case("clip-low-of-one", "algorithm.clip_low", 1.0, "below 1"),
+    config_case("gspo-by-token", "algorithm.loss_agg", "token-mean", "seq-mean-token-mean",
+                "algorithm.policy_loss=gspo", also={"algorithm.policy_loss": "gspo"}),
+    config_case("gspo-with-token-weights", "algorithm.rollout_is", "token", "use sequence",
+                also={"algorithm.policy_loss": "gspo", "algorithm.loss_agg": "seq-mean-token-mean"}),
+    config_case("reinforce-twice", "algorithm.policy_loss", "policy_gradient", "one update a step",
+                also={"actor.num_epochs": 2}),
+    config_case("straight-through-in-the-reward", "algorithm.kl_estimator", "k3+", "a reward has none",
+                also={"algorithm.kl_in": "reward", "algorithm.kl_coef": 0.1}),
+    config_case("refresh-without-reference", "algorithm.ref_refresh_every", 2, "algorithm.kl_coef above 0"),
+    config_case("dynamic-sampling-uncorrected", "algorithm.dynamic_sampling_rounds", 2,
+                "algorithm.rollout_is=token or algorithm.old_logprobs=sampler"),
+    config_case("one-weight-for-two", "reward.weights", "(1.0,)", "each of the 2 reward functions",
+                also={"reward.extra_functions": "('gsm8k_format',)"}, shown="(1.0,)"),
+    config_case("unknown-extra-reward", "reward.extra_functions", "('gsm8k_formt',)",
+                "did you mean gsm8k_format?", shown="'gsm8k_formt'"),
     config_case("unknown-logger", "logging.loggers", "('console','wandb')", "console, tensorboard",
                 shown="'wandb'"),
     config_case("negative-seed", "trainer.seed", -1, "at least 0"),

@@ -217,19 +217,29 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path):
     update(jax.tree.map(jnp.copy, state))  # compiled beforehand, so that the next one is quick
 
     checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1)
-    progress = Progress(global_step=3, policy_version=3, seed=0, prompt_iterator={"at": 1}, hf_dtype="F32")
-    checkpointer.save(state, progress)
+    progress = Progress(
+        global_step=3,
+        policy_version=3,
+        seed=0,
+        prompt_iterator={"at": 1},
+        hf_dtype="F32",
+        num_rollout_batches=4,
+        surplus=[{"rewards": [0.1]}],
+        kl_coef=0.1 / 3,
+    )
+    checkpointer.save(state, progress, reference={"a": state.params["b"]})
     for _ in range(5):
         state = update(state)  # donates
     jax.block_until_ready(state)
     checkpointer.close()
 
     checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1)
-    restored, restored_progress = checkpointer.restore(abstract)
+    restored, restored_progress, reference = checkpointer.restore(abstract, {"a": abstract.params["a"]})
     checkpointer.close()
     assert restored_progress == progress and int(restored.step) == 3
     for name in ("a", "b"):
         np.testing.assert_array_equal(restored.params[name], values[name])
         assert restored.params[name].sharding == sharding
+    np.testing.assert_array_equal(reference["a"], values["b"])
     for name in ("mu", "nu"):
         np.testing.assert_array_equal(restored.opt_state[name], values[name])

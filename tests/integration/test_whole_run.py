@@ -228,7 +228,7 @@ def test_the_table_of_batch_sizes(out):
     assert table["completions per step"].split()[0] == "16"  # 4 prompts x 4
     assert table["updates per step"].split()[0] == "2"
     assert table["completions per update"] == "8"  # 16 in 2 mini-batches
-    assert table["micro-batches per update"].startswith("1, 8 completions on each of 1 ")
+    assert table["micro-batches per update"].startswith("at most 1, of 8 packed rows of ")
     assert table["tokens per step, at most"] == "1,408"  # 16 x (80 + 8)
     assert table["steps per epoch"] == "3"  # 13 prompts, 4 a step
     assert table["steps in all"] == "6"

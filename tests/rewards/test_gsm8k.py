@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax.config import RewardSection
 from grpo_jax.rewards import gsm8k, make_reward
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -69,14 +68,14 @@ def test_explanations(text, strict, flexible):
         ("gsm8k_flexible", [[1, 1, 0], [0, 0, 1]], 'answer "18" is right'),
     ],
 )
-def test_groups_are_scored_in_place(name, expected, reason):
+def test_groups_are_scored_in_place(name, expected, reason, reward_section):
     def group(truth, texts):
         prompt = Prompt("train/0", (1,), "Q", truth, "openai/gsm8k", {})
         return RolloutGroup(prompt, tuple(Completion((1,), (0.0,), text, "stop", 0) for text in texts))
 
     groups = [group("18", ["#### 18", "18", "#### 7"]), group("7", ["#### 18", "18", "#### 7"])]
-    section = RewardSection(function=name, num_workers=1, timeout_s=1.0, on_error="stop")
-    with make_reward(section) as reward:
+    section = reward_section(function=name, num_workers=1, timeout_s=1.0, on_error="stop")
+    with make_reward(section, max_response_length=8) as reward:
         result = reward.score(groups)
         assert reward.explain(groups[0].prompt, groups[0].completions[1], 0.0) == reason
     assert result.rewards.dtype == np.float32

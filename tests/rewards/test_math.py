@@ -2,7 +2,6 @@
 
 import pytest
 
-from grpo_jax.config import RewardSection
 from grpo_jax.rewards import make_reward, math
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -40,12 +39,12 @@ def test_a_comparison_that_never_ends_is_a_wrong_answer(monkeypatch):
     assert score("It is $10^{10^{10}}$", "18") == 0.0
 
 
-def test_the_pool_scores_and_explains():
+def test_the_pool_scores_and_explains(reward_section):
     prompt = Prompt("train/0", (1,), "Q", "18", "math", {})
     texts = (r"\boxed{18.0}", r"\boxed{17}", "no idea")
     group = RolloutGroup(prompt, tuple(Completion((1,), (0.0,), text, "stop", 0) for text in texts))
-    section = RewardSection(function="math", num_workers=1, timeout_s=20.0, on_error="stop")
-    with make_reward(section) as reward:
+    section = reward_section(function="math", num_workers=1, timeout_s=20.0, on_error="stop")
+    with make_reward(section, max_response_length=8) as reward:
         assert reward.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
         reasons = [reward.explain(prompt, completion, 0.0) for completion in group.completions]
     assert reasons == [

@@ -58,13 +58,13 @@ def file(tmp_path):
 
 
 def section(function, **changes):
-    return RewardSection(
-        **({"function": function, "num_workers": 2, "timeout_s": 10.0, "on_error": "zero"} | changes)
-    )
+    one_function = {"extra_functions": (), "weights": (), "overlong_buffer": 0, "overlong_penalty": 0.0}
+    workers = {"num_workers": 2, "timeout_s": 10.0, "on_error": "zero"}
+    return RewardSection(**({"function": function} | one_function | workers | changes))
 
 
 def reward_of(file, **changes):
-    return make_reward(section(f"{file}:compute_score", **changes))
+    return make_reward(section(f"{file}:compute_score", **changes), max_response_length=8)
 
 
 def group(*texts, prompt_id="train/0", **extra_info):
@@ -213,7 +213,7 @@ def test_explain_names_the_function(file):
 def test_a_function_that_cannot_be_meant_is_refused(function, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        make_reward(section(function))
+        make_reward(section(function), max_response_length=8)
     assert caught.value.key == "reward.function"
     assert complaint in str(caught.value)
 
@@ -231,7 +231,7 @@ def test_a_function_that_cannot_be_meant_is_refused(function, complaint, tmp_pat
 def test_a_file_that_cannot_be_used_is_refused(file, tmp_path, name, code, complaint):
     (tmp_path / "bad.py").write_text(code)
     with pytest.raises(ConfigError) as caught:
-        make_reward(section(f"{tmp_path / 'bad.py'}:{name}"))
+        make_reward(section(f"{tmp_path / 'bad.py'}:{name}"), max_response_length=8)
     assert caught.value.key == "reward.function"
     assert "cannot be loaded" in str(caught.value)
     assert complaint in str(caught.value)
