@@ -2,8 +2,8 @@
 
 What is held is exact: parameters, Adam's moments, accumulators and the reference, as they are sharded. What the
 forward pass keeps for the backward pass is counted from JAX's own list of it (`jax.vjp` of the traced model), for
-any `model.remat`. What the compiler adds within one layer and one chunk of the head is estimated from their largest
-arrays.
+any `model.remat`. What the compiler adds within one layer and one chunk of the head is estimated from their
+largest arrays.
 """
 
 import dataclasses

@@ -76,7 +76,6 @@ class StepResult:
 
 def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState, StepResult]:
     """Step number `step`, counted from 0: prompts, rollouts, rewards, advantages, updates, new weights."""
-    config, timers = stages.config, stages.timers
     groups, scored, dropped, sampled = sample(stages)
     batch = make_train_batch(groups, pad_id=stages.inputs.tokenizer.pad_token_id or 0, max_length=None)
     batch = with_host_logprobs(stages, state.params, batch)
@@ -84,7 +83,7 @@ def grpo_step(stages: Stages, state: TrainState, step: int) -> tuple[TrainState,
     batch = with_loss_terms(stages, batch, groups)
     state, updates = run_updates(stages, state, batch, step)
     give_weights(stages, state.params, version=step + 1)
-    metrics = rollout_metrics(groups, scored, config) | sampled | merge_updates(updates) | penalty
+    metrics = rollout_metrics(groups, scored, stages.config) | sampled | merge_updates(updates) | penalty
     metrics |= update_reference(stages, state.params, metrics, step + 1)
     metrics["training/policy_lag"] = step - metrics["training/policy_version"]
     metrics["reward/num_errors"] = len(scored.errors)
@@ -107,7 +106,7 @@ def sample(stages: Stages) -> tuple[list[RolloutGroup], RewardResult, Scored, Me
 
 
 def with_host_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> TrainBatch:
-    """Adds the old and the reference log-probabilities where rewards, which come first, are to hold a KL penalty."""
+    """Adds the old and the reference log-probabilities where the rewards, which come first, hold a KL penalty."""
     config = stages.config
     if config.algorithm.kl_in != "reward":
         return batch

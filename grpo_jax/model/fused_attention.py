@@ -10,6 +10,7 @@ the number of each token's sequence and skips the blocks above the diagonal. Sco
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -95,7 +96,8 @@ def fused_attention(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, seque
         q: [B, T, H, Dh]; k, v: [B, T, K, Dh].
     Returns: [B, T, H, Dh] in the dtype of v.
     """
-    function = {"cudnn": _cudnn, "splash": _splash, "shapes": _shapes}[kernel]
+    kernels: dict[str, Callable[..., jax.Array]] = {"cudnn": _cudnn, "splash": _splash, "shapes": _shapes}
+    function = kernels[kernel]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(q, k, v, sequences)
