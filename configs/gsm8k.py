@@ -173,7 +173,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 num_steps=0,  # stop after so many steps; 0: after total_epochs
                 seed=0,  # >= 0
                 deterministic=False,  # True: the same bits from the trainer every time on a GPU too; slower
-                compile_cache="~/.cache/grpo_jax/xla",  # folder of compiled programs, for the next start; "": none
+                compile_cache="~/.cache/grpo_jax/xla",  # keeps programs for accelerators; "": nowhere
                 max_nonfinite_updates=3,  # skipped in a row before the run stops, >= 1
                 flat_reward_steps=5,  # steps without any spread of rewards before the loud warning, >= 1
             ),

@@ -66,8 +66,12 @@ def set_determinism(section: TrainerSection) -> None:
 
 
 def keep_compiled(section: TrainerSection) -> None:
-    """Has JAX keep what it compiles, for the next run with the same shapes."""
-    if section.compile_cache:
+    """Has JAX keep what it compiles for accelerators, for the next run with the same shapes.
+
+    What the user set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its very model, compile
+    quickly, and are better made anew.
+    """
+    if section.compile_cache and not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
 
 

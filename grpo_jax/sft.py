@@ -110,8 +110,8 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         set_determinism(config.trainer)
-        keep_compiled(config.trainer)
         mesh = make_mesh(config.mesh)
+        keep_compiled(config.trainer)
         workdir.open(config)
         try:
             make_model(config, inputs, workdir, mesh)

@@ -44,6 +44,7 @@ from grpo_jax.config import Config
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
 from grpo_jax.kl import kl_of_tokens
+from grpo_jax.memory import plan_memory
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
@@ -251,13 +252,13 @@ def train(config: Config, path: Path) -> None:
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
-    keep_compiled(config.trainer)
     share_gpus(config.rollout)
     estimator = load_estimator(config.algorithm.adv_estimator)
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         check_devices(config.rollout, mesh)
+        keep_compiled(config.trainer)
         workdir.open(config)
         timers = Timers()
         checkpointer = Checkpointer(workdir.checkpoints, config.checkpoint.max_to_keep)
@@ -287,6 +288,7 @@ def _run_steps(
 ) -> None:
     """Validation before training, every step with what is due after it, and the report at the end."""
     config, per_epoch = stages.config, stages.prompts.steps_per_epoch
+    planned_gb = plan_memory(config, stages.folder.config, stages.mesh).peak / 1e9
     if first is None and config.eval.before_training:
         metrics = _validate(stages, workdir, writer, step=0)
         logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
@@ -305,6 +307,7 @@ def _run_steps(
                                 for g in result.groups for c in g.completions])  # fmt: skip
             devices = stages.mesh.devices.size
             metrics |= timings | performance_metrics(stages.folder.config, lengths, devices, timings)
+            metrics["perf/memory_planned_gb"] = planned_gb
             watch.look(result.groups, result.rewards, result.updates)
             stopping = stop.requested  # read once: what is asked for after saving is for the next step
             # While updates are skipped, the checkpoint from before the trouble is the good one.

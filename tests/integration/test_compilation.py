@@ -1,0 +1,27 @@
+"""A run compiles its steps once, before the first of them."""
+
+import integration_helpers as helpers
+
+from grpo_jax import train
+
+
+def test_steps_of_any_length_share_one_program(tmp_path, whole_run_overrides, monkeypatch):
+    """Completions of up to 24 tokens: every step has other lengths, and another number of packed rows."""
+    kept = []
+    begin = train._run_steps
+
+    def run_steps(stages, *args):
+        kept.append((stages, sizes(stages)))
+        return begin(stages, *args)
+
+    def sizes(stages):
+        update = stages.update
+        return [step._cache_size() for step in (update.zeros, update.accumulate, update.apply)]
+
+    monkeypatch.setattr(train, "_run_steps", run_steps)
+    changes = {"data.max_response_length": 24, "actor.micro_batch_size_per_device": 2, "trainer.num_steps": 3}
+    helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)
+    [(stages, before)] = kept
+    assert before == sizes(stages) == [1, 1, 1]
+    lines = helpers.read_lines(tmp_path / "run")[1:]
+    assert len({line["response_length/mean"] for line in lines}) == 3  # the lengths did differ

@@ -1,0 +1,141 @@
+"""Memory plans: counts derived by hand, and one that was measured."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax import plan
+from grpo_jax.config import ConfigError, parse_config
+from grpo_jax.memory import kept_for_backward, largest_micro_batch, plan_memory
+from grpo_jax.model.transformer import ModelConfig, num_params
+
+ROOT = Path(__file__).resolve().parent.parent
+D, F, H, K, DH, V = 64, 160, 4, 2, 16, 512
+MODEL = ModelConfig(
+    vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=DH,
+    rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes",
+)  # fmt: skip
+QWEN_1_5B = ModelConfig(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, num_kv_heads=2,
+    head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes", remat="dots",
+)  # fmt: skip
+
+
+def gsm8k(**changes):
+    config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    return parse_config(config)
+
+
+@pytest.mark.parametrize(
+    ("remat", "words"),
+    [
+        ("full", D),  # the layer's input
+        ("attention", D + H * DH),  # and what attention gave
+        # and the results of the projections q, k, v, o, gate and up; nothing needs that of down but a sum
+        ("dots", D + (H + 2 * K) * DH + D + 2 * F),
+    ],
+)
+def test_what_a_layer_keeps(remat, words):
+    """Another layer keeps so many more numbers of 2 bytes for each of 3 x 128 tokens."""
+    of = lambda n: kept_for_backward(dataclasses.replace(MODEL, num_layers=n, remat=remat), 3, 128)
+    assert of(4) - of(3) == 3 * 128 * words * 2
+
+
+def test_without_fused_attention_the_scores_are_kept():
+    """Of 3 rows, 4 heads, 128 x 128 scores, the weights at least: 2 bytes each."""
+    of = lambda kernel: kept_for_backward(dataclasses.replace(MODEL, attention=kernel), 3, 128)
+    assert of("plain") - of("shapes") >= 2 * 3 * H * 128 * 128 * 2
+
+
+def test_what_is_held():
+    n = num_params(MODEL)
+    held = plan_memory(gsm8k(), MODEL, (1, 1, 1)).held
+    assert held == {"parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n}
+    assert "reference" not in plan_memory(gsm8k(**{"algorithm.kl_coef": 0.0}), MODEL, (1, 1, 1)).held
+
+
+def test_fsdp_splits_what_is_held_and_data_does_not():
+    """Biases are split by heads alone: (H + 2 K) * Dh numbers in each of 2 layers stay whole."""
+    n, biases = num_params(MODEL), 2 * (H + 2 * K) * DH
+    held = lambda *sizes: plan_memory(gsm8k(), MODEL, sizes).held["parameters"]
+    assert held(1, 2, 1) == 4 * ((n - biases) // 2 + biases)
+    assert held(2, 1, 1) == 4 * n
+
+
+def test_accumulators_of_half_precision_save_their_half():
+    of = lambda dtype: plan_memory(gsm8k(**{"optim.accumulator_dtype": dtype}), MODEL, (1, 1, 1)).phases
+    assert of("float32")["optimizer"] - of("bfloat16")["optimizer"] == 2 * num_params(MODEL)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config, sizes, limit = gsm8k(), (1, 1, 1), 60e9
+    most = largest_micro_batch(config, QWEN_1_5B, sizes, limit)
+
+    def peak(rows):
+        actor = dataclasses.replace(config.actor, micro_batch_size_per_device=rows)
+        # A step of as many rows as fill its micro-batches, which are not made smaller then.
+        data = dataclasses.replace(config.data, train_batch_size=rows)
+        return plan_memory(dataclasses.replace(config, actor=actor, data=data), QWEN_1_5B, sizes).peak
+
+    assert 1 < most < 1024 and peak(most) <= limit < peak(most + 1)
+    assert largest_micro_batch(config, QWEN_1_5B, sizes, 1e9) == 0
+
+
+def test_it_agrees_with_a_measured_peak():
+    """61.58 GB was the trainer's peak on an H200 with these settings (jax 0.11.2, 2026-11-24)."""
+    config = gsm8k(
+        **{
+            "data.train_batch_size": 64,
+            "algorithm.group_size": 8,
+            "data.max_prompt_length": 128,
+            "actor.micro_batch_size_per_device": 26,
+            "actor.logits_chunk_tokens": 2048,
+        }
+    )
+    assert plan_memory(config, QWEN_1_5B, (1, 1, 1)).peak == pytest.approx(61.58e9, rel=0.1)
+
+
+def test_devices_by_name_and_by_size():
+    assert plan.device_bytes("h200") == 143_771 * 2**20
+    assert plan.device_bytes("80") == 80_000_000_000
+    with pytest.raises(
+        ConfigError, match=r"'h20': must be a number of GB or one of h100, h200, .* \(did you mean h200\?\)"
+    ):
+        plan.device_bytes("h20")
+
+
+def test_the_mesh_is_filled_up():
+    assert plan.mesh_sizes(gsm8k(), 8) == (1, 8, 1)
+    assert plan.mesh_sizes(gsm8k(**{"mesh.tensor": 2}), 8) == (1, 4, 2)
+    with pytest.raises(ConfigError, match="must be a multiple of the mesh's 3"):
+        plan.mesh_sizes(gsm8k(**{"mesh.data": 3}), 8)
+
+
+def test_the_command_prints_a_plan(capsys, monkeypatch):
+    argv = ["plan", f"--config={ROOT / 'configs' / 'gsm8k.py'}:smoke", "--device=1", "--num_devices=2"]
+    monkeypatch.setattr("sys.argv", argv)
+    plan.main()
+    out = capsys.readouterr().out
+    assert "Mesh            data=1, fsdp=2, tensor=1" in out
+    assert "Largest micro-batch that fits: 8 rows" in out  # all 4 x 4 completions, on two shards
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
+    argv = [
+        "plan",
+        f"--config={ROOT / 'configs' / 'gsm8k.py'}",
+        f"--config.model.path={tmp_path}",
+        "--device=h200",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        plan.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: model.path=") and err.count("\n") == 1
