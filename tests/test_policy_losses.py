@@ -98,6 +98,30 @@ def test_by_hand(name):
     np.testing.assert_allclose(metrics["actor/pg_clipfrac_lower"], sum(clipped_lower) / 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("advantage", "x", "loss", "gradient"),  # bounds of the log-ratio: -0.1 and 0.3
+    [
+        (2, 0.5, -2 * math.exp(0.3), 0),
+        (2, 0.2, -2 * math.exp(0.2), -2 * math.exp(0.2)),
+        (
+            2,
+            -0.5,
+            -2 * math.exp(-0.5),
+            -2 * math.exp(-0.5),
+        ),  # a good token that became unlikely is pulled back
+        (-2, 0.5, 2 * math.exp(0.5), 2 * math.exp(0.5)),  # and a bad one that became likely
+        (-2, -0.05, 2 * math.exp(-0.05), 2 * math.exp(-0.05)),
+        (-2, -0.5, 2 * math.exp(-0.1), 0),
+        (0, 0.5, 0, 0),
+    ],
+)
+def test_the_bounds_of_geo_mean_by_hand(advantage, x, loss, gradient):
+    algorithm = dataclasses.replace(ALGORITHM, policy_loss="geo_mean", clip_low=0.1, clip_high=0.3)
+    batch = make_batch([[1]], advantages=[[advantage]], old=[[-2.0]])
+    value, _, grad = loss_and_grad([[-2.0 + x]], batch, jnp.ones((1, 1)), algorithm)
+    np.testing.assert_allclose((value, grad[0, 0]), (loss, gradient), rtol=1e-5)
+
+
 def test_gspo_is_clamped_from_above_only():
     """A log-ratio of 30 counts as 10, without a gradient; one of -30 as itself."""
     algorithm = dataclasses.replace(ALGORITHM, policy_loss="gspo")
