@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.batching import micro_batch_shape
 from grpo_jax.config import Config
@@ -37,14 +37,15 @@ class MemoryPlan:
         return max(self.phases.values())
 
 
-def plan_memory(config: Config, model: ModelConfig, sizes: tuple[int, int, int]) -> MemoryPlan:
-    """Counts the memory of one device of a mesh.
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of so many devices that need not be there."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
-    Args:
-        model: with the attention kernel of the device that is planned for; "shapes" stands for any fused one.
-        sizes: devices along the axes data, fsdp, tensor.
-    """
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
+    """Counts the memory of one device of a mesh. Args: model: with the attention kernel that the run will use."""
+    if model.attention != "plain":
+        model = dataclasses.replace(model, attention="shapes")
     parameters = _elements_on_a_device(model, mesh)
     stored, computed = (jnp.dtype(dtype).itemsize for dtype in (model.param_dtype, model.dtype))
     held = {"parameters": parameters * stored, "Adam's moments": 2 * parameters * stored}
@@ -93,16 +94,16 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
 
 
-def largest_micro_batch(config: Config, model: ModelConfig, sizes: tuple[int, int, int], limit: float) -> int:
+def largest_micro_batch(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float) -> int:
     """Most rows of full length that a data shard can hold at once; 0 if one is too many already."""
 
     def fits(rows: int) -> bool:
         actor = dataclasses.replace(
             config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
         )
-        return plan_memory(dataclasses.replace(config, actor=actor), model, sizes).peak <= limit
+        return plan_memory(dataclasses.replace(config, actor=actor), model, mesh).peak <= limit
 
-    shards = sizes[0] * sizes[1]
+    shards = num_batch_shards(mesh)
     most = -(-config.completions_per_step // config.actor.num_minibatches // shards)
     low, high = 0, max(1, most)
     while low < high:

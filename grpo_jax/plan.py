@@ -103,11 +103,12 @@ def read_model(config: Config) -> Any:
 
 def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
     from grpo_jax.batching import micro_batch_shape
-    from grpo_jax.memory import largest_micro_batch, plan_memory
+    from grpo_jax.memory import abstract_mesh, largest_micro_batch, plan_memory
     from grpo_jax.prepare import trainer_share
 
     model = read_model(config)
-    plan = plan_memory(config, model, sizes)
+    mesh = abstract_mesh(*sizes)
+    plan = plan_memory(config, model, mesh)
     share = trainer_share(config.rollout)
     limit = share * memory
     rows, length = micro_batch_shape(config, sizes[0] * sizes[1])
@@ -120,7 +121,7 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     print("The most in each phase, GB a device")
     for name, size in plan.phases.items():
         print(f"  {name:<16}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
-    most = largest_micro_batch(config, model, sizes, limit)
+    most = largest_micro_batch(config, model, mesh, limit)
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )

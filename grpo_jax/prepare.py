@@ -71,7 +71,11 @@ def keep_compiled(section: TrainerSection) -> None:
     What the user set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its very model, compile
     quickly, and are better made anew.
     """
-    if section.compile_cache and not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+    if (
+        section.compile_cache
+        and not jax.config.values["jax_compilation_cache_dir"]
+        and jax.default_backend() != "cpu"
+    ):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
 
 

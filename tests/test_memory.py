@@ -9,9 +9,10 @@ import pytest
 
 from grpo_jax import plan
 from grpo_jax.config import ConfigError, parse_config
-from grpo_jax.memory import kept_for_backward, largest_micro_batch, plan_memory
+from grpo_jax.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model.transformer import ModelConfig, num_params
 
+ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parent.parent
 D, F, H, K, DH, V = 64, 160, 4, 2, 16, 512
 MODEL = ModelConfig(
@@ -55,36 +56,36 @@ def test_without_fused_attention_the_scores_are_kept():
 
 def test_what_is_held():
     n = num_params(MODEL)
-    held = plan_memory(gsm8k(), MODEL, (1, 1, 1)).held
+    held = plan_memory(gsm8k(), MODEL, ONE).held
     assert held == {"parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n}
-    assert "reference" not in plan_memory(gsm8k(**{"algorithm.kl_coef": 0.0}), MODEL, (1, 1, 1)).held
+    assert "reference" not in plan_memory(gsm8k(**{"algorithm.kl_coef": 0.0}), MODEL, ONE).held
 
 
 def test_fsdp_splits_what_is_held_and_data_does_not():
     """Biases are split by heads alone: (H + 2 K) * Dh numbers in each of 2 layers stay whole."""
     n, biases = num_params(MODEL), 2 * (H + 2 * K) * DH
-    held = lambda *sizes: plan_memory(gsm8k(), MODEL, sizes).held["parameters"]
+    held = lambda *sizes: plan_memory(gsm8k(), MODEL, abstract_mesh(*sizes)).held["parameters"]
     assert held(1, 2, 1) == 4 * ((n - biases) // 2 + biases)
     assert held(2, 1, 1) == 4 * n
 
 
 def test_accumulators_of_half_precision_save_their_half():
-    of = lambda dtype: plan_memory(gsm8k(**{"optim.accumulator_dtype": dtype}), MODEL, (1, 1, 1)).phases
+    of = lambda dtype: plan_memory(gsm8k(**{"optim.accumulator_dtype": dtype}), MODEL, ONE).phases
     assert of("float32")["optimizer"] - of("bfloat16")["optimizer"] == 2 * num_params(MODEL)
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    config, sizes, limit = gsm8k(), (1, 1, 1), 60e9
-    most = largest_micro_batch(config, QWEN_1_5B, sizes, limit)
+    config, limit = gsm8k(), 60e9
+    most = largest_micro_batch(config, QWEN_1_5B, ONE, limit)
 
     def peak(rows):
         actor = dataclasses.replace(config.actor, micro_batch_size_per_device=rows)
         # A step of as many rows as fill its micro-batches, which are not made smaller then.
         data = dataclasses.replace(config.data, train_batch_size=rows)
-        return plan_memory(dataclasses.replace(config, actor=actor, data=data), QWEN_1_5B, sizes).peak
+        return plan_memory(dataclasses.replace(config, actor=actor, data=data), QWEN_1_5B, ONE).peak
 
     assert 1 < most < 1024 and peak(most) <= limit < peak(most + 1)
-    assert largest_micro_batch(config, QWEN_1_5B, sizes, 1e9) == 0
+    assert largest_micro_batch(config, QWEN_1_5B, ONE, 1e9) == 0
 
 
 def test_it_agrees_with_a_measured_peak():
@@ -98,7 +99,7 @@ def test_it_agrees_with_a_measured_peak():
             "actor.logits_chunk_tokens": 2048,
         }
     )
-    assert plan_memory(config, QWEN_1_5B, (1, 1, 1)).peak == pytest.approx(61.58e9, rel=0.1)
+    assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(61.58e9, rel=0.1)
 
 
 def test_devices_by_name_and_by_size():

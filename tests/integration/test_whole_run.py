@@ -18,7 +18,7 @@ ALWAYS = [
     "training/rollout_probs_diff_mean", "training/rollout_probs_diff_max",
     "training/token_mult_prob_error", "timing_s/gen", "timing_s/reward", "timing_s/old_log_prob",
     "timing_s/ref", "timing_s/update_actor", "timing_s/update_weights", "timing_s/save_checkpoint",
-    "timing_s/step", "perf/throughput", "perf/max_memory_allocated_gb",
+    "timing_s/step", "perf/throughput", "perf/max_memory_allocated_gb", "perf/memory_planned_gb",
 ]  # fmt: skip
 
 
