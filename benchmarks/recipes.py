@@ -6,9 +6,10 @@
 
 Claimed: each recipe improves the quickstart's accuracy, on every seed. A run is configs/quickstart.py (model,
 data, learning rate, steps) with all that a recipe changes of configs/gsm8k.py, but for the number of completions a
-prompt and the temperature, which stay the quickstart's. Each run is the README's own command in a process and a
-folder of its own; the accuracies are the first and the last `val/accuracy` of its metrics.jsonl. All other
-arguments go to the command.
+prompt and the temperature, which stay the quickstart's. The recipes of a seed begin with the same warm-started
+model, made once. Each run is the README's own command in a process and a folder of its own; the accuracies are the
+first and the last `val/accuracy` of its metrics.jsonl. Seconds are those of the run, the warm start not counted.
+All other arguments go to both commands.
 """
 
 import argparse
@@ -37,17 +38,29 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     common.print_environment()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    print_table(args, seeds, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {seed: warm_start(Path(folder) / str(seed), seed, overrides) for seed in seeds}
+        print_table(args, models, overrides)
 
 
-def print_table(args: argparse.Namespace, seeds: list[int], overrides: list[str]) -> None:
-    """One line a recipe: accuracy after each seed, the mean before and after, and seconds a run."""
+def print_table(args: argparse.Namespace, models: dict[int, Path], overrides: list[str]) -> None:
+    """One line a recipe: accuracy after each seed, the mean before and after, and seconds a run.
+
+    Args: models: seed -> the model that it begins with.
+    """
+    seeds = list(models)
     columns = " ".join(f"{f'seed {seed}':>8}" for seed in seeds)
     print(f"{'recipe':<22} {'before':>8} {columns} {'mean':>8} {'points':>8} {'a run':>8}")
     improved = True
     for recipe in args.recipes.split(","):
         flags = [f"--config.{key}={value}" for key, value in differences(recipe).items()]
-        runs = [run([*flags, f"--config.trainer.seed={seed}", *overrides]) for seed in seeds]
+        begin = lambda seed: [
+            *overrides,
+            *of_seed(seed),
+            "--config.sft.num_steps=0",
+            f"--config.model.path={models[seed]}",
+        ]
+        runs = [run([*flags, *begin(seed)]) for seed in seeds]
         before, after, seconds = (statistics.mean(values) for values in zip(*runs, strict=True))
         improved &= all(run[1] > run[0] for run in runs)
         each = " ".join(f"{run[1]:>8.1%}" for run in runs)
@@ -73,16 +86,30 @@ def differences(recipe: str) -> dict[str, Any]:
     return changed
 
 
+def of_seed(seed: int) -> list[str]:
+    return [f"--config.trainer.seed={seed}"]
+
+
+def warm_start(workdir: Path, seed: int, overrides: list[str]) -> Path:
+    """Makes the model that all recipes of a seed begin with."""
+    command([sys.executable, "-m", "grpo_jax.sft", "--config=configs/quickstart.py", f"--workdir={workdir}",
+             *overrides, *of_seed(seed)])  # fmt: skip
+    return workdir / "sft-model"
+
+
+def command(words: list[str]) -> None:
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\nended with exit code {done.returncode}:\n{done.stdout[-2000:]}")
+
+
 def run(flags: list[str]) -> tuple[float, float, float]:
     """Trains once. Returns accuracy before and after, and seconds."""
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "grpo_jax.train", "--config=configs/quickstart.py"]
-        command += [f"--workdir={workdir}", *flags]
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command([sys.executable, "-m", "grpo_jax.train", "--config=configs/quickstart.py",
+                 f"--workdir={workdir}", *flags])  # fmt: skip
         seconds = time.perf_counter() - start
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}:\n{done.stdout[-2000:]}")
         lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     accuracies = [m["val/accuracy"] for m in map(json.loads, lines) if "val/accuracy" in m]
     return accuracies[0], accuracies[-1], seconds
