@@ -89,7 +89,9 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
         )
         return jax.vjp(score, params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(pullback, params, tokens))
+    # As on one device, whatever mesh the caller is within: the rows are those of one device already.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        kept = jax.tree.leaves(jax.eval_shape(pullback, params, tokens))
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
 

@@ -221,6 +221,7 @@ def packed_inputs(seed, fill):
     batch = batch.replace(kl_coef=coef)
     weights = weights_of(batch)
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    fields = {name: values for name, values in fields.items() if values is not None}
     rows = pack(fields | {"logprobs": logprobs, "entropy": entropy, "weights": weights}, fill=fill)
     rest = [rows.pop(name) for name in ("logprobs", "entropy", "weights")]
     packed = type(batch)(**{name: jnp.asarray(values) for name, values in rows.items()})
