@@ -66,12 +66,14 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.prepare import read_inputs
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine
+    from grpo_jax.user_code import load_estimator
     from grpo_jax.workdir import Workdir
 
     workdir = Workdir(path)
     workdir.check(config)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
+    load_estimator(config.algorithm.adv_estimator)
     make_reward(config.reward, max_response_length=config.data.max_response_length).close()
     mesh = make_mesh(config.mesh)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
