@@ -72,7 +72,7 @@ LENGTHS = [(100, 60, 1, 70), (256,), (30, 226), (1, 2, 3)]
 
 
 def test_splash_equals_plain_in_the_interpreter():
-    inputs = random_inputs(4, 2, 128, jnp.float32, LENGTHS, 256)
+    inputs = random_inputs(2, 1, 128, jnp.float32, [(70, 1, 40), (128,)], 128)  # 17 columns of padding
     compare(functools.partial(fused_attention._splash, interpret=True), inputs, 1e-5)
 
 
