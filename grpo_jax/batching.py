@@ -260,17 +260,18 @@ def micro_batch_rows(actor: ActorSection, length: int) -> int:
     return actor.micro_batch_size_per_device
 
 
-def micro_batch_shape(config: Config, num_data_shards: int) -> tuple[int, int]:
+def micro_batch_shape(config: Config, num_sequences: int, num_data_shards: int) -> tuple[int, int]:
     """The one shape [R, T] of all micro-batches of a run.
 
     T holds the longest prompt with the longest completion. R is as large as memory allows, or a little less: so
     that a mini-batch whose completions are all that long needs few rows of padding.
 
-    Args: num_data_shards: devices that split the batch: mesh.data * mesh.fsdp.
+    Args:
+        num_sequences: of a mini-batch.
+        num_data_shards: devices that split the batch: mesh.data * mesh.fsdp.
     """
     length = bucket_length(config.data.max_prompt_length + config.data.max_response_length)
-    sequences = config.completions_per_step // config.actor.num_minibatches
-    return plan_rows(sequences, length, config.actor, num_data_shards), length
+    return plan_rows(num_sequences, length, config.actor, num_data_shards), length
 
 
 def plan_rows(num_rows: int, length: int, actor: ActorSection, num_data_shards: int) -> int:
@@ -283,8 +284,8 @@ def plan_rows(num_rows: int, length: int, actor: ActorSection, num_data_shards: 
 def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -> list[tuple[str, str]]:
     """The batch sizes that follow from the configuration, to be printed at the start: (name, value) rows."""
     data, actor = config.data, config.actor
-    num_completions = config.completions_per_step // actor.num_minibatches
-    rows, length = micro_batch_shape(config, num_data_shards)
+    num_completions = config.completions_per_update
+    rows, length = micro_batch_shape(config, num_completions, num_data_shards)
     most = -(-num_completions // rows)
     num_steps = config.trainer.total_epochs * steps_per_epoch
     if config.trainer.num_steps:

@@ -233,6 +233,11 @@ class Config:
         return self.data.train_batch_size * self.algorithm.group_size
 
     @property
+    def completions_per_update(self) -> int:
+        """Of one mini-batch."""
+        return self.completions_per_step // self.actor.num_minibatches
+
+    @property
     def updates_per_step(self) -> int:
         return self.actor.num_minibatches * self.actor.num_epochs
 
@@ -552,10 +557,15 @@ def _check_combinations(config: Config) -> None:
     _check_data(config)
 
 
+def split_file_name(value: str) -> tuple[str, str] | None:
+    """Returns FILE.py and NAME of "FILE.py:NAME", a function of the user's own; None for anything else."""
+    path, colon, name = value.rpartition(":")
+    return (path, name) if colon and path.endswith(".py") and name.isidentifier() else None
+
+
 def _check_policy_loss(config: Config) -> None:
-    algorithm = config.algorithm
-    estimator, (path, colon, name) = algorithm.adv_estimator, algorithm.adv_estimator.rpartition(":")
-    if estimator not in ADV_ESTIMATORS and not (colon and path.endswith(".py") and name.isidentifier()):
+    algorithm, estimator = config.algorithm, config.algorithm.adv_estimator
+    if estimator not in ADV_ESTIMATORS and split_file_name(estimator) is None:
         rule = (
             f"must be one of {', '.join(ADV_ESTIMATORS)}, or FILE.py:NAME{nearest(estimator, ADV_ESTIMATORS)}"
         )

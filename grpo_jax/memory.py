@@ -7,6 +7,7 @@ largest arrays.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.batching import micro_batch_shape
 from grpo_jax.config import Config
-from grpo_jax.model.sharding import MESH_AXES, num_batch_shards, partition_spec
-from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
+from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
 from grpo_jax.update import token_scores
 
 MIB = 2**20
@@ -46,18 +47,21 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     """Counts the memory of one device of a mesh. Args: model: with the attention kernel that the run will use."""
     if model.attention != "plain":
         model = dataclasses.replace(model, attention="shapes")
-    parameters = _elements_on_a_device(model, mesh)
+    on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
+    sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
+    parameters = sum(jax.tree.leaves(sizes))
     stored, computed = (jnp.dtype(dtype).itemsize for dtype in (model.param_dtype, model.dtype))
     held = {"parameters": parameters * stored, "Adam's moments": 2 * parameters * stored}
     if config.uses_reference:
         held["reference"] = parameters * computed
     base = sum(held.values())
 
-    rows, length = micro_batch_shape(config, num_batch_shards(mesh))
+    rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     rows //= num_batch_shards(mesh)
     chunk = min(rows * length, max(rows, config.actor.logits_chunk_tokens))
     words = math.ceil(model.vocab_size / mesh.shape["tensor"])
     logits = chunk * words * 4
+    kept = kept_for_backward(model, rows, length)
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     width = rows * length * model.hidden_size * computed
 
@@ -65,7 +69,6 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     sums = parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize
     gradients = parameters * computed
     head_gradient = words * model.hidden_size * 4
-    kept = kept_for_backward(model, rows, length)
     backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
@@ -78,6 +81,7 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     return MemoryPlan(held, phases)
 
 
+@functools.lru_cache(maxsize=64)
 def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     """Bytes that the forward pass of one micro-batch [rows, length] keeps, the parameters not counted."""
     params = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))[0]
@@ -106,22 +110,9 @@ def largest_micro_batch(config: Config, model: ModelConfig, mesh: Mesh | Abstrac
         return plan_memory(dataclasses.replace(config, actor=actor), model, mesh).peak <= limit
 
     shards = num_batch_shards(mesh)
-    most = -(-config.completions_per_step // config.actor.num_minibatches // shards)
+    most = -(-config.completions_per_update // shards)
     low, high = 0, max(1, most)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _elements_on_a_device(model: ModelConfig, mesh: Any) -> int:
-    """Parameters of the largest share of one device."""
-    shapes, axes = abstract_params(model)
-    is_axes = lambda x: isinstance(x, jax.sharding.PartitionSpec)
-
-    def of_leaf(names: Any, leaf: Any) -> int:
-        spec = partition_spec(names, leaf.shape, mesh)
-        split = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
-        return leaf.size // math.prod(mesh.shape[a] for a in split)
-
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, axes, shapes, is_leaf=is_axes)))

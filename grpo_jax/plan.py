@@ -8,7 +8,6 @@ the real peak beside it.
 """
 
 import dataclasses
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,12 @@ def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
 
     Raises: ConfigError: they do not fit.
     """
-    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if fixed > num_devices or num_devices % fixed:
+    from grpo_jax.model import sharding
+
+    fixed = sharding.fixed_devices(config.mesh)
+    if num_devices % fixed:
         raise ConfigError("num_devices", num_devices, f"must be a multiple of the mesh's {fixed}")
-    data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
-    return data, fsdp, tensor
+    return sharding.mesh_sizes(config.mesh, num_devices)
 
 
 def read_model(config: Config) -> Any:
@@ -111,7 +110,7 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     plan = plan_memory(config, model, mesh)
     share = trainer_share(config.rollout)
     limit = share * memory
-    rows, length = micro_batch_shape(config, sizes[0] * sizes[1])
+    rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
     print(f"Device          {memory / GB:.1f} GB, {share:.0%} of it for the trainer: {limit / GB:.1f} GB")
     print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")

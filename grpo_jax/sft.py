@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.batching import add_loss_weights, bucket_length, make_sft_batch, plan_rows
+from grpo_jax.batching import add_loss_weights, make_sft_batch, micro_batch_shape
 from grpo_jax.config import Config, OptimSection
 from grpo_jax.losses import nll_loss
 from grpo_jax.model.hf import ModelFolder, load_params, save_folder
@@ -68,8 +68,7 @@ def warm_start(
             temperature=1.0,
             chunk_tokens=config.actor.logits_chunk_tokens,
         )
-        length = bucket_length(config.data.max_prompt_length + config.data.max_response_length)
-        rows = plan_rows(section.batch_size, length, config.actor, num_batch_shards(mesh))
+        shape = micro_batch_shape(config, section.batch_size, num_batch_shards(mesh))
         order = np.empty(0, np.int64)
         logger.info("warm start: %d updates of %d examples", section.num_steps, section.batch_size)
         for step in tqdm(
@@ -80,7 +79,7 @@ def warm_start(
             chosen, order = order[: section.batch_size], order[section.batch_size :]
             batch = make_sft_batch([examples[i] for i in chosen], pad_id=pad_id)
             batch = add_loss_weights(batch, "token-mean", 1.0)
-            state, metrics = update(state, to_micro_batches(batch, (rows, length), mesh)[0])
+            state, metrics = update(state, to_micro_batches(batch, shape, mesh)[0])
             if (step + 1) % max(1, section.num_steps // 5) == 0:
                 logger.info("  update %d/%d: loss=%.3f", step + 1, section.num_steps, metrics["actor/loss"])
         loss = float(metrics["actor/loss"])

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from grpo_jax.advantages import Estimator
 from grpo_jax.batching import micro_batch_shape
-from grpo_jax.checkpoint import Checkpointer, abstract_like
+from grpo_jax.checkpoint import Checkpointer, Progress, abstract_like
 from grpo_jax.config import Config
 from grpo_jax.losses import grpo_loss
+from grpo_jax.memory import MemoryPlan, plan_memory
 from grpo_jax.metrics import Timers
 from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
 from grpo_jax.model.sharding import num_batch_shards
@@ -64,13 +65,9 @@ class Stages:
     shape: tuple[int, int]
     """[R, T] of every micro-batch."""
     reference: Reference
+    memory_plan: MemoryPlan
     timers: Timers
     num_steps: int
-
-    @property
-    def ref_params(self) -> Params:
-        """Of the reference as it is now; None without a KL term."""
-        return self.reference.params
 
 
 def derive_seed(seed: int, step: int, purpose: str) -> int:
@@ -130,23 +127,9 @@ def build_stages(
     common: dict[str, Any] = dict(
         temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
     )
-    params = load_params(folder, model, mesh)
-    ref_params = copy_params(params, model.dtype) if config.uses_reference else None
-    if checkpointer.latest_step is None:
-        workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
-        copy_side_files(folder.path, workdir.model_files)
-        state, first = init_state(params, model, optimizer, mesh), None
-        kl_coef, num_batches, surplus = config.algorithm.kl_coef, 0, []
-    else:
-        del params  # before the restored ones come
-        is_refreshed = config.algorithm.ref_refresh_every > 0
-        state, progress, restored = checkpointer.restore(
-            abstract_state(model, optimizer, mesh), abstract_reference(model, mesh) if is_refreshed else None
-        )
-        ref_params = restored if is_refreshed else ref_params
+    state, ref_params, progress = _begin(config, workdir, folder, optimizer, mesh, checkpointer)
+    if progress is not None:
         prompts.restore(progress.prompt_iterator)
-        first = progress.global_step
-        kl_coef, num_batches, surplus = progress.kl_coef, progress.num_rollout_batches, progress.surplus
     is_dynamic = config.algorithm.dynamic_sampling_rounds > 0
     rollouts = RolloutsAhead(
         prompts,
@@ -154,15 +137,16 @@ def build_stages(
         rollout_sampling(config),
         lambda number: derive_seed(config.trainer.seed, number, "rollout"),
         max_lag=config.rollout.max_lag,
-        first_step=num_batches,
+        first_step=progress.num_rollout_batches if progress else 0,
         # How many batches dynamic sampling will want is not known before: the last steps may ask for some in vain.
         num_steps=sys.maxsize if is_dynamic else num_steps,
     )
     dynamic = make_dynamic(config, rollouts, reward, timers) if is_dynamic else None
-    if dynamic is not None:
-        dynamic.restore(surplus, inputs.train_prompts)
+    if dynamic is not None and progress is not None:
+        dynamic.restore(progress.surplus, inputs.train_prompts)
+    kl_coef = progress.kl_coef if progress else config.algorithm.kl_coef
     score = make_score_step(model, mesh, **common)
-    shape = micro_batch_shape(config, num_batch_shards(mesh))
+    shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     stages = Stages(
         config=config,
         folder=folder,
@@ -187,10 +171,35 @@ def build_stages(
         ),
         shape=shape,
         reference=Reference(ref_params, config.algorithm, model.dtype, kl_coef=kl_coef),
+        memory_plan=plan_memory(config, model, mesh),
         timers=timers,
         num_steps=num_steps,
     )
-    return stages, state, first
+    return stages, state, progress.global_step if progress else None
+
+
+def _begin(
+    config: Config,
+    workdir: Workdir,
+    folder: ModelFolder,
+    optimizer: Any,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+) -> tuple[TrainState, Params, Progress | None]:
+    """State and reference parameters to begin with: new, or of the latest checkpoint, then with its progress."""
+    model = folder.config
+    params = load_params(folder, model, mesh)
+    ref_params = copy_params(params, model.dtype) if config.uses_reference else None
+    if checkpointer.latest_step is None:
+        workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
+        copy_side_files(folder.path, workdir.model_files)
+        return init_state(params, model, optimizer, mesh), ref_params, None
+    del params  # before the restored ones come
+    is_refreshed = config.algorithm.ref_refresh_every > 0
+    state, progress, restored = checkpointer.restore(
+        abstract_state(model, optimizer, mesh), abstract_reference(model, mesh) if is_refreshed else None
+    )
+    return state, restored if is_refreshed else ref_params, progress
 
 
 def make_dynamic(config: Config, rollouts: RolloutsAhead, reward: Reward, timers: Timers) -> DynamicSampling:

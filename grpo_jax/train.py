@@ -44,7 +44,6 @@ from grpo_jax.config import Config
 from grpo_jax.config_file import parse_command_line
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
 from grpo_jax.kl import kl_of_tokens
-from grpo_jax.memory import plan_memory
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
@@ -117,7 +116,7 @@ def with_host_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> Tra
         with stages.timers("old_log_prob"):
             old = score(stages.update.cast(params))
     with stages.timers("ref"):
-        ref: Any = score(stages.ref_params)
+        ref: Any = score(stages.reference.params)
     return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
 
 
@@ -182,20 +181,22 @@ def run_updates(
     config, timers = stages.config, stages.timers
     minibatches = split_minibatches(batch, config.actor.num_minibatches, seed=(config.trainer.seed, step))
     placed = [_place(stages, minibatch) for minibatch in minibatches]
-    scores = {}
+    scored = {}  # phase -> field
     if config.needs_old_logprobs and batch.old_logprobs is None:
-        scores["old_log_prob"] = ("old_logprobs", stages.update.cast(state.params))
+        scored["old_log_prob"] = "old_logprobs"
+        with timers("old_log_prob"):
+            # Nothing here may hold on to the cast copy, which would stay in memory during the updates.
+            placed = _score(stages, stages.update.cast(state.params), placed, "old_logprobs")
     if config.uses_reference and batch.ref_logprobs is None:
-        scores["ref"] = ("ref_logprobs", stages.ref_params)
-    for phase, (field, params) in scores.items():
-        with timers(phase):
-            placed = _score(stages, params, placed, field)
+        scored["ref"] = "ref_logprobs"
+        with timers("ref"):
+            placed = _score(stages, stages.reference.params, placed, "ref_logprobs")
     metrics = []
     with timers("update_actor"):
         for minibatch in placed * config.actor.num_epochs:
             state, update_metrics = stages.update(state, minibatch)
             metrics.append(update_metrics)
-    for phase, (field, _) in scores.items():
+    for phase, field in scored.items():
         with timers(phase):
             jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
     with timers("update_actor"):
@@ -288,7 +289,6 @@ def _run_steps(
 ) -> None:
     """Validation before training, every step with what is due after it, and the report at the end."""
     config, per_epoch = stages.config, stages.prompts.steps_per_epoch
-    planned_gb = plan_memory(config, stages.folder.config, stages.mesh).peak / 1e9
     if first is None and config.eval.before_training:
         metrics = _validate(stages, workdir, writer, step=0)
         logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
@@ -307,7 +307,7 @@ def _run_steps(
                                 for g in result.groups for c in g.completions])  # fmt: skip
             devices = stages.mesh.devices.size
             metrics |= timings | performance_metrics(stages.folder.config, lengths, devices, timings)
-            metrics["perf/memory_planned_gb"] = planned_gb
+            metrics["perf/memory_planned_gb"] = stages.memory_plan.peak / 1e9
             watch.look(result.groups, result.rewards, result.updates)
             stopping = stop.requested  # read once: what is asked for after saving is for the next step
             # While updates are skipped, the checkpoint from before the trouble is the good one.

@@ -1,5 +1,6 @@
 """What the tests of losses share: an algorithm, batches, a loss with its gradient, and packing."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -69,6 +70,29 @@ def loss_and_grad(logprobs, batch, weights, algorithm, entropy=None):
     loss = functools.partial(losses.grpo_loss, algorithm=algorithm)
     (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(array(logprobs), entropy, batch, weights)
     return value, metrics.summary(), np.asarray(grad)
+
+
+def assert_equals_golden(case, mode=None, **changes):
+    """Value, gradient and metrics of a loss are verl's, to 1e-5, on verl's inputs.
+
+    Args:
+        case: of GOLDEN["policy_loss"].
+        mode: of aggregation; the case's own if None.
+        changes: of ALGORITHM, beside the bounds, which are the case's.
+    """
+    mask = array(GOLDEN["mask"])
+    batch = make_batch(mask, advantages=GOLDEN["advantages"]["grpo"], old=GOLDEN["old_logprobs"])
+    bounds = {"clip_low": case["config"]["clip_ratio_low"], "clip_high": case["config"]["clip_ratio_high"]}
+    algorithm = dataclasses.replace(ALGORITHM, **bounds | changes)
+    weights = losses.loss_weights(mask, mode or case["agg"], GOLDEN["T"])
+    value, metrics, grad = loss_and_grad(GOLDEN["logprobs"], batch, weights, algorithm)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0)
+    close(value, case["value"])
+    close(grad, case["grad_logprobs"])
+    close(metrics["actor/loss"], case["value"])
+    close(metrics["actor/pg_clipfrac"], case["clip_fraction"])
+    close(metrics["actor/pg_clipfrac_lower"], case["dual_clip_fraction"])
+    close(metrics["actor/ppo_kl"], case["ppo_kl"])
 
 
 def random_batch(seed, num_rows=6, length=7, **without):

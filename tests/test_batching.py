@@ -315,7 +315,7 @@ def test_micro_batches_always_hold_all_rows_within_memory():
 def test_the_shape_holds_the_longest_prompt_with_the_longest_completion():
     changes = {"data.max_prompt_length": 500, "data.max_response_length": 100, "actor.num_minibatches": 2}
     # 600 tokens: rows of 640. 1,024 / 2 completions, 4 a shard on 8 shards: 32 rows, 16 times.
-    assert batching.micro_batch_shape(gsm8k_config(**changes), 8) == (32, 640)
+    assert batching.micro_batch_shape(gsm8k_config(**changes), 512, 8) == (32, 640)
 
 
 # The table

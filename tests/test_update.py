@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import loss_helpers
 import numpy as np
 import optax
 import pytest
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_jax.batching import add_loss_weights, make_train_batch, plan_rows
-from grpo_jax.config import ActorSection, AlgorithmSection, MeshSection, OptimSection
+from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.losses import grpo_loss
 from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
@@ -34,33 +35,8 @@ from grpo_jax.update import (
 
 VOCAB = 56
 TEMPERATURE = 0.8
-ALGORITHM = AlgorithmSection(
-    adv_estimator="grpo",
-    group_size=2,
-    policy_loss="clip",
-    clip_low=0.2,
-    clip_high=0.25,
-    dual_clip=3.0,
-    sapo_tau_positive=1.0,
-    sapo_tau_negative=1.05,
-    loss_agg="token-mean",
-    loss_norm=10.0,
-    mask_truncated=False,
-    dynamic_sampling_rounds=0,
-    kl_coef=0.1,
-    kl_estimator="k3",
-    kl_in="loss",
-    kl_target=0.0,
-    kl_horizon=10000.0,
-    ref_refresh_every=0,
-    entropy_coef=0.01,
-    old_logprobs="trainer",
-    rollout_is="none",
-    rollout_is_threshold=2.0,
-    rollout_is_low=0.5,
-    rollout_rs="none",
-    rollout_rs_low=0.5,
-    rollout_rs_high=2.0,
+ALGORITHM = dataclasses.replace(
+    loss_helpers.ALGORITHM, clip_high=0.25, dual_clip=3.0, loss_norm=10.0, kl_coef=0.1, entropy_coef=0.01
 )
 OPTIM = OptimSection(
     learning_rate=1e-3,

@@ -4,6 +4,7 @@ Parameters and activations name their dimensions ("embed", "heads", ...); `AXIS_
 axes such a dimension is split. To try another layout, edit the table.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -39,17 +40,27 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
         ConfigError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [section.data, section.fsdp, section.tensor]
-    fixed = math.prod(size for size in sizes if size != -1)
-    if fixed > len(devices) or (-1 in sizes and len(devices) % fixed):
-        axes = dict(zip(MESH_AXES, sizes, strict=True))
+    axes, fixed = dataclasses.asdict(section), fixed_devices(section)
+    if fixed > len(devices) or (-1 in axes.values() and len(devices) % fixed):
         raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) of this machine")
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    sizes = mesh_sizes(section, len(devices))
     used = math.prod(sizes)
     if used < len(devices):
-        logger.warning("the mesh %s uses %d of %d devices", sizes, used, len(devices))
+        logger.warning("the mesh %s uses %d of %d devices", list(sizes), used, len(devices))
     # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
     return Mesh(np.asarray(devices[:used]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def fixed_devices(section: MeshSection) -> int:
+    """Devices that the axes take whose sizes are given."""
+    return math.prod(size for size in dataclasses.astuple(section) if size != -1)
+
+
+def mesh_sizes(section: MeshSection, num_devices: int) -> tuple[int, int, int]:
+    """Devices along the axes data, fsdp and tensor, the axis of -1 given all that are left."""
+    left = num_devices // fixed_devices(section)
+    data, fsdp, tensor = (left if size == -1 else size for size in dataclasses.astuple(section))
+    return data, fsdp, tensor
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -87,7 +98,7 @@ def _warn_once(what: str, axis: str, size: int, mesh_axes: str, shards: int) -> 
     )  # fmt: skip
 
 
-def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """`NamedSharding` for every leaf.
 
     Args:

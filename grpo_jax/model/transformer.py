@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.model.attention import (
     NORMAL,
@@ -222,7 +222,7 @@ def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """`NamedSharding` of every parameter."""
     shapes, axes = abstract_params(config)
     return tree_shardings(axes, shapes, mesh)

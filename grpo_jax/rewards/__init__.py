@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_jax.config import ConfigError, RewardSection, nearest
+from grpo_jax.config import ConfigError, RewardSection, nearest, split_file_name
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
@@ -45,26 +45,26 @@ def make_reward(section: RewardSection, *, max_response_length: int) -> "Reward"
 
 
 def _make_one(key: str, name: str, section: RewardSection) -> "Reward":
-    if name in ("gsm8k", "gsm8k_flexible", "gsm8k_format", "think_format"):
-        from grpo_jax.rewards import formats, gsm8k
-        from grpo_jax.rewards.base import InlineReward
+    from grpo_jax.rewards import formats, gsm8k
+    from grpo_jax.rewards.base import InlineReward
 
-        return InlineReward(
-            *{
-                "gsm8k": (gsm8k.compute_score, gsm8k.explain),
-                "gsm8k_flexible": (gsm8k.compute_score_flexible, gsm8k.explain_flexible),
-                "gsm8k_format": (formats.gsm8k_format, formats.explain_gsm8k_format),
-                "think_format": (formats.think_format, formats.explain_think_format),
-            }[name]
-        )
+    inline = {
+        "gsm8k": (gsm8k.compute_score, gsm8k.explain),
+        "gsm8k_flexible": (gsm8k.compute_score_flexible, gsm8k.explain_flexible),
+        "gsm8k_format": (formats.gsm8k_format, formats.explain_gsm8k_format),
+        "think_format": (formats.think_format, formats.explain_think_format),
+    }
+    if name in inline:
+        return InlineReward(*inline[name])
     if name == "math":
         return _make_pool_reward(
             key, name, "grpo_jax.rewards.math", "compute_score", section, explain="explain"
         )
-    path, colon, attribute = name.rpartition(":")
-    if not colon or not path.endswith(".py") or not attribute.isidentifier():
+    file_name = split_file_name(name)
+    if file_name is None:
         rule = f"must be one of {', '.join(NAMES)}, or FILE.py:NAME{nearest(name, NAMES)}"
         raise ConfigError(key, name, rule)
+    path, attribute = file_name
     if not Path(path).is_file():
         raise ConfigError(key, name, f"there is no file {path}")
     return _make_pool_reward(key, name, str(Path(path).resolve()), attribute, section, explain=None)
