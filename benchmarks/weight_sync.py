@@ -1,7 +1,8 @@
-"""Seconds of a push: trainer's parameters to a colocated vLLM engine, verified, prefix cache reset.
+"""Seconds of a push: trainer's parameters to a vLLM engine, verified, prefix cache reset.
 
     python benchmarks/weight_sync.py --shape=qwen2.5-1.5b
     python benchmarks/weight_sync.py --shape=qwen2.5-7b
+    python benchmarks/weight_sync.py --shape=qwen2.5-7b --placement=separate    # two GPUs, NCCL
 
 Beside it, in the same run, the time of copying as many bytes on the same device once, as the limit: a push reads
 and writes every byte at least once. Aims (one H200): 1.5B 0.06 s, 7B 0.25 s, at most 1 GB of memory.
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--bucket_mb", type=int, default=192)
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
     parser.add_argument("--transport", default="auto")
+    parser.add_argument("--placement", default="colocated", choices=("colocated", "separate"))
     args = parser.parse_args()
     from grpo_jax.config import MeshSection, RolloutSection
     from grpo_jax.prepare import share_gpus
@@ -40,6 +42,7 @@ def main() -> None:
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=True,
         weight_sync=args.transport,
+        placement=args.placement,
         max_num_seqs=64,
     )
     share_gpus(section)

@@ -236,6 +236,20 @@ def test_every_mesh_gives_the_update_of_one_device(model, batch, sizes):
     updates_agree(run(model, batch, sizes=sizes), run(model, batch))
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 2, 2)], ids=str)
+def test_so_does_one_with_several_rows_on_each_device(model, batch, sizes):
+    """Whose number divides by the mesh's once more."""
+    updates_agree(run(model, batch, sizes=sizes, shape=(8, T)), run(model, batch))
+
+
+def test_two_devices_in_bfloat16_agree_with_one(model, batch):
+    """A metric of some 0.1 to 2 of bfloat16's three digits; the gradients' norm is about 1."""
+    config = dataclasses.replace(model[1].config, dtype=jnp.bfloat16)
+    one = run(model, batch, config=config, shape=(8, T))
+    two = run(model, batch, config=config, sizes=(1, 2, 1), shape=(8, T))
+    assert two[1] == pytest.approx(one[1], rel=0.02, abs=0.02)
+
+
 def test_state_lives_where_its_parameters_do(model, batch):
     sizes = (2, 2, 2)
     mesh = mesh_of(*sizes)

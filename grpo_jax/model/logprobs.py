@@ -37,12 +37,14 @@ def token_logprobs(
         # Each device sums the head's gradient over its own rows, and all of them are added once; left to the
         # compiler, they would be added after every chunk.
         rows = PartitionSpec(AXIS_RULES["batch"])
+        # Axes of one device are nobody else's, and some compilers fail where any axis is left to them.
+        names = {axis for axis in mesh.axis_names if axis in AXIS_RULES["batch"] or mesh.shape[axis] == 1}
         of_rows = jax.shard_map(
             of_rows,
             mesh=mesh,
             in_specs=(rows, PartitionSpec(), rows),
             out_specs=(rows, rows),
-            axis_names=set(AXIS_RULES["batch"]),
+            axis_names=names,
             check_vma=False,
         )
     logprobs, entropy = of_rows(hidden, head.astype(hidden.dtype), targets)

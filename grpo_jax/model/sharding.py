@@ -79,8 +79,9 @@ def partition_spec(
         what: the array's name, for the log; "" logs nothing (activations: their parameters are logged).
     """
     entries: list[Any] = []
+    splitting = {a for a, size in mesh.shape.items() if size > 1} - set(mesh.abstract_mesh.manual_axes)
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = tuple(a for a in AXIS_RULES[axis] if mesh.shape[a] > 1) if axis else ()
+        mesh_axes = tuple(a for a in AXIS_RULES[axis] if a in splitting) if axis else ()
         shards = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % shards:
             if what:
@@ -123,7 +124,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States the logical axes of an activation inside a jitted function; outside any mesh it does nothing."""
+    """States the logical axes of an activation inside a jitted function; outside any mesh it does nothing.
+
+    Inside `jax.shard_map`, dimensions that it has split already are left as they are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
