@@ -58,7 +58,8 @@ def test_an_engine_on_the_other_gpu_is_sent_the_weights_by_nccl(tmp_path):
 
 
 def test_it_samples_while_the_trainer_works(tmp_path):
-    _, lines = run(tmp_path, {"rollout.placement": "separate", "rollout.max_lag": 1, "algorithm.rollout_is": "token"})
+    ahead = {"rollout.max_lag": 1, "algorithm.rollout_is": "token"}
+    _, lines = run(tmp_path, {"rollout.placement": "separate"} | ahead)
     assert [line["training/policy_lag"] for line in lines] == [0, 1, 1]
 
 
