@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--param_dtype", default="float32")
+    parser.add_argument("--offload", action="store_true", help="optim.offload")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh", default="1,1", help="devices: data, fsdp")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
@@ -138,6 +139,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     from grpo_jax.model.fused_attention import choose_kernel
     from grpo_jax.model.transformer import init_params
     from grpo_jax.update import (
+        at_rest,
         init_state,
         make_cast,
         make_optimizer,
@@ -151,7 +153,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         "get_config"
     ]()
     algorithm = AlgorithmSection(**defaults.algorithm.to_dict())
-    optim = OptimSection(**defaults.optim.to_dict())
+    optim = OptimSection(**defaults.optim.to_dict() | {"offload": args.offload})
     mesh = jax.sharding.get_mesh()
     with tempfile.TemporaryDirectory() as temporary:
         folder = engine_common.write_shape(Path(temporary) / "model", args.shape)
@@ -164,13 +166,12 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     optimizer = make_optimizer(optim, schedule)
     head = dict(temperature=1.0, chunk_tokens=chunk)
     loss = functools.partial(grpo_loss, algorithm=algorithm)
-    update = make_update_step(
-        model, mesh, optimizer, schedule, loss, accumulator_dtype=optim.accumulator_dtype, **head
-    )
+    update = make_update_step(model, mesh, optimizer, schedule, loss, optim=optim, **head)
     score = make_score_step(model, mesh, **head)
-    state = init_state(init_params(model, jax.random.key(0), mesh), model, optimizer, mesh)
+    params = init_params(at_rest(model, optim), jax.random.key(0), mesh)
+    state = init_state(params, model, optimizer, mesh, offload=optim.offload)
     micro_batches, _ = to_micro_batches(batch, shape, mesh)
-    cast = make_cast(model, mesh)
+    cast = make_cast(at_rest(model, optim), mesh)
 
     def run_update() -> None:
         nonlocal state

@@ -135,7 +135,14 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
     bounds = dict(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
     algorithm = AlgorithmSection(**common.quickstart().algorithm.to_dict() | bounds)
-    optim = OptimSection(schedule="constant", warmup_steps=0, accumulator_dtype="float32", **OPTIM)
+    optim = OptimSection(
+        schedule="constant",
+        warmup_steps=0,
+        accumulator_dtype="float32",
+        moments_dtype="float32",
+        offload=False,
+        **OPTIM,
+    )
     schedule = make_schedule(optim, 1)
     optimizer = make_optimizer(optim, schedule)
     head: dict[str, Any] = dict(temperature=1.0, chunk_tokens=args.chunk_tokens)
@@ -147,8 +154,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
         old, ref = np.where(batch.completion_mask > 0, logprobs + noise, np.float32(0))
         batch = batch.replace(old_logprobs=old, ref_logprobs=ref, sampler_logprobs=old)
         weighted = add_loss_weights(batch, "token-mean", 1.0)
-        state = init_state(params, model, optimizer, mesh)
-        update = make_update_step(model, mesh, optimizer, schedule, loss, accumulator_dtype="float32", **head)
+        state = init_state(params, model, optimizer, mesh, offload=False)
+        update = make_update_step(model, mesh, optimizer, schedule, loss, optim=optim, **head)
 
     def run() -> tuple[float, float]:
         nonlocal state

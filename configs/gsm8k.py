@@ -76,6 +76,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 kl_target=0.0,  # nats a token that an adaptive kl_coef aims at; 0: kl_coef is fixed
                 kl_horizon=10000.0,  # completions in which it changes by a fifth, at most
                 ref_refresh_every=0,  # steps after which the policy becomes the reference; 0: never
+                ref_offload=True,  # True: the reference waits in the host's memory until it scores
                 entropy_coef=0.0,  # >= 0, bonus for entropy
                 old_logprobs="trainer",  # denominator of the ratio: trainer (its own), sampler (the engine's)
                 rollout_is="none",  # weights sampler -> trainer: none, token, sequence, token_mask, sequence_mask
@@ -94,6 +95,8 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 weight_decay=0.01,  # >= 0
                 max_grad_norm=1.0,  # global norm, > 0
                 accumulator_dtype="float32",  # of the gradients summed over micro-batches: float32, bfloat16
+                moments_dtype="float32",  # of Adam's moments: float32, bfloat16 (with beta2 <= 0.99)
+                offload=True,  # True: float32 parameters and moments in the host's memory, streamed in an update
             ),
             actor=dict(
                 num_minibatches=1,  # updates a pass over the batch; divides P * G

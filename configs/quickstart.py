@@ -28,9 +28,9 @@ def get_config() -> config_dict.ConfigDict:
     config.sft.update(num_steps=600, batch_size=64, learning_rate=3e-3)
 
     config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=32)
-    config.algorithm.group_size = 8
+    config.algorithm.update(group_size=8, ref_offload=False)
     config.rollout.update(engine="local", temperature=1.0)
-    config.optim.learning_rate = 1e-4  # the model is small, and not pretrained
+    config.optim.update(learning_rate=1e-4, offload=False)  # the model is small, and not pretrained
     config.trainer.update(total_epochs=1, deterministic=True)  # 40 steps
 
     config.actor.micro_batch_size_per_device = (

@@ -88,6 +88,7 @@ class AlgorithmSection:
     kl_target: float
     kl_horizon: float
     ref_refresh_every: int
+    ref_offload: bool
     entropy_coef: float
     old_logprobs: str
     rollout_is: str
@@ -108,6 +109,8 @@ class OptimSection:
     weight_decay: float
     max_grad_norm: float
     accumulator_dtype: str
+    moments_dtype: str
+    offload: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +297,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.rollout_rs": ("none", "seq_sum_k1", "seq_mean_k1"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "optim.accumulator_dtype": ("float32", "bfloat16"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
     "rollout.engine": ("vllm", "local"),
     "rollout.update_weights": ("between", "during"),
     "rollout.placement": ("colocated", "separate"),
@@ -506,6 +510,9 @@ def _check_upper_bounds(config: Config) -> None:
     for key in ("optim.beta1", "optim.beta2"):
         if _get(config, key) >= 1:
             raise ConfigError(key, _get(config, key), "must be below 1")
+    if config.optim.moments_dtype == "bfloat16" and config.optim.beta2 > 0.99:
+        rule = "needs optim.beta2 of 0.99 or less: a smaller change is lost in rounding the second moment"
+        raise ConfigError("optim.moments_dtype", "bfloat16", rule)
     if config.rollout.top_p > 1:
         raise ConfigError("rollout.top_p", config.rollout.top_p, "must be at most 1")
     if config.rollout.gpu_memory_utilization >= 1:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config, ConfigError
@@ -62,7 +63,6 @@ def check_config(config: Config, path: Path) -> None:
     """
     from grpo_jax.batching import batch_table
     from grpo_jax.model.sharding import make_mesh, num_batch_shards
-    from grpo_jax.model.transformer import num_params
     from grpo_jax.prepare import read_inputs
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine
@@ -79,7 +79,7 @@ def check_config(config: Config, path: Path) -> None:
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     if inputs.model is not None:
-        rows += _memory_rows(config, num_params(inputs.model.config), mesh.devices.size)
+        rows += _memory_rows(config, inputs.model.config, mesh)
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if config.rollout.engine == "vllm":
         rows.append(
@@ -91,19 +91,20 @@ def check_config(config: Config, path: Path) -> None:
         print(f"  {name.ljust(width)}  {value}")
 
 
-def _memory_rows(config: Config, parameters: int, num_devices: int) -> list[tuple[str, str]]:
-    """What is held between steps; activations come on top."""
-    import jax.numpy as jnp
+def _memory_rows(config: Config, model: Any, mesh: Any) -> list[tuple[str, str]]:
+    """What `grpo_jax.plan` says in full."""
+    from grpo_jax.memory import plan_memory
+    from grpo_jax.model.transformer import num_params
 
-    stored = jnp.dtype(config.model.param_dtype).itemsize
-    reference = jnp.dtype(config.model.dtype).itemsize if config.uses_reference else 0
-    # Parameters, gradients and the two moments of Adam are of the parameters' type.
-    total = parameters * (4 * stored + reference) / GIB
-    return [
-        ("parameters", f"{parameters:,}"),
-        ("policy, gradients, Adam, reference", f"{total:.1f} GiB over {num_devices} device(s)"),
-        ("one checkpoint", f"{parameters * 3 * stored / GIB:.1f} GiB"),
+    plan, checkpoint = plan_memory(config, model, mesh), num_params(model) * 3 * 4
+    rows = [
+        ("parameters", f"{num_params(model):,}"),
+        ("a device holds between steps", f"{sum(plan.held.values()) / 1e9:.1f} GB ({', '.join(plan.held)})"),
+        ("a device needs in a step", f"{plan.peak / 1e9:.1f} GB; see python -m grpo_jax.plan"),
     ]
+    if plan.host:
+        rows.append(("the host holds", f"{sum(plan.host.values()) / 1e9:.1f} GB ({', '.join(plan.host)})"))
+    return [*rows, ("one checkpoint", f"about {checkpoint / 1e9:.1f} GB")]
 
 
 def main() -> None:

@@ -19,19 +19,21 @@ from grpo_jax.batching import micro_batch_shape
 from grpo_jax.config import Config
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
-from grpo_jax.update import token_scores
+from grpo_jax.update import at_rest, token_scores
 
 MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device."""
+    """Bytes."""
 
     held: dict[str, int]
-    """From step to step, by name."""
+    """On one device from step to step, by name."""
     phases: dict[str, int]
-    """Phase -> the most that is in use during it, `held` included."""
+    """Phase -> the most that is in use on one device during it, `held` included."""
+    host: dict[str, int]
+    """In pinned memory of the host, for all its devices, by name."""
 
     @property
     def peak(self) -> int:
@@ -50,11 +52,9 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
     parameters = sum(jax.tree.leaves(sizes))
-    stored, computed = (jnp.dtype(dtype).itemsize for dtype in (model.param_dtype, model.dtype))
-    held = {"parameters": parameters * stored, "Adam's moments": 2 * parameters * stored}
-    if config.uses_reference:
-        held["reference"] = parameters * computed
+    held, host = what_is_held(config, model, parameters)
     base = sum(held.values())
+    computed = jnp.dtype(model.dtype).itemsize
 
     rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     rows //= num_batch_shards(mesh)
@@ -65,20 +65,41 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     width = rows * length * model.hidden_size * computed
 
-    cast = parameters * computed if computed != stored else 0
+    cast = parameters * computed if held["parameters"] != parameters * computed else 0
     sums = parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize
     gradients = parameters * computed
     head_gradient = words * model.hidden_size * 4
     backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
+    streamed = 0
+    if config.optim.offload:  # the state of the largest parameter, and the parameter that is made of it
+        there = what_is_held(config, model, max(jax.tree.leaves(sizes)))[1]
+        streamed = sum(there.values()) - there.get("reference", 0) + max(jax.tree.leaves(sizes)) * computed
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
-        "optimizer": base + cast + sums,
+        "optimizer": base + cast + sums + streamed,
     }
     if config.uses_reference or config.needs_old_logprobs:
-        phases["score"] = base + cast + 4 * width + max(layer, logits)
+        phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)
     if config.rollout.engine == "vllm":
         phases["weight sync"] = base + 4 * config.rollout.bucket_mb * MIB
-    return MemoryPlan(held, phases)
+    return MemoryPlan(held, phases, {name: size * mesh.size for name, size in host.items()})
+
+
+def what_is_held(
+    config: Config, model: ModelConfig, parameters: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes from step to step of so many parameters, on the device and on the host, by name."""
+    itemsize = lambda dtype: jnp.dtype(dtype).itemsize
+    stored = itemsize(at_rest(model, config.optim).param_dtype)
+    held, host = {"parameters": parameters * stored}, {}
+    if stored != itemsize(model.param_dtype):
+        host["master parameters"] = parameters * itemsize(model.param_dtype)
+    moments = 2 * parameters * itemsize(config.optim.moments_dtype)
+    (host if config.optim.offload else held)["Adam's moments"] = moments
+    if config.uses_reference:
+        reference = parameters * itemsize(model.dtype)
+        (host if config.algorithm.ref_offload else held)["reference"] = reference
+    return held, host
 
 
 @functools.lru_cache(maxsize=64)

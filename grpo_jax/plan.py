@@ -116,18 +116,24 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
     print("Held from step to step, GB a device")
     for name, size in plan.held.items():
-        print(f"  {name:<16}{size / GB:>8.2f}")
+        print(f"  {name:<18}{size / GB:>8.2f}")
+    if plan.host:
+        print("Held in the host's memory, GB for all devices")
+        for name, size in plan.host.items():
+            print(f"  {name:<18}{size / GB:>8.2f}")
     print("The most in each phase, GB a device")
     for name, size in plan.phases.items():
-        print(f"  {name:<16}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
+        print(f"  {name:<18}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
     most = largest_micro_batch(config, model, mesh, limit)
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )
     print(f"Largest micro-batch that fits: {advice}")
     if not most:
-        print("Less is taken with more devices in mesh.fsdp, model.param_dtype=bfloat16,")
-        print("optim.accumulator_dtype=bfloat16, rollout.sleep=True, or rollout.placement=separate.")
+        print(
+            "Less is taken with optim.offload=True, algorithm.ref_offload=True, rollout.sleep=True, more devices"
+        )
+        print("in mesh.fsdp, optim.accumulator_dtype=bfloat16, or rollout.placement=separate.")
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -6,6 +6,7 @@ it once: a run that goes on finds what it made the first time.
 
 import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,24 @@ from grpo_jax import random_model, sft
 from grpo_jax.config import Config, ConfigError, RolloutSection, TrainerSection
 from grpo_jax.data import arithmetic
 from grpo_jax.data.schema import check_rows, read_rows
+from grpo_jax.memory import what_is_held
 from grpo_jax.model.fused_attention import choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder
+from grpo_jax.model.transformer import ModelConfig, num_params
 from grpo_jax.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.types import Prompt
 from grpo_jax.workdir import Workdir
 
 logger = logging.getLogger(__name__)
+
+GIB = 2**30
+JAX_HOST_LIMIT_GIB = 64
+HOST_SLACK = 0.06
+"""Of pinned memory: what lies idle between arrays of different sizes."""
+STAGING_GIB = 2
+"""Pinned memory that JAX copies through."""
+MOST_COPIES = 8
+"""Of the parameters, where mesh.data=-1 leaves their number to the devices at hand."""
 
 CONTEXT_SHARE = 0.07
 """Of a GPU's memory: CUDA contexts, kernels and buffers for weights under way, which no pool counts."""
@@ -107,6 +119,19 @@ def trainer_share(section: RolloutSection) -> float:
         return 0.75
     left = 1 if section.sleep else 1 - section.gpu_memory_utilization
     return max(0.05, left - CONTEXT_SHARE)
+
+
+def make_room_on_host(config: Config, model: ModelConfig) -> None:
+    """Lets JAX pin as much of the host's memory as `optim.offload` and `algorithm.ref_offload` need.
+
+    Its own limit is 64 GB; as `share_gpus`, before any device is touched. The pool grows by doubling, up to the
+    limit, so that more than what is needed would be taken from the other processes of the host.
+    """
+    copies = config.mesh.data if config.mesh.data > 0 else MOST_COPIES
+    needed = copies * sum(what_is_held(config, model, num_params(model))[1].values())
+    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB
+    if limit > JAX_HOST_LIMIT_GIB:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
 
 
 def read_inputs(config: Config, workdir: Workdir) -> Inputs:

@@ -21,7 +21,14 @@ from grpo_jax.config import Config, OptimSection
 from grpo_jax.losses import nll_loss
 from grpo_jax.model.hf import ModelFolder, load_params, save_folder
 from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.update import init_state, make_optimizer, make_schedule, make_update_step, to_micro_batches
+from grpo_jax.update import (
+    at_rest,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_update_step,
+    to_micro_batches,
+)
 
 logger = logging.getLogger("grpo_jax.sft")  # __name__ is "__main__" when run as a command
 
@@ -51,20 +58,23 @@ def warm_start(
         weight_decay=0.0,
         max_grad_norm=config.optim.max_grad_norm,
         accumulator_dtype=config.optim.accumulator_dtype,
+        moments_dtype=config.optim.moments_dtype,
+        offload=config.optim.offload,
     )
     schedule = make_schedule(optim, section.num_steps)
     optimizer = make_optimizer(optim, schedule)
     rng = np.random.default_rng([config.trainer.seed, 1])
     pad_id = tokenizer.pad_token_id or 0
     with jax.set_mesh(mesh):
-        state = init_state(load_params(folder, folder.config, mesh), folder.config, optimizer, mesh)
+        params = load_params(folder, at_rest(folder.config, optim), mesh)
+        state = init_state(params, folder.config, optimizer, mesh, offload=optim.offload)
         update = make_update_step(
             folder.config,
             mesh,
             optimizer,
             schedule,
             nll_loss,
-            accumulator_dtype=optim.accumulator_dtype,
+            optim=optim,
             temperature=1.0,
             chunk_tokens=config.actor.logits_chunk_tokens,
         )
@@ -95,7 +105,7 @@ def main() -> None:
     from grpo_jax.config import ConfigError
     from grpo_jax.config_file import parse_command_line
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import keep_compiled, make_model, read_inputs, set_determinism
+    from grpo_jax.prepare import keep_compiled, make_model, make_room_on_host, read_inputs, set_determinism
     from grpo_jax.workdir import Workdir, start_logging
 
     with one_line_errors():
@@ -109,6 +119,8 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         set_determinism(config.trainer)
+        if inputs.model is not None:
+            make_room_on_host(config, inputs.model.config)
         mesh = make_mesh(config.mesh)
         keep_compiled(config.trainer)
         workdir.open(config)

@@ -19,9 +19,10 @@ from grpo_jax.metrics import Timers
 from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.offload import abstract_offloaded, on_host
 from grpo_jax.prepare import Inputs
 from grpo_jax.prompts import PromptIterator
-from grpo_jax.reference import Reference
+from grpo_jax.reference import Reference, make_reference_params
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
 from grpo_jax.rollout.ahead import RolloutsAhead
@@ -30,7 +31,7 @@ from grpo_jax.types import Params, TrainState
 from grpo_jax.update import (
     Score,
     UpdateStep,
-    copy_params,
+    at_rest,
     init_state,
     make_optimizer,
     make_schedule,
@@ -166,11 +167,13 @@ def build_stages(
             optimizer,
             schedule,
             functools.partial(grpo_loss, algorithm=config.algorithm),
-            accumulator_dtype=config.optim.accumulator_dtype,
+            optim=config.optim,
             **common,
         ),
         shape=shape,
-        reference=Reference(ref_params, config.algorithm, model.dtype, kl_coef=kl_coef),
+        reference=Reference(
+            ref_params, config.algorithm, model.dtype, param_shardings(model, mesh), kl_coef=kl_coef
+        ),
         memory_plan=plan_memory(config, model, mesh),
         timers=timers,
         num_steps=num_steps,
@@ -187,17 +190,21 @@ def _begin(
     checkpointer: Checkpointer,
 ) -> tuple[TrainState, Params, Progress | None]:
     """State and reference parameters to begin with: new, or of the latest checkpoint, then with its progress."""
-    model = folder.config
-    params = load_params(folder, model, mesh)
-    ref_params = copy_params(params, model.dtype) if config.uses_reference else None
+    model, ref_params = folder.config, None
+    params = load_params(folder, at_rest(model, config.optim), mesh)
+    if config.uses_reference:
+        shardings = param_shardings(model, mesh)
+        ref_params = make_reference_params(params, config.algorithm, model.dtype, shardings)
     if checkpointer.latest_step is None:
         workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
         copy_side_files(folder.path, workdir.model_files)
-        return init_state(params, model, optimizer, mesh), ref_params, None
+        state = init_state(params, model, optimizer, mesh, offload=config.optim.offload)
+        return state, ref_params, None
     del params  # before the restored ones come
     is_refreshed = config.algorithm.ref_refresh_every > 0
     state, progress, restored = checkpointer.restore(
-        abstract_state(model, optimizer, mesh), abstract_reference(model, mesh) if is_refreshed else None
+        abstract_state(config, model, optimizer, mesh),
+        abstract_reference(config, model, mesh) if is_refreshed else None,
     )
     return state, restored if is_refreshed else ref_params, progress
 
@@ -229,18 +236,20 @@ def _make_probe(
     )
 
 
-def abstract_state(model: ModelConfig, optimizer: Any, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, model: ModelConfig, optimizer: Any, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the train state."""
-    params = abstract_params(model)[0]
+    offload = config.optim.offload
+    params = abstract_params(at_rest(model, config.optim))[0]
     shapes = TrainState(
         step=jax.ShapeDtypeStruct((), np.int32),  # type: ignore[arg-type]
         params=params,
-        opt_state=jax.eval_shape(optimizer.init, params),
+        opt_state=abstract_offloaded(model, optimizer) if offload else jax.eval_shape(optimizer.init, params),
     )
-    return abstract_like(shapes, state_shardings(model, optimizer, mesh))
+    return abstract_like(shapes, state_shardings(model, optimizer, mesh, offload=offload))
 
 
-def abstract_reference(model: ModelConfig, mesh: Mesh) -> Params:
+def abstract_reference(config: Config, model: ModelConfig, mesh: Mesh) -> Params:
     """Shape, dtype and sharding of the parameters of a reference that is saved."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), abstract_params(model)[0])
-    return abstract_like(shapes, param_shardings(model, mesh))
+    shardings = param_shardings(model, mesh)
+    return abstract_like(shapes, on_host(shardings) if config.algorithm.ref_offload else shardings)

@@ -48,7 +48,14 @@ from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_m
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
-from grpo_jax.prepare import keep_compiled, make_model, read_inputs, set_determinism, share_gpus
+from grpo_jax.prepare import (
+    keep_compiled,
+    make_model,
+    make_room_on_host,
+    read_inputs,
+    set_determinism,
+    share_gpus,
+)
 from grpo_jax.rewards import make_reward
 from grpo_jax.rewards.base import RewardResult
 from grpo_jax.rollout import check_devices, check_engine, eval_sampling
@@ -116,7 +123,7 @@ def with_host_logprobs(stages: Stages, params: Params, batch: TrainBatch) -> Tra
         with stages.timers("old_log_prob"):
             old = score(stages.update.cast(params))
     with stages.timers("ref"):
-        ref: Any = score(stages.reference.params)
+        ref: Any = score(stages.reference.on_device())
     return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
 
 
@@ -190,7 +197,7 @@ def run_updates(
     if config.uses_reference and batch.ref_logprobs is None:
         scored["ref"] = "ref_logprobs"
         with timers("ref"):
-            placed = _score(stages, stages.reference.params, placed, "ref_logprobs")
+            placed = _score(stages, stages.reference.on_device(), placed, "ref_logprobs")
     metrics = []
     with timers("update_actor"):
         for minibatch in placed * config.actor.num_epochs:
@@ -254,6 +261,8 @@ def train(config: Config, path: Path) -> None:
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
     share_gpus(config.rollout)
+    if inputs.model is not None:  # a random one is small
+        make_room_on_host(config, inputs.model.config)
     estimator = load_estimator(config.algorithm.adv_estimator)
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@ the R rows of each are split over the batch axes of the mesh. The denominators o
 mini-batch, hence the gradients of its micro-batches simply add up.
 
 Nothing here waits for a device: the calls return at once, and what they return is there when it is asked for.
+Only an optimizer whose state is on the host does wait.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from grpo_jax.losses import LossMetrics
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards, replicated
 from grpo_jax.model.transformer import ModelConfig, abstract_params, forward, head_matrix, param_shardings
+from grpo_jax.offload import init_offloaded, make_streamed_update, offloaded_shardings
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 
 LossFn = Callable[[jax.Array, jax.Array, TrainBatch, jax.Array], tuple[jax.Array, LossMetrics]]
@@ -50,16 +52,38 @@ def make_schedule(section: OptimSection, num_updates: int) -> Schedule:
 
 
 def make_optimizer(section: OptimSection, schedule: Schedule) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; weight decay on every parameter, as torch's (and verl's)."""
-    return optax.chain(
-        optax.clip_by_global_norm(section.max_grad_norm),
-        optax.adamw(schedule, b1=section.beta1, b2=section.beta2, weight_decay=section.weight_decay),
+    """AdamW, moments stored in `moments_dtype`; weight decay on every parameter, as torch's (and verl's).
+
+    The update clips the gradients before, by the norm of all of them: the rest looks at one parameter at a time.
+    """
+    adamw = optax.adamw(schedule, b1=section.beta1, b2=section.beta2, weight_decay=section.weight_decay)
+
+    def stored(state: Any, dtype: Any) -> Any:
+        is_moment = lambda x: jnp.issubdtype(getattr(x, "dtype", int), jnp.floating)
+        return jax.tree.map(lambda x: x.astype(dtype) if is_moment(x) else x, state)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        updates, new = adamw.update(grads, stored(state, jnp.float32), params)
+        return updates, stored(new, section.moments_dtype)
+
+    return optax.GradientTransformation(
+        lambda params: stored(adamw.init(params), section.moments_dtype), update
     )
 
 
-def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """`NamedSharding` of every leaf of the train state: moments live where their parameters do."""
+def at_rest(config: ModelConfig, section: OptimSection) -> ModelConfig:
+    """The model with the dtype in which the devices hold its parameters from step to step."""
+    return dataclasses.replace(config, param_dtype=config.dtype) if section.offload else config
+
+
+def state_shardings(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool
+) -> TrainState:
+    """`NamedSharding` of every leaf of the train state: moments live where their parameters do, or on the host."""
     params = param_shardings(config, mesh)
+    if offload:
+        moments = offloaded_shardings(config, optimizer, mesh)
+        return TrainState(step=replicated(mesh), params=params, opt_state=moments)  # type: ignore[arg-type]
     abstract = jax.eval_shape(optimizer.init, abstract_params(config)[0])
     opt_state = optax.tree_map_params(
         optimizer, lambda _, s: s, abstract, params, transform_non_params=lambda _: replicated(mesh)
@@ -68,11 +92,19 @@ def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation
 
 
 def init_state(
-    params: Params, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Params,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    offload: bool,
 ) -> TrainState:
-    """A train state at step 0. Takes `params` over: the first update donates them."""
-    shardings = state_shardings(config, optimizer, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    """A train state at step 0. Takes `params` (of the model `at_rest`) over: the first update donates them."""
+    if offload:
+        opt_state = init_offloaded(params, config, optimizer, mesh)
+    else:
+        shardings = state_shardings(config, optimizer, mesh, offload=False)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(np.int32(0), replicated(mesh))
     return TrainState(step=step, params=params, opt_state=opt_state)
 
@@ -154,18 +186,18 @@ def make_update_step(
     schedule: Schedule,
     loss_fn: LossFn,
     *,
-    accumulator_dtype: Any,
+    optim: OptimSection,
     temperature: float,
     chunk_tokens: int,
 ) -> UpdateStep:
     """Returns the update.
 
     Args:
-        accumulator_dtype: of the sum of the micro-batches' gradients.
+        optim: what `optimizer` was made from; here it says how to sum, to clip, and where the state lives.
         temperature: of the sampler; divides the logits.
         chunk_tokens: tokens a device projects to the vocabulary at once.
     """
-    shardings = state_shardings(config, optimizer, mesh)
+    shardings = state_shardings(config, optimizer, mesh, offload=optim.offload)
 
     def gradients(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         def loss(params: Params) -> tuple[jax.Array, LossMetrics]:
@@ -180,7 +212,7 @@ def make_update_step(
     def zeros(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         grads, metrics = jax.eval_shape(gradients, params, micro)
         return (
-            jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator_dtype), grads),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, optim.accumulator_dtype), grads),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
         )
 
@@ -190,29 +222,46 @@ def make_update_step(
             add = lambda total, grad: (total.astype(jnp.float32) + grad).astype(total.dtype)
             return jax.tree.map(add, total[0], grads), total[1].merge(metrics)
 
-    def apply(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
+    def judge(total: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Metrics]:
+        """By what to multiply the gradients to clip their norm, whether all is finite, and the metrics."""
         grads, metrics = total
+        norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), grads))
+        is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm)
+        summary = metrics.summary()
+        summary["actor/grad_norm"] = norm
+        summary["actor/lr"] = jnp.asarray(schedule(step), jnp.float32)
+        summary["actor/skipped_updates"] = 1 - is_finite.astype(jnp.int32)
+        return jnp.minimum(1, optim.max_grad_norm / norm), is_finite, summary
+
+    def apply_at_once(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
         with jax.named_scope("optimizer"):
-            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-            norm = optax.tree.norm(grads)
-            is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm)
+            scale, is_finite, summary = judge(total, state.step)
+            grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, total[0])
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             new = TrainState(state.step + 1, params, opt_state)
-            new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
-        summary = metrics.summary()
-        summary["actor/grad_norm"] = norm
-        summary["actor/lr"] = jnp.asarray(schedule(state.step), jnp.float32)
-        summary["actor/skipped_updates"] = 1 - is_finite.astype(jnp.int32)
-        return new, summary
+            return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state), summary
 
     sums = (shardings.params, replicated(mesh))
+    at_once = jax.jit(apply_at_once, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    streamed = make_streamed_apply(jax.jit(judge), make_streamed_update(config, optimizer, mesh))
     return UpdateStep(
-        cast=make_cast(config, mesh),
+        cast=make_cast(at_rest(config, optim), mesh),
         zeros=jax.jit(zeros, out_shardings=sums),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=sums),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        apply=streamed if optim.offload else at_once,
     )
+
+
+def make_streamed_apply(judge: Any, update: Any) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The optimizer's step where its state is on the host. Waits for the device."""
+
+    def apply(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
+        scale, is_finite, summary = judge(total, state.step)
+        params, opt_state = update(state.params, state.opt_state, total[0], scale, is_finite)
+        return TrainState(state.step + is_finite, params, opt_state), summary
+
+    return apply
 
 
 def _chunk_columns(chunk_tokens: int, rows: int, mesh: Mesh) -> int:

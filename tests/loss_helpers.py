@@ -34,6 +34,7 @@ ALGORITHM = AlgorithmSection(
     kl_target=0.0,
     kl_horizon=10000.0,
     ref_refresh_every=0,
+    ref_offload=False,
     entropy_coef=0.0,
     old_logprobs="trainer",
     rollout_is="none",

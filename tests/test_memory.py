@@ -27,7 +27,11 @@ QWEN_1_5B = ModelConfig(
 )  # fmt: skip
 
 
+ON_DEVICE = {"optim.offload": False, "algorithm.ref_offload": False}
+
+
 def gsm8k(**changes):
+    """configs/gsm8k.py as shipped, but for the changes."""
     config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
     config.update_from_flattened_dict(changes)
     return parse_config(config)
@@ -56,15 +60,35 @@ def test_without_fused_attention_the_scores_are_kept():
 
 def test_what_is_held():
     n = num_params(MODEL)
-    held = plan_memory(gsm8k(), MODEL, ONE).held
-    assert held == {"parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n}
-    assert "reference" not in plan_memory(gsm8k(**{"algorithm.kl_coef": 0.0}), MODEL, ONE).held
+    plan = plan_memory(gsm8k(**ON_DEVICE), MODEL, ONE)
+    assert plan.held == {"parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n} and not plan.host
+    changes = ON_DEVICE | {"algorithm.kl_coef": 0.0, "optim.moments_dtype": "bfloat16", "optim.beta2": 0.99}
+    assert plan_memory(gsm8k(**changes), MODEL, ONE).held == {"parameters": 4 * n, "Adam's moments": 4 * n}
+
+
+def test_what_is_held_on_the_host_instead():
+    """bfloat16 parameters stay; for all devices of a mesh, and once for each copy."""
+    n = num_params(MODEL)
+    plan = plan_memory(gsm8k(), MODEL, ONE)
+    assert plan.held == {"parameters": 2 * n}
+    assert plan.host == {"master parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n}
+    assert plan_memory(gsm8k(), MODEL, abstract_mesh(2, 1, 1)).host["Adam's moments"] == 16 * n
+    # Of a model that computes in float32, the parameters are their own masters.
+    whole = dataclasses.replace(MODEL, dtype=jnp.float32)
+    assert plan_memory(gsm8k(), whole, ONE).host == {"Adam's moments": 8 * n, "reference": 4 * n}
+
+
+def test_an_update_has_the_state_of_one_parameter_on_the_device():
+    """The largest is the embedding: master and moments, 12 bytes a number, and the new parameter, 2."""
+    n, largest = num_params(MODEL), V * D
+    assert plan_memory(gsm8k(), MODEL, ONE).phases["optimizer"] == 2 * n + 4 * n + 14 * largest
 
 
 def test_fsdp_splits_what_is_held_and_data_does_not():
     """Biases are split by heads alone: (H + 2 K) * Dh numbers in each of 2 layers stay whole."""
     n, biases = num_params(MODEL), 2 * (H + 2 * K) * DH
-    held = lambda *sizes: plan_memory(gsm8k(), MODEL, abstract_mesh(*sizes)).held["parameters"]
+    config = gsm8k(**ON_DEVICE)
+    held = lambda *sizes: plan_memory(config, MODEL, abstract_mesh(*sizes)).held["parameters"]
     assert held(1, 2, 1) == 4 * ((n - biases) // 2 + biases)
     assert held(2, 1, 1) == 4 * n
 
@@ -75,7 +99,7 @@ def test_accumulators_of_half_precision_save_their_half():
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    config, limit = gsm8k(), 60e9
+    config, limit = gsm8k(**ON_DEVICE), 60e9
     most = largest_micro_batch(config, QWEN_1_5B, ONE, limit)
 
     def peak(rows):
@@ -91,7 +115,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 def test_it_agrees_with_a_measured_peak():
     """61.58 GB was the trainer's peak on an H200 with these settings (jax 0.11.2, 2026-11-24)."""
     config = gsm8k(
-        **{
+        **ON_DEVICE
+        | {
             "data.train_batch_size": 64,
             "algorithm.group_size": 8,
             "data.max_prompt_length": 128,

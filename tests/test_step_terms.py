@@ -25,7 +25,7 @@ def stages_for(kl_coef=0.5, estimator=None, **changes):
     """What `train.py`'s functions read of the stages."""
     algorithm = dataclasses.replace(ALGORITHM, kl_coef=kl_coef, **changes)
     config = types.SimpleNamespace(algorithm=algorithm, completions_per_step=2)
-    reference = Reference({"w": np.zeros(2)}, algorithm, np.float32, kl_coef=kl_coef)
+    reference = Reference({"w": np.zeros(2)}, algorithm, np.float32, None, kl_coef=kl_coef)
     estimator = estimator or load_estimator(algorithm.adv_estimator)
     return types.SimpleNamespace(config=config, reference=reference, estimator=estimator)
 

@@ -21,8 +21,10 @@ from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.losses import grpo_loss
 from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
+from grpo_jax.offload import LeafState
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 from grpo_jax.update import (
+    at_rest,
     copy_params,
     init_state,
     make_optimizer,
@@ -47,6 +49,8 @@ OPTIM = OptimSection(
     weight_decay=0.1,
     max_grad_norm=0.5,
     accumulator_dtype="float32",
+    moments_dtype="float32",
+    offload=False,
 )
 ACTOR = ActorSection(
     num_minibatches=1,
@@ -136,7 +140,7 @@ OPTIMIZER = make_optimizer(OPTIM, make_schedule(OPTIM, 10))
 
 
 @functools.cache
-def update_step(config, sizes, algorithm, chunk_tokens=8, accumulator_dtype="float32"):
+def update_step(config, sizes, algorithm, chunk_tokens=8, optim=OPTIM):
     """Compiled once for each set of arguments and shape of batch."""
     return make_update_step(
         config,
@@ -144,7 +148,7 @@ def update_step(config, sizes, algorithm, chunk_tokens=8, accumulator_dtype="flo
         OPTIMIZER,
         lambda step: 0.25,
         functools.partial(grpo_loss, algorithm=algorithm),
-        accumulator_dtype=accumulator_dtype,
+        optim=optim,
         temperature=TEMPERATURE,
         chunk_tokens=chunk_tokens,
     )
@@ -153,7 +157,7 @@ def update_step(config, sizes, algorithm, chunk_tokens=8, accumulator_dtype="flo
 @functools.cache
 def _first_state(path, config, sizes):
     folder, mesh = inspect_folder(path), mesh_of(*sizes)
-    state = init_state(load_params(folder, config, mesh), config, OPTIMIZER, mesh)
+    state = init_state(load_params(folder, config, mesh), config, OPTIMIZER, mesh, offload=False)
     return on_host(state), jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -187,14 +191,14 @@ def run(
     algorithm=ALGORITHM,
     config=None,
     shape=None,
-    accumulator_dtype="float32",
+    optim=OPTIM,
 ):
     """One update; returns the new state and the metrics, both on the host."""
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         state = place(model, state, sizes=sizes, config=config)
         micro_batches = micro(batch, sizes=sizes, actor=actor, algorithm=algorithm, shape=shape)
-        step = update_step(config or model[1].config, sizes, algorithm, accumulator_dtype=accumulator_dtype)
+        step = update_step(config or model[1].config, sizes, algorithm, optim=optim)
         state, metrics = step(state, micro_batches)
     return on_host(state), {name: float(value) for name, value in metrics.items()}
 
@@ -354,7 +358,7 @@ def test_packed_rows_give_the_update_of_one_completion_a_row(model, batch, sizes
 def test_accumulators_of_half_precision_stay_near(model, batch):
     """bfloat16 keeps 8 bits: a sum of six terms is off by some 0.4 % of its largest term."""
     actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=1)
-    got, _ = run(model, batch, actor=actor, accumulator_dtype="bfloat16")
+    got, _ = run(model, batch, actor=actor, optim=dataclasses.replace(OPTIM, accumulator_dtype="bfloat16"))
     expected, _ = run(model, batch, actor=actor)
     flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     a, b = flat(gradients(got)), flat(gradients(expected))
@@ -522,7 +526,9 @@ def test_the_optimizer_equals_torchs():
         gradients = {
             name: (scale * rng.normal(size=v.shape)).astype(np.float32) for name, v in values.items()
         }
-        updates, opt_state = optimizer.update(jax.tree.map(jnp.asarray, gradients), opt_state, params)
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        given = {name: jnp.asarray(g * min(1, 0.5 / norm)) for name, g in gradients.items()}
+        updates, opt_state = optimizer.update(given, opt_state, params)
         params = optax.apply_updates(params, updates)
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(gradients[name])
@@ -635,3 +641,78 @@ def test_bfloat16_activations_stay_near_float32(model, batch):
     flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     got, want = flat(gradients(state)), flat(gradients(expected))
     assert got @ want / (np.linalg.norm(got) * np.linalg.norm(want)) > 0.99
+
+
+# Optimizer state on the host
+
+
+OFFLOADED = dataclasses.replace(OPTIM, offload=True)
+
+
+def run_offloaded(model, batches, sizes, dtype=jnp.float32, optim=OFFLOADED):
+    """Updates with the state where `optim` says; the last state, and the metrics of each."""
+    config = dataclasses.replace(model[1].config, dtype=dtype)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        # As a model's folder in bfloat16 would have them: the masters begin with what the devices hold.
+        rounded = load_params(model[1], at_rest(config, OFFLOADED), mesh)
+        params = jax.tree.map(lambda x: x.astype(at_rest(config, optim).param_dtype), rounded)
+        state = init_state(params, config, OPTIMIZER, mesh, offload=optim.offload)
+        step, metrics = update_step(config, sizes, ALGORITHM, optim=optim), []
+        for batch in batches:
+            state, summary = step(state, micro(batch, sizes=sizes))
+            metrics.append({name: float(value) for name, value in summary.items()})
+    return state, metrics
+
+
+def parts_of(state, name):
+    """A part of the offloaded state, as a tree like the parameters."""
+    part = {"master": lambda s: s.master, "mu": lambda s: s.inner[0].mu, "nu": lambda s: s.inner[0].nu}[name]
+    return jax.tree.map(part, state.opt_state, is_leaf=lambda x: isinstance(x, LeafState))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((1, 1, 1), jnp.bfloat16), ((2, 4, 1), jnp.bfloat16), ((2, 2, 2), jnp.float32)],
+    ids=str,
+)
+def test_where_the_optimizers_state_lives_changes_nothing(model, batch, sizes, dtype):
+    """Three updates, the second of which is skipped: the same metrics, parameters and moments."""
+    broken = batch.replace(advantages=np.full_like(batch.advantages, np.nan))
+    batches = (batch, broken, batch)
+    there, their_metrics = run_offloaded(model, batches, sizes, dtype)
+    here, metrics = run_offloaded(model, batches, sizes, dtype, optim=OPTIM)
+    for ours, theirs in zip(metrics, their_metrics, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-7, nan_ok=True)
+    assert [m["actor/skipped_updates"] for m in metrics] == [0, 1, 0]
+    assert int(there.step) == int(here.step) == 2
+    masters = there.params if dtype == jnp.float32 else parts_of(there, "master")
+    agree(on_host(masters), on_host(here.params), atol=1e-6)
+    agree(on_host(parts_of(there, "mu")), on_host(first_moment(here)), atol=1e-7)
+    rounded = jax.tree.map(lambda x: np.asarray(x.astype(dtype), np.float32), here.params)
+    agree(jax.tree.map(lambda x: np.asarray(x, np.float32), there.params), rounded, atol=1e-6, rtol=2**-7)
+
+
+def test_offloaded_state_is_pinned_on_the_host_and_split_like_its_parameter(model, batch):
+    state, _ = run_offloaded(model, [batch], (1, 4, 2))
+    for name in ("mu", "nu"):
+        for moment, param in zip(
+            jax.tree.leaves(parts_of(state, name)), jax.tree.leaves(state.params), strict=True
+        ):
+            assert moment.sharding.memory_kind == "pinned_host"
+            assert moment.sharding.spec == param.sharding.spec
+            assert param.sharding.memory_kind == "device"
+
+
+def test_moments_are_stored_in_the_dtype_that_is_configured(model, batch):
+    """After one update mu is (1 - beta1) times the gradient; bfloat16 keeps 8 of its 24 bits."""
+    section = dataclasses.replace(OPTIM, moments_dtype="bfloat16")
+    optimizer = make_optimizer(section, lambda step: 1e-3)
+    params = {"w": jnp.ones(3, jnp.float32)}
+    grads = {"w": jnp.asarray([0.1, -0.2, 1.0], jnp.float32)}
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    adam = state[0]
+    assert adam.mu["w"].dtype == adam.nu["w"].dtype == jnp.bfloat16 and adam.count.dtype == jnp.int32
+    np.testing.assert_allclose(np.asarray(adam.mu["w"], np.float32), [0.01, -0.02, 0.1], rtol=2**-8)
+    # The step itself is made before they are rounded: sign of the gradient, and weight decay of 0.1.
+    np.testing.assert_allclose(updates["w"], [-1.1e-3, 0.9e-3, -1.1e-3], rtol=1e-5)

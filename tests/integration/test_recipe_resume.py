@@ -1,7 +1,8 @@
 """All that recipes carry from step to step goes through interruptions to the same bits.
 
 Six steps in one go, and the same six in three pieces: dynamic sampling with groups left over, an adaptive
-coefficient of the KL, a reference that is refreshed in the middle of the second piece, and several rewards.
+coefficient of the KL, a reference that is refreshed in the middle of the second piece, several rewards, and optimizer
+state and reference on the host.
 """
 
 import integration_helpers as helpers
@@ -40,6 +41,9 @@ def overrides(tmp_path_factory, model_folder):
         "algorithm.kl_target": TARGET,
         "algorithm.kl_horizon": HORIZON,
         "algorithm.ref_refresh_every": 3,
+        "algorithm.ref_offload": True,
+        "optim.offload": True,
+        "model.dtype": "bfloat16",  # the masters are float32, and no others
         "optim.learning_rate": 1e-3,
         "arithmetic.num_train": 26,  # six steps are an epoch
         "logging.save_rollouts": True,
