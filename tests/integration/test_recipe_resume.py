@@ -1,8 +1,8 @@
 """All that recipes carry from step to step goes through interruptions to the same bits.
 
 Six steps in one go, and the same six in three pieces: dynamic sampling with groups left over, an adaptive
-coefficient of the KL, a reference that is refreshed in the middle of the second piece, several rewards, and optimizer
-state and reference on the host.
+coefficient of the KL, a reference that is refreshed in the middle of the second piece, several rewards, and the
+optimizer's state and the reference on the host.
 """
 
 import integration_helpers as helpers
