@@ -91,6 +91,8 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {}
         if not address:
+            # Ray would end an engine once 95 % of the host's memory is taken, as by the trainer's offloaded state.
+            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             # The trainer's process takes no part in Ray's accounts: all GPUs are the engines'.
             options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
             if self._gpus:
