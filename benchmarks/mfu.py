@@ -17,6 +17,7 @@ from typing import Any
 
 import common
 import engine_common
+import matmul
 import numpy as np
 
 LEARNING_RATE = 1e-6
@@ -39,29 +40,10 @@ def main() -> None:
     args = parser.parse_args()
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}")
-    limit = matmul_rate(args.dtype)
+    limit = matmul.matmul_rate(args.dtype, matmul.default_size())
     print(f"limit     {limit / 1e12:,.0f} TFLOP/s, a matrix product of {args.dtype}")
     for variant in args.variants.split(","):
         measure(args, variant, limit)
-
-
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large square matrix product; smaller on a CPU, which would take minutes."""
-    import jax
-    import jax.numpy as jnp
-
-    n = 512 if jax.default_backend() == "cpu" else 8192
-    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-
-    def once() -> float:
-        start = time.perf_counter()
-        results = [product(x) for _ in range(10)]
-        jax.block_until_ready(results)
-        return (time.perf_counter() - start) / 10
-
-    return 2 * n**3 / statistics.median(once() for _ in range(5))
 
 
 def measure(args: Any, variant: str, limit: float) -> None:

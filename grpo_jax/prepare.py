@@ -128,7 +128,12 @@ def make_room_on_host(config: Config, model: ModelConfig) -> None:
     limit, so that more than what is needed would be taken from the other processes of the host.
     """
     copies = config.mesh.data if config.mesh.data > 0 else MOST_COPIES
-    needed = copies * sum(what_is_held(config, model, num_params(model))[1].values())
+    one = sum(what_is_held(config, model, num_params(model))[1].values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if one > there:
+        text = "optim.offload and algorithm.ref_offload take %.0f GB of the host's memory, which has %.0f GB"
+        logger.warning(text, one / 1e9, there / 1e9)
+    needed = copies * one
     limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB
     if limit > JAX_HOST_LIMIT_GIB:
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))

@@ -229,6 +229,7 @@ RULES = [  # changes, the key that is named, part of the rule
         "algorithm.ref_refresh_every",
         "algorithm.kl_coef above 0",
     ),
+    ({"optim.moments_dtype": "bfloat16", "optim.beta2": 0.991}, "optim.moments_dtype", "optim.beta2 of 0.99 or less"),
     # 1,024 completions a step: a relative change of 0.2 * 1,024 / 204.8 = 1 would end at 0.
     (
         {"algorithm.kl_target": 0.1, "algorithm.kl_horizon": 204.8},
@@ -354,6 +355,7 @@ def test_a_broken_rule_names_key_value_and_rule(changes, key, rule):
         {"algorithm.old_logprobs": "sampler", "algorithm.dynamic_sampling_rounds": 1},
         {"reward.extra_functions": ("math", "mine.py:f"), "reward.weights": (1.0, -0.5, 0.0)},
         {"reward.overlong_buffer": 512},
+        {"optim.moments_dtype": "bfloat16", "optim.beta2": 0.99},
         {"mesh.data": -1, "mesh.fsdp": 1},
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
         {"arithmetic.num_train": 10, "arithmetic.num_val": 5, "data.train_files": (), "data.val_files": ()},

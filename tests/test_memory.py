@@ -1,6 +1,8 @@
 """Memory plans: counts derived by hand, and one that was measured."""
 
 import dataclasses
+import logging
+import os
 import runpy
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from grpo_jax import plan
 from grpo_jax.config import ConfigError, parse_config
 from grpo_jax.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model.transformer import ModelConfig, num_params
+from grpo_jax.prepare import make_room_on_host, trainer_share
 
 ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +85,33 @@ def test_an_update_has_the_state_of_one_parameter_on_the_device():
     """The largest is the embedding: master and moments, 12 bytes a number, and the new parameter, 2."""
     n, largest = num_params(MODEL), V * D
     assert plan_memory(gsm8k(), MODEL, ONE).phases["optimizer"] == 2 * n + 4 * n + 14 * largest
+
+
+QWEN_7B = dataclasses.replace(
+    QWEN_1_5B, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_heads=28, num_kv_heads=4,
+    tie_embeddings=False,
+)  # fmt: skip
+
+
+def test_jax_may_pin_what_the_host_holds_and_a_little_more(monkeypatch, caplog):
+    """7,615,616,512 parameters at 14 bytes and 6 %, 105.3 GiB, rounded up, and 2 for staging."""
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setattr(logging.getLogger("grpo_jax"), "propagate", True)
+    monkeypatch.setenv(name, "")  # restored at the end
+    for model, changes, expected in (
+        (QWEN_7B, {}, "108"),
+        (QWEN_7B, {"mesh.data": 2, "mesh.fsdp": 1}, "213"),
+        (QWEN_1_5B, {}, None),  # less than JAX's own limit
+        (QWEN_7B, ON_DEVICE, None),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        make_room_on_host(gsm8k(**changes), model)
+        assert os.environ.get(name) == expected
+    monkeypatch.setenv(name, "77")
+    monkeypatch.setattr(os, "sysconf", lambda key: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**7}[key])
+    make_room_on_host(gsm8k(), QWEN_7B)
+    assert os.environ[name] == "77"
+    assert "take 107 GB of the host's memory, which has 41 GB" in caplog.text
 
 
 def test_fsdp_splits_what_is_held_and_data_does_not():
@@ -165,3 +195,11 @@ def test_a_model_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: model.path=") and err.count("\n") == 1
+
+
+def test_the_seeds_run_fits_one_h200_and_agrees_with_its_peak():
+    """76.04 GB of 79.9 was the trainer's peak: configs/gsm8k.py as shipped (jax 0.11.2, 2026-11-26)."""
+    peak = plan_memory(gsm8k(), QWEN_7B, ONE).peak
+    assert peak == pytest.approx(76.04e9, rel=0.1) and peak < trainer_share(
+        gsm8k().rollout
+    ) * plan.device_bytes("h200")
