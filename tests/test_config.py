@@ -229,7 +229,11 @@ RULES = [  # changes, the key that is named, part of the rule
         "algorithm.ref_refresh_every",
         "algorithm.kl_coef above 0",
     ),
-    ({"optim.moments_dtype": "bfloat16", "optim.beta2": 0.991}, "optim.moments_dtype", "optim.beta2 of 0.99 or less"),
+    (
+        {"optim.moments_dtype": "bfloat16", "optim.beta2": 0.991},
+        "optim.moments_dtype",
+        "optim.beta2 of 0.99 or less",
+    ),
     # 1,024 completions a step: a relative change of 0.2 * 1,024 / 204.8 = 1 would end at 0.
     (
         {"algorithm.kl_target": 0.1, "algorithm.kl_horizon": 204.8},
