@@ -1,7 +1,7 @@
 """Orbax checkpoints: all that a run needs to go on as if it had never stopped.
 
 Parameters and optimizer state are separate items, so that `export` reads the parameters alone. Saving is
-asynchronous: the next step runs while the files are written.
+asynchronous: the next step runs while the files are written. Of state on the host it is not, for want of memory.
 """
 
 import dataclasses
@@ -35,13 +35,22 @@ class Progress:
     """As the adaptive coefficient is now."""
 
 
+HOST_GB = 8
+"""The most that is copied within the host at once, of state that lives there; one array at least."""
+
+
 class Checkpointer:
     """Saves to and restores from DIR/STEP."""
 
-    def __init__(self, folder: Path, max_to_keep: int):
-        self._folder = folder.absolute()
+    def __init__(self, folder: Path, max_to_keep: int, *, is_offloaded: bool):
+        """Args: is_offloaded: the optimizer's state fills the host's memory, with no room for a copy of it."""
+        self._folder, self._is_offloaded = folder.absolute(), is_offloaded
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        limits = dict(save_device_host_concurrent_gb=HOST_GB, restore_concurrent_gb=HOST_GB)
+        arrays = lambda: ocp.PyTreeCheckpointHandler(**(limits if is_offloaded else {}))
+        handlers: dict[str, Any] = {name: arrays() for name in ("params", "optimizer", "reference")}
+        handlers["progress"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -56,13 +65,15 @@ class Checkpointer:
             return
         rest = {"step": state.step, "opt_state": state.opt_state}
         items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(rest),
+            "params": ocp.args.PyTreeSave(state.params),
+            "optimizer": ocp.args.PyTreeSave(rest),
             "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
         }
         if reference is not None:
-            items["reference"] = ocp.args.StandardSave(reference)
+            items["reference"] = ocp.args.PyTreeSave(reference)
         self._manager.save(progress.global_step, args=ocp.args.Composite(**items))
+        if self._is_offloaded:
+            self.wait()  # what is still to be copied is given back by the next update
 
     def restore(
         self, abstract: TrainState, abstract_reference: Params = None
@@ -73,12 +84,12 @@ class Checkpointer:
         """
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore(rest),
+            "params": _restore_like(abstract.params),
+            "optimizer": _restore_like(rest),
             "progress": ocp.args.JsonRestore(),
         }
         if abstract_reference is not None:
-            items["reference"] = ocp.args.StandardRestore(abstract_reference)
+            items["reference"] = _restore_like(abstract_reference)
         restored = self._manager.restore(
             self.latest_step,
             args=ocp.args.Composite(**items),
@@ -98,6 +109,12 @@ class Checkpointer:
 def abstract_like(shapes: Any, shardings: Any) -> Any:
     """`jax.ShapeDtypeStruct` with shardings, the form in which Orbax wants to be told what to restore."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _restore_like(abstract: Any) -> Any:
+    return ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -121,8 +138,6 @@ def load_for_export(step_folder: Path, abstract_params: Params) -> tuple[Params,
     ) as manager:
         restored = manager.restore(
             int(step_folder.name),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_params), progress=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(params=_restore_like(abstract_params), progress=ocp.args.JsonRestore()),
         )
     return restored.params, Progress(**restored.progress)

@@ -271,7 +271,9 @@ def train(config: Config, path: Path) -> None:
         keep_compiled(config.trainer)
         workdir.open(config)
         timers = Timers()
-        checkpointer = Checkpointer(workdir.checkpoints, config.checkpoint.max_to_keep)
+        checkpointer = Checkpointer(
+            workdir.checkpoints, config.checkpoint.max_to_keep, is_offloaded=config.optim.offload
+        )
         stack.callback(checkpointer.close)
         with reported_failure(timers, checkpointer), jax.set_mesh(mesh):
             folder = make_model(config, inputs, workdir, mesh)

@@ -216,7 +216,7 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path):
     update = jax.jit(lambda s: jax.tree.map(lambda x: -x - 1, s), donate_argnums=0)
     update(jax.tree.map(jnp.copy, state))  # compiled beforehand, so that the next one is quick
 
-    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1, is_offloaded=False)
     progress = Progress(
         global_step=3,
         policy_version=3,
@@ -233,7 +233,7 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path):
     jax.block_until_ready(state)
     checkpointer.close()
 
-    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1, is_offloaded=False)
     restored, restored_progress, reference = checkpointer.restore(abstract, {"a": abstract.params["a"]})
     checkpointer.close()
     assert restored_progress == progress and int(restored.step) == 3
