@@ -79,7 +79,7 @@ def check_config(config: Config, path: Path) -> None:
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     if inputs.model is not None:
-        rows += _memory_rows(config, inputs.model.config, mesh)
+        rows += _memory_rows(config, mesh)
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     if config.rollout.engine == "vllm":
         rows.append(
@@ -91,12 +91,15 @@ def check_config(config: Config, path: Path) -> None:
         print(f"  {name.ljust(width)}  {value}")
 
 
-def _memory_rows(config: Config, model: Any, mesh: Any) -> list[tuple[str, str]]:
+def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     """What `grpo_jax.plan` says in full."""
-    from grpo_jax.memory import plan_memory
+    from grpo_jax.memory import plan_memory, what_is_held
     from grpo_jax.model.transformer import num_params
+    from grpo_jax.plan import read_model
 
-    plan, checkpoint = plan_memory(config, model, mesh), num_params(model) * 3 * 4
+    model = read_model(config)
+    plan, whole = plan_memory(config, model, mesh), what_is_held(config, model, num_params(model))
+    checkpoint = sum(size for part in whole for name, size in part.items() if name != "reference")
     rows = [
         ("parameters", f"{num_params(model):,}"),
         ("a device holds between steps", f"{sum(plan.held.values()) / 1e9:.1f} GB ({', '.join(plan.held)})"),
@@ -104,7 +107,7 @@ def _memory_rows(config: Config, model: Any, mesh: Any) -> list[tuple[str, str]]
     ]
     if plan.host:
         rows.append(("the host holds", f"{sum(plan.host.values()) / 1e9:.1f} GB ({', '.join(plan.host)})"))
-    return [*rows, ("one checkpoint", f"about {checkpoint / 1e9:.1f} GB")]
+    return [*rows, ("one checkpoint", f"{checkpoint / 1e9:.1f} GB")]
 
 
 def main() -> None:
