@@ -8,7 +8,9 @@ measured in the same process. FLOPs are the model's (`metrics.update_flops`): re
 """
 
 import collections
+import dataclasses
 import functools
+import runpy
 import statistics
 import tempfile
 import time
@@ -38,12 +40,37 @@ def main() -> None:
     parser.add_argument("--mesh", default="1,1", help="devices: data, fsdp")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
     args = parser.parse_args()
+    if args.offload:
+        make_room(args)
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}")
     limit = matmul.matmul_rate(args.dtype, matmul.default_size())
     print(f"limit     {limit / 1e12:,.0f} TFLOP/s, a matrix product of {args.dtype}")
     for variant in args.variants.split(","):
         measure(args, variant, limit)
+
+
+def make_room(args: Any) -> None:
+    """As a run does, before the device is touched."""
+    from grpo_jax.config import parse_config
+    from grpo_jax.prepare import make_room_on_host
+
+    config = parse_config(default_config())
+    config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
+    model = shape_of(args)
+    make_room_on_host(config, dataclasses.replace(model, param_dtype=args.param_dtype))
+
+
+def default_config() -> Any:
+    file = Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"
+    return runpy.run_path(str(file))["get_config"]()
+
+
+def shape_of(args: Any) -> Any:
+    """`ModelConfig` of the shape."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = engine_common.write_shape(Path(temporary) / "model", args.shape)
+        return engine_common.model_folder(folder, args.dtype).config
 
 
 def measure(args: Any, variant: str, limit: float) -> None:
@@ -110,9 +137,6 @@ def random_batch(args: Any) -> Any:
 
 def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any) -> Any:
     """Returns the model's config, and an update and a scoring of the whole batch that wait for the device."""
-    import dataclasses
-    import runpy
-
     import jax
     import jax.numpy as jnp
 
@@ -131,15 +155,11 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         to_micro_batches,
     )  # fmt: skip
 
-    defaults = runpy.run_path(str(Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"))[
-        "get_config"
-    ]()
+    defaults = default_config()
     algorithm = AlgorithmSection(**defaults.algorithm.to_dict())
     optim = OptimSection(**defaults.optim.to_dict() | {"offload": args.offload})
     mesh = jax.sharding.get_mesh()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = engine_common.write_shape(Path(temporary) / "model", args.shape)
-        model = engine_common.model_folder(folder, args.dtype).config
+    model = shape_of(args)
     kernel = choose_kernel(args.attention, args.dtype, model.head_dim)
     model = dataclasses.replace(
         model, param_dtype=jnp.dtype(args.param_dtype), remat=remat, scan_layers=True, attention=kernel

@@ -80,7 +80,8 @@ class Checkpointer:
     ) -> tuple[TrainState, Progress, Params]:
         """Reads the latest checkpoint straight into its shards.
 
-        Args: both `jax.ShapeDtypeStruct` with a sharding for every leaf; without the second no reference is read.
+        Args:   both `jax.ShapeDtypeStruct`s with shardings; without the second no reference is read.
+        Raises: ConfigError: it holds other arrays, as after checkpoint.resume=force.
         """
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         items = {
@@ -90,10 +91,14 @@ class Checkpointer:
         }
         if abstract_reference is not None:
             items["reference"] = _restore_like(abstract_reference)
-        restored = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(**items),
-        )
+        try:
+            restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
+        except ValueError as error:
+            rule = (
+                "the checkpoint holds other arrays than this configuration asks for: model.path, model.*dtype and "
+                f"optim.offload must be those of the run ({str(error).splitlines()[0][:200]})"
+            )
+            raise ConfigError("checkpoint.resume", "force", rule) from error
         state = TrainState(params=restored.params, **restored.optimizer)
         return state, Progress(**restored.progress), restored.get("reference")
 

@@ -26,7 +26,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes."""
+    """Bytes, of one device and of the host."""
 
     held: dict[str, int]
     """On one device from step to step, by name."""
@@ -72,8 +72,8 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
     streamed = 0
     if config.optim.offload:  # the state of the largest parameter, and the parameter that is made of it
-        there = what_is_held(config, model, max(jax.tree.leaves(sizes)))[1]
-        streamed = sum(there.values()) - there.get("reference", 0) + max(jax.tree.leaves(sizes)) * computed
+        state = sum(size for name, size in host.items() if name != "reference")
+        streamed = (state // parameters + computed) * max(jax.tree.leaves(sizes))
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
         "optimizer": base + cast + sums + streamed,

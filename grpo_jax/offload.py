@@ -3,7 +3,7 @@
 With `optim.offload`, a device holds the parameters in the dtype of the computation from step to step, and nothing
 else. What they are rounded from (the masters) and Adam's moments lie in pinned memory of the host. An update
 brings over the state of one parameter, all layers of it, changes it on the device, and puts it back before the
-next one comes: the device needs room for the largest, and 24 bytes a parameter cross the bus.
+next one comes: the device needs room for the largest, and every byte of the state crosses the bus twice.
 """
 
 import dataclasses
@@ -49,10 +49,22 @@ def to_host(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
+def rounded(config: ModelConfig) -> ModelConfig:
+    """The model with parameters as the devices hold them: in the dtype of the computation, if that is narrower."""
+    is_narrower = jnp.dtype(config.dtype).itemsize < jnp.dtype(config.param_dtype).itemsize
+    return dataclasses.replace(config, param_dtype=config.dtype) if is_narrower else config
+
+
 def leaf_state(optimizer: optax.GradientTransformation, master_dtype: Any, param: jax.Array) -> LeafState:
     """The state of one parameter at step 0."""
     master = None if param.dtype == master_dtype else param.astype(master_dtype)
     return LeafState(master, optimizer.init(param if master is None else master))
+
+
+def abstract_offloaded(config: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
+    """Shape and dtype of every leaf of the offloaded state."""
+    make = functools.partial(leaf_state, optimizer, config.param_dtype)
+    return jax.eval_shape(lambda params: jax.tree.map(make, params), abstract_params(rounded(config))[0])
 
 
 def offloaded_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
@@ -67,17 +79,19 @@ def offloaded_shardings(config: ModelConfig, optimizer: optax.GradientTransforma
     return jax.tree.map(one, shapes, abstract_offloaded(config, optimizer), param_shardings(config, mesh))
 
 
-def abstract_offloaded(config: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
-    """Shape and dtype of every leaf of the offloaded state."""
-    params = abstract_params(dataclasses.replace(config, param_dtype=config.dtype))[0]
-    make = functools.partial(leaf_state, optimizer, config.param_dtype)
-    return jax.eval_shape(lambda params: jax.tree.map(make, params), params)
+def on_device(there: LeafState) -> LeafState:
+    """The shardings of a parameter's state while it is changed."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), there)
 
 
 def init_offloaded(params: Params, config: ModelConfig, optimizer: Any, mesh: Mesh) -> Any:
     """The state to begin with, made and put away a parameter at a time."""
-    make = jax.jit(functools.partial(leaf_state, optimizer, config.param_dtype))
-    one = lambda param, there: jax.block_until_ready(jax.device_put(make(param), there))
+    make = functools.partial(leaf_state, optimizer, config.param_dtype)
+
+    def one(param: jax.Array, there: LeafState) -> LeafState:
+        made = jax.jit(make, out_shardings=on_device(there))(param)
+        return jax.block_until_ready(jax.device_put(made, there))
+
     return jax.tree.map(one, params, offloaded_shardings(config, optimizer, mesh))
 
 
@@ -88,11 +102,28 @@ def make_streamed_update(
 
     The gradients are multiplied by `scale`; without `is_finite`, nothing changes.
     """
+    make = functools.partial(_update_of_one, optimizer)
     there = offloaded_shardings(config, optimizer, mesh)
-    here = jax.tree.map(lambda s: s.with_memory_kind("device"), there)
-    shardings = param_shardings(config, mesh)
+    steps = jax.tree.map(make, param_shardings(config, mesh), there)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(
+        params: Params, state: Any, grads: Params, scale: jax.Array, is_finite: jax.Array
+    ) -> tuple[Params, Any]:
+        call = lambda step, *arrays: step(*arrays, scale, is_finite)
+        pairs = jax.tree.map(call, steps, params, state, grads)
+        take = lambda i: jax.tree.map(lambda pair: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple))
+        return take(0), take(1)
+
+    return update
+
+
+def _update_of_one(
+    optimizer: optax.GradientTransformation, sharding: Any, there: LeafState
+) -> Callable[..., tuple[jax.Array, LeafState]]:
+    """The update of one parameter. Args: sharding: of the parameter; there: of its state on the host."""
+    here = on_device(there)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(sharding, here))
     def change(
         param: jax.Array, state: LeafState, grad: jax.Array, scale: jax.Array, is_finite: jax.Array
     ) -> tuple[jax.Array, LeafState]:
@@ -103,31 +134,14 @@ def make_streamed_update(
         keep = lambda new, old: jnp.where(is_finite, new, old)
         return keep(master.astype(param.dtype), param), jax.tree.map(keep, new, state)
 
-    def one(
-        facts: tuple[jax.Array, jax.Array],
-        param: jax.Array,
-        state: LeafState,
-        grad: jax.Array,
-        sharding: Any,
-        here: LeafState,
-        there: LeafState,
-    ) -> tuple[jax.Array, LeafState]:
+    def step(param: jax.Array, state: LeafState, *rest: jax.Array) -> tuple[jax.Array, LeafState]:
         brought = jax.block_until_ready(jax.device_put(state, here))
         # Its place on the host is given back before the new state asks for one of the same size.
         for old in jax.tree.leaves(state):
             if old.sharding.memory_kind == HOST:
                 old.delete()
-        param, brought = change(param, brought, grad, *facts)
+        param, changed = change(param, brought, *rest)
         # Waiting keeps the states of several parameters from being on the device at once.
-        return jax.device_put(param, sharding), jax.block_until_ready(jax.device_put(brought, there))
+        return param, jax.block_until_ready(jax.device_put(changed, there))
 
-    def update(
-        params: Params, state: Any, grads: Params, scale: jax.Array, is_finite: jax.Array
-    ) -> tuple[Params, Any]:
-        facts = (scale, is_finite)
-        pairs = jax.tree.map(functools.partial(one, facts), params, state, grads, shardings, here, there)
-        is_pair = lambda x: isinstance(x, tuple)
-        take = lambda i: jax.tree.map(lambda pair: pair[i], pairs, is_leaf=is_pair)
-        return take(0), take(1)
-
-    return update
+    return step

@@ -34,8 +34,6 @@ HOST_SLACK = 0.06
 """Of pinned memory: what lies idle between arrays of different sizes."""
 STAGING_GIB = 2
 """Pinned memory that JAX copies through."""
-MOST_COPIES = 8
-"""Of the parameters, where mesh.data=-1 leaves their number to the devices at hand."""
 
 CONTEXT_SHARE = 0.07
 """Of a GPU's memory: CUDA contexts, kernels and buffers for weights under way, which no pool counts."""
@@ -127,14 +125,15 @@ def make_room_on_host(config: Config, model: ModelConfig) -> None:
     Its own limit is 64 GB; as `share_gpus`, before any device is touched. The pool grows by doubling, up to the
     limit, so that more than what is needed would be taken from the other processes of the host.
     """
-    copies = config.mesh.data if config.mesh.data > 0 else MOST_COPIES
+    is_known = config.mesh.data > 0
     one = sum(what_is_held(config, model, num_params(model))[1].values())
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if one > there:
+    needed = one * max(1, config.mesh.data)
+    if needed > there:
         text = "optim.offload and algorithm.ref_offload take %.0f GB of the host's memory, which has %.0f GB"
-        logger.warning(text, one / 1e9, there / 1e9)
-    needed = copies * one
-    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB
+        logger.warning(text, needed / 1e9, there / 1e9)
+    # With mesh.data=-1 there are as many copies as devices, which nobody has counted yet.
+    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB if is_known or not one else there // GIB
     if limit > JAX_HOST_LIMIT_GIB:
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
 

@@ -62,5 +62,6 @@ class Reference:
         """Makes the policy the reference where that is due after so many steps; returns whether it did."""
         if not self.is_refreshed or steps_done % self._section.ref_refresh_every:
             return False
+        self.params = None  # before the new ones come
         self.params = make_reference_params(params, self._section, self._dtype, self._shardings)
         return True

@@ -190,18 +190,18 @@ def _begin(
     checkpointer: Checkpointer,
 ) -> tuple[TrainState, Params, Progress | None]:
     """State and reference parameters to begin with: new, or of the latest checkpoint, then with its progress."""
-    model, ref_params = folder.config, None
+    model, is_new, ref_params = folder.config, checkpointer.latest_step is None, None
+    is_refreshed = config.algorithm.ref_refresh_every > 0  # and saved then
     params = load_params(folder, at_rest(model, config.optim), mesh)
-    if config.uses_reference:
+    if config.uses_reference and (is_new or not is_refreshed):
         shardings = param_shardings(model, mesh)
         ref_params = make_reference_params(params, config.algorithm, model.dtype, shardings)
-    if checkpointer.latest_step is None:
+    if is_new:
         workdir.model_files.mkdir(exist_ok=True)  # there, but perhaps not complete, after a crash
         copy_side_files(folder.path, workdir.model_files)
         state = init_state(params, model, optimizer, mesh, offload=config.optim.offload)
         return state, ref_params, None
     del params  # before the restored ones come
-    is_refreshed = config.algorithm.ref_refresh_every > 0
     state, progress, restored = checkpointer.restore(
         abstract_state(config, model, optimizer, mesh),
         abstract_reference(config, model, mesh) if is_refreshed else None,

@@ -25,7 +25,7 @@ from grpo_jax.losses import LossMetrics
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards, replicated
 from grpo_jax.model.transformer import ModelConfig, abstract_params, forward, head_matrix, param_shardings
-from grpo_jax.offload import init_offloaded, make_streamed_update, offloaded_shardings
+from grpo_jax.offload import init_offloaded, make_streamed_update, offloaded_shardings, rounded
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 
 LossFn = Callable[[jax.Array, jax.Array, TrainBatch, jax.Array], tuple[jax.Array, LossMetrics]]
@@ -59,6 +59,7 @@ def make_optimizer(section: OptimSection, schedule: Schedule) -> optax.GradientT
     adamw = optax.adamw(schedule, b1=section.beta1, b2=section.beta2, weight_decay=section.weight_decay)
 
     def stored(state: Any, dtype: Any) -> Any:
+        # `optax.tree_map_params` looks at the state with placeholders in it, which have no dtype.
         is_moment = lambda x: jnp.issubdtype(getattr(x, "dtype", int), jnp.floating)
         return jax.tree.map(lambda x: x.astype(dtype) if is_moment(x) else x, state)
 
@@ -73,7 +74,7 @@ def make_optimizer(section: OptimSection, schedule: Schedule) -> optax.GradientT
 
 def at_rest(config: ModelConfig, section: OptimSection) -> ModelConfig:
     """The model with the dtype in which the devices hold its parameters from step to step."""
-    return dataclasses.replace(config, param_dtype=config.dtype) if section.offload else config
+    return rounded(config) if section.offload else config
 
 
 def state_shardings(
@@ -243,13 +244,16 @@ def make_update_step(
             return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state), summary
 
     sums = (shardings.params, replicated(mesh))
-    at_once = jax.jit(apply_at_once, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    streamed = make_streamed_apply(jax.jit(judge), make_streamed_update(config, optimizer, mesh))
+    apply: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    if optim.offload:
+        apply = make_streamed_apply(jax.jit(judge), make_streamed_update(config, optimizer, mesh))
+    else:
+        apply = jax.jit(apply_at_once, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     return UpdateStep(
         cast=make_cast(at_rest(config, optim), mesh),
         zeros=jax.jit(zeros, out_shardings=sums),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=sums),
-        apply=streamed if optim.offload else at_once,
+        apply=apply,
     )
 
 

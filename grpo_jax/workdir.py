@@ -13,7 +13,10 @@ logger = logging.getLogger("grpo_jax")
 
 # May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
 FREE_SECTIONS = ("eval", "checkpoint", "logging")
-FREE_KEYS = {"trainer.flat_reward_steps", "trainer.compile_cache", "reward.num_workers", "reward.timeout_s"}
+FREE_KEYS = {
+    "trainer.flat_reward_steps", "trainer.compile_cache", "reward.num_workers", "reward.timeout_s",
+    "algorithm.ref_offload",
+}  # fmt: skip
 COMPUTING_ROLLOUT_KEYS = {
     "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
 }  # fmt: skip

@@ -98,17 +98,22 @@ def test_jax_may_pin_what_the_host_holds_and_a_little_more(monkeypatch, caplog):
     name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
     monkeypatch.setattr(logging.getLogger("grpo_jax"), "propagate", True)
     monkeypatch.setenv(name, "")  # restored at the end
+    host = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 150 * 2**18}
+    monkeypatch.setattr(os, "sysconf", host.__getitem__)
     for model, changes, expected in (
         (QWEN_7B, {}, "108"),
         (QWEN_7B, {"mesh.data": 2, "mesh.fsdp": 1}, "213"),
+        (QWEN_7B, {"mesh.data": -1, "mesh.fsdp": 1}, "150"),  # all that there is
+        (QWEN_7B, ON_DEVICE | {"mesh.data": -1, "mesh.fsdp": 1}, None),
         (QWEN_1_5B, {}, None),  # less than JAX's own limit
         (QWEN_7B, ON_DEVICE, None),
     ):
         monkeypatch.delenv(name, raising=False)
         make_room_on_host(gsm8k(**changes), model)
         assert os.environ.get(name) == expected
+    assert "take 213 GB of the host's memory, which has 161 GB" in caplog.text
     monkeypatch.setenv(name, "77")
-    monkeypatch.setattr(os, "sysconf", lambda key: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**7}[key])
+    host["SC_PHYS_PAGES"] = 10**7
     make_room_on_host(gsm8k(), QWEN_7B)
     assert os.environ[name] == "77"
     assert "take 107 GB of the host's memory, which has 41 GB" in caplog.text

@@ -512,7 +512,7 @@ def test_a_run_shorter_than_its_warm_up_has_a_schedule():
 
 
 def test_the_optimizer_equals_torchs():
-    """Three steps of given gradients, the second below the clipping norm; the learning rate falls linearly."""
+    """Three steps of given gradients, clipped as the update does it; the learning rate falls linearly."""
     rng = np.random.default_rng(0)
     section = dataclasses.replace(OPTIM, schedule="linear", learning_rate=0.03)
     values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", (5,)))}
@@ -704,7 +704,64 @@ def test_offloaded_state_is_pinned_on_the_host_and_split_like_its_parameter(mode
             assert param.sharding.memory_kind == "device"
 
 
-def test_moments_are_stored_in_the_dtype_that_is_configured(model, batch):
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "moments"),
+    [
+        (jnp.float32, jnp.float32, "bfloat16"),
+        (jnp.bfloat16, jnp.float32, "bfloat16"),
+        (jnp.bfloat16, jnp.bfloat16, "float32"),
+        (jnp.float32, jnp.bfloat16, "float32"),
+    ],
+)
+def test_offloaded_state_in_other_dtypes(model, batch, dtype, param_dtype, moments):
+    """Devices hold the narrower of both dtypes; there is a master only where that is not the parameters' own."""
+    optim = dataclasses.replace(OFFLOADED, moments_dtype=moments)
+    config = dataclasses.replace(model[1].config, dtype=dtype, param_dtype=param_dtype)
+    mesh, schedule = mesh_of(*ONE), make_schedule(optim, 10)
+    optimizer, loss = make_optimizer(optim, schedule), functools.partial(grpo_loss, algorithm=ALGORITHM)
+    with jax.set_mesh(mesh):
+        params = load_params(model[1], at_rest(config, optim), mesh)
+        start = on_host(params)
+        state = init_state(params, config, optimizer, mesh, offload=True)
+        step = make_update_step(
+            config, mesh, optimizer, schedule, loss, optim=optim, temperature=TEMPERATURE, chunk_tokens=8
+        )
+        state, _ = step(state, micro(batch.replace(advantages=np.full_like(batch.advantages, np.nan))))
+        jax.tree.map(np.testing.assert_array_equal, on_host(state.params), start)  # nor rounded
+        state, metrics = step(state, micro(batch))
+    narrow = jnp.bfloat16 if jnp.bfloat16 in (dtype, param_dtype) else jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(narrow)}
+    assert {x.dtype for x in jax.tree.leaves(parts_of(state, "nu"))} == {jnp.dtype(moments)}
+    masters = jax.tree.leaves(parts_of(state, "master"))
+    assert {x.dtype for x in masters} == ({jnp.dtype(jnp.float32)} if narrow != param_dtype else set())
+    assert metrics["actor/skipped_updates"] == 0 and metrics["actor/grad_norm"] > 0.5
+
+
+def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
+    """Not even before it is put away: the embedding [28, 16] is split by 8 over fsdp, and so are its moments."""
+    seen, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, *args: seen.append(x) or put(x, *args))
+    mesh, optim = mesh_of(1, 8, 1), OFFLOADED
+    with jax.set_mesh(mesh):
+        params = load_params(model[1], at_rest(model[1].config, optim), mesh)
+        init_state(params, model[1].config, OPTIMIZER, mesh, offload=True)
+    embeddings = [x.inner[0] for x in seen if isinstance(x, LeafState) and x.inner[0].mu.shape == (VOCAB, 16)]
+    assert len(embeddings) == 1
+    for moment in (embeddings[0].mu, embeddings[0].nu):
+        assert moment.addressable_shards[0].data.shape == (VOCAB, 2)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_below_the_clipping_norm_stay_as_they_are(model, batch, offload):
+    """mu is (1 - beta1) times the gradient, whose norm is the one reported."""
+    optim = dataclasses.replace(OPTIM, max_grad_norm=1e3, offload=offload)
+    state, metrics = run_offloaded(model, [batch], ONE, optim=optim)
+    moments = parts_of(state, "mu") if offload else first_moment(state)
+    norm = float(optax.tree.norm(on_host(moments))) / (1 - OPTIM.beta1)
+    assert norm == pytest.approx(metrics[0]["actor/grad_norm"], rel=1e-5) and norm > 0.5
+
+
+def test_moments_are_stored_in_the_dtype_that_is_configured():
     """After one update mu is (1 - beta1) times the gradient; bfloat16 keeps 8 of its 24 bits."""
     section = dataclasses.replace(OPTIM, moments_dtype="bfloat16")
     optimizer = make_optimizer(section, lambda step: 1e-3)

@@ -60,6 +60,21 @@ def test_who_insists_goes_on(tmp_path, whole_run, whole_run_overrides):
     assert result.code == 2 and "optim.learning_rate=0.01" in result.err
 
 
+def test_who_insists_on_other_arrays_is_told(tmp_path, whole_run, whole_run_overrides):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run[0], workdir)
+    changed = {
+        "optim.offload": True,
+        "checkpoint.resume": "force",
+        "trainer.num_steps": 7,
+        "trainer.total_epochs": 3,
+    }
+    result = helpers.run_train(workdir, whole_run_overrides | changed)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1 and "checkpoint.resume='force'" in result.err
+    assert "other arrays" in result.err and "optim.offload" in result.err
+
+
 def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrides):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run[0], workdir)
@@ -73,6 +88,7 @@ def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrid
         "trainer.total_epochs": 3,
         "trainer.num_steps": 8,
         "trainer.flat_reward_steps": 50,
+        "algorithm.ref_offload": True,
         "rollout.batch_size": 16,
     }
     out = helpers.train_ok(workdir, whole_run_overrides | free)
