@@ -75,9 +75,11 @@ def test_length_and_stop(engine):
 def test_an_engine_killed_within_a_batch_is_replaced(engine):
     sampling = SamplingParams(num_samples=2, temperature=1.0, max_tokens=300)
     batch = helpers.prompts([30] * 24, seed=4)
+    start = time.monotonic()
     expected = engine.generate(batch, sampling, seed=9)
+    middle = (time.monotonic() - start) / 2
     pid = engine.pids()[0]
-    killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+    killer = threading.Timer(middle, os.kill, (pid, signal.SIGKILL))
     killer.start()
     groups = engine.generate(batch, sampling, seed=9)
     killer.join()
