@@ -81,7 +81,7 @@ class Checkpointer:
         """Reads the latest checkpoint straight into its shards.
 
         Args:   both `jax.ShapeDtypeStruct`s with shardings; without the second no reference is read.
-        Raises: ConfigError: it holds other arrays, as after checkpoint.resume=force.
+        Raises: ConfigError: it holds other arrays, as of another model after checkpoint.resume=force.
         """
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         items = {
@@ -93,12 +93,12 @@ class Checkpointer:
             items["reference"] = _restore_like(abstract_reference)
         try:
             restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             rule = (
-                "the checkpoint holds other arrays than this configuration asks for: model.path, model.*dtype and "
-                f"optim.offload must be those of the run ({str(error).splitlines()[0][:200]})"
+                f"step {self.latest_step} does not hold the arrays that this configuration asks for "
+                f"({' '.join(str(error).split())[:300]})"
             )
-            raise ConfigError("checkpoint.resume", "force", rule) from error
+            raise ConfigError("checkpoint", str(self._folder), rule) from error
         state = TrainState(params=restored.params, **restored.optimizer)
         return state, Progress(**restored.progress), restored.get("reference")
 

@@ -77,8 +77,10 @@ def _override(config: ConfigDict, flag: str, value: str) -> None:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
         values(["grpo_jax", argument])
     except (flags.Error, ValueError, TypeError) as error:
-        reason = str(error).partition(": ")[2] or str(error)
-        raise ConfigError(key, value, f"has the wrong type: {reason}") from None
+        section, _, name = key.partition(".")
+        rules = {bool: "True or False", int: "a whole number", float: "a number"}
+        reason = rules.get(type(config[section][name]), str(error).partition(": ")[2] or str(error))
+        raise ConfigError(key, value, f"has the wrong type: must be {reason}") from None
 
 
 def _load_config_file(name: str) -> ConfigDict:

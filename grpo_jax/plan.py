@@ -130,10 +130,22 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     )
     print(f"Largest micro-batch that fits: {advice}")
     if not most:
-        print(
-            "Less is taken with optim.offload=True, algorithm.ref_offload=True, rollout.sleep=True, more devices"
-        )
-        print("in mesh.fsdp, optim.accumulator_dtype=bfloat16, or rollout.placement=separate.")
+        print(f"Less is taken with {', '.join(ways_to_save(config))}.")
+
+
+def ways_to_save(config: Config) -> list[str]:
+    """What takes less memory and is not set yet, the cheapest first."""
+    is_shared = config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
+    ways = {
+        "optim.offload=True": not config.optim.offload,
+        "algorithm.ref_offload=True": config.uses_reference and not config.algorithm.ref_offload,
+        "model.remat=full": config.model.remat != "full",
+        "more devices in mesh.fsdp": True,
+        "rollout.sleep=True": is_shared and not config.rollout.sleep,
+        "rollout.placement=separate": is_shared,
+        "optim.accumulator_dtype=bfloat16": config.optim.accumulator_dtype != "bfloat16",
+    }
+    return [way for way, is_open in ways.items() if is_open]
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -170,6 +170,13 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
     return Inputs(tokenizer, prompts["train"], val_prompts, examples, folder, generated)
 
 
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Raises: ConfigError: these devices cannot compute what is configured."""
+    if mesh.shape["tensor"] > 1 and config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        rule = "needs mesh.tensor=1 on CPUs: XLA's compiler for them fails at sums of bfloat16 over that axis"
+        raise ConfigError("model.dtype", "bfloat16", rule)
+
+
 def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:
     """The folder that GRPO starts from: as given, or made at random, and warm-started where configured."""
     if inputs.generated and not workdir.data.exists():

@@ -5,6 +5,7 @@ restored from its state goes on exactly where the saved one stood.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         rule = f"has no tokenizer: one of {', '.join(TOKENIZER_FILES)} must be there"
         raise ConfigError("model.path", str(folder), rule)
+    # That transformers finds no PyTorch is no news here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:

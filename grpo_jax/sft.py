@@ -105,7 +105,14 @@ def main() -> None:
     from grpo_jax.config import ConfigError
     from grpo_jax.config_file import parse_command_line
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import keep_compiled, make_model, make_room_on_host, read_inputs, set_determinism
+    from grpo_jax.prepare import (
+        check_mesh,
+        keep_compiled,
+        make_model,
+        make_room_on_host,
+        read_inputs,
+        set_determinism,
+    )
     from grpo_jax.workdir import Workdir, start_logging
 
     with one_line_errors():
@@ -122,6 +129,7 @@ def main() -> None:
         if inputs.model is not None:
             make_room_on_host(config, inputs.model.config)
         mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
         keep_compiled(config.trainer)
         workdir.open(config)
         try:

@@ -49,6 +49,7 @@ from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import make_mesh, num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.prepare import (
+    check_mesh,
     keep_compiled,
     make_model,
     make_room_on_host,
@@ -267,6 +268,7 @@ def train(config: Config, path: Path) -> None:
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
         check_devices(config.rollout, mesh)
         keep_compiled(config.trainer)
         workdir.open(config)
@@ -282,6 +284,7 @@ def train(config: Config, path: Path) -> None:
             stages, state, first = build_stages(
                 config, workdir, inputs, folder, mesh, reward, estimator, engine, timers, checkpointer
             )
+            workdir.record(config)
             state = warm_up(stages, state)
             give_weights(stages, state.params, version=first or 0, is_first=True)
             writer = MetricsWriter(workdir, config, resume_step=first)

@@ -20,6 +20,10 @@ FREE_KEYS = {
 COMPUTING_ROLLOUT_KEYS = {
     "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
 }  # fmt: skip
+ARRAY_KEYS = (
+    "model.dtype", "model.param_dtype", "optim.moments_dtype", "optim.offload", "algorithm.ref_refresh_every"
+)  # fmt: skip
+"""They decide which arrays a checkpoint holds, and in which dtypes: not even resume=force can change them."""
 LENGTH_KEYS = {"trainer.total_epochs", "trainer.num_steps"}  # free too, unless the schedule depends on them
 
 
@@ -54,21 +58,29 @@ class Workdir:
     def check(self, config: Config) -> None:
         """Refuses a folder that holds another run.
 
-        Raises: ConfigError: config.json is there and differs in a key that changes what is computed.
+        Raises: ConfigError: config.json is there and differs in a key that changes what is computed; with
+            resume=force, in one that its checkpoints depend on.
         """
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not existing.is_dir():
             raise ConfigError("--workdir", str(self.path), f"must be a folder, but {existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError("--workdir", str(self.path), f"{existing} cannot be written to")
-        if not self.config.exists() or config.checkpoint.resume == "force":
+        if not self.config.exists():
             return
+        is_forced = config.checkpoint.resume == "force"
         try:
             held = parse_config(json.loads(self.config.read_text())).to_dict()
         except ValueError as error:  # ConfigError and JSONDecodeError
+            if is_forced:
+                return
             rule = f"holds a config.json that cannot be read ({error})"
             raise ConfigError("--workdir", str(self.path), rule) from None
-        for key, (old, new) in _differences(held, config.to_dict()).items():
+        differences = _differences(held, config.to_dict())
+        if is_forced:
+            self._check_arrays(differences)
+            return
+        for key, (old, new) in differences.items():
             section, name = key.split(".")
             is_free = section in FREE_SECTIONS or key in FREE_KEYS
             is_free |= section == "rollout" and name not in COMPUTING_ROLLOUT_KEYS
@@ -81,11 +93,27 @@ class Workdir:
                 "--config.checkpoint.resume=force",
             )
 
+    def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
+        has_checkpoint = self.checkpoints.is_dir() and any(
+            p.name.isdigit() for p in self.checkpoints.iterdir()
+        )
+        for key in ARRAY_KEYS if has_checkpoint else ():
+            old, new = differences.get(key, (None, None))
+            is_refresh = key == "algorithm.ref_refresh_every"  # once on, checkpoints hold the reference
+            if key in differences and (not is_refresh or not old):
+                rule = f"the checkpoints in {self.path} were written with {old!r}, and hold other arrays"
+                raise ConfigError(key, new, rule)
+
     def open(self, config: Config) -> None:
-        """Creates the folder, writes config.json and starts the log."""
+        """Creates the folder, writes config.json if there is none, and starts the log."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        if not self.config.exists():
+            self.record(config)
         start_logging(self.log)
+
+    def record(self, config: Config) -> None:
+        """Writes config.json: the configuration that the run has from now on."""
+        self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:

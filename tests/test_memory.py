@@ -162,6 +162,18 @@ def test_it_agrees_with_a_measured_peak():
     assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(61.58e9, rel=0.1)
 
 
+def test_only_what_is_not_set_is_advised():
+    shipped = plan.ways_to_save(gsm8k())
+    assert shipped == [
+        "model.remat=full", "more devices in mesh.fsdp", "rollout.sleep=True", "rollout.placement=separate",
+        "optim.accumulator_dtype=bfloat16",
+    ]  # fmt: skip
+    changes = ON_DEVICE | {"rollout.engine": "local", "model.remat": "full", "algorithm.kl_coef": 0.0}
+    assert plan.ways_to_save(gsm8k(**changes)) == [
+        "optim.offload=True", "more devices in mesh.fsdp", "optim.accumulator_dtype=bfloat16",
+    ]  # fmt: skip
+
+
 def test_devices_by_name_and_by_size():
     assert plan.device_bytes("h200") == 143_771 * 2**20
     assert plan.device_bytes("80") == 80_000_000_000

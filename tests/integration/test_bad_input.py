@@ -66,10 +66,12 @@ CASES = [
     Case("stray-argument", {}, ("stray", "neither a flag nor"), extra=("stray",)),
     Case("flag-without-value", {}, ("trainer.seed", "value"), extra=("--config.trainer.seed",)),
     # Types
-    config_case("int-from-word", "data.train_batch_size", "four", "wrong type"),
-    config_case("int-from-float", "data.train_batch_size", "1.5", "wrong type"),
-    config_case("bool-from-word", "data.shuffle", "perhaps", "wrong type"),
-    config_case("float-from-word", "optim.learning_rate", "fast", "wrong type"),
+    config_case("bfloat16-split-on-cpus", "model.dtype", "bfloat16", "mesh.tensor=1 on CPUs",
+                also={"mesh.tensor": 2, "mesh.data": 4, "mesh.fsdp": 1}),
+    config_case("int-from-word", "data.train_batch_size", "four", "must be a whole number"),
+    config_case("int-from-float", "data.train_batch_size", "1.5", "must be a whole number"),
+    config_case("bool-from-word", "data.shuffle", "perhaps", "must be True or False"),
+    config_case("float-from-word", "optim.learning_rate", "fast", "must be a number"),
     config_case("tuple-of-words-for-ints", "rollout.stop_token_ids", "('a',)", "int", shown="'a'"),
     config_case("not-a-number", "optim.learning_rate", "nan", "finite", shown="nan"),
     # Rules

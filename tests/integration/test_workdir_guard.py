@@ -27,6 +27,9 @@ def test_another_runs_workdir_is_refused(key, value, old, tmp_path, whole_run, w
     assert helpers.tree_digest(workdir) == before
 
 
+LONGER = {"checkpoint.resume": "force", "trainer.num_steps": 7, "trainer.total_epochs": 3}
+
+
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model": ')
     before = helpers.tree_digest(tmp_path)
@@ -63,16 +66,31 @@ def test_who_insists_goes_on(tmp_path, whole_run, whole_run_overrides):
 def test_who_insists_on_other_arrays_is_told(tmp_path, whole_run, whole_run_overrides):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run[0], workdir)
-    changed = {
+    before = helpers.tree_digest(workdir)
+    for key, value in {
         "optim.offload": True,
-        "checkpoint.resume": "force",
-        "trainer.num_steps": 7,
-        "trainer.total_epochs": 3,
-    }
-    result = helpers.run_train(workdir, whole_run_overrides | changed)
-    assert result.code == 2
-    assert len(result.err.splitlines()) == 1 and "checkpoint.resume='force'" in result.err
-    assert "other arrays" in result.err and "optim.offload" in result.err
+        "optim.moments_dtype": "bfloat16",
+        "model.param_dtype": "bfloat16",
+        "algorithm.ref_refresh_every": 2,
+    }.items():
+        also = {"optim.beta2": 0.99} if key == "optim.moments_dtype" else {"algorithm.kl_coef": 0.1}
+        result = helpers.run_train(workdir, whole_run_overrides | LONGER | also | {key: value})
+        assert result.code == 2
+        assert len(result.err.splitlines()) == 1 and key in result.err and "hold other arrays" in result.err
+    assert helpers.tree_digest(workdir) == before
+
+
+def test_a_checkpoint_that_lacks_an_item_is_named_and_nothing_is_lost(
+    tmp_path, whole_run, whole_run_overrides
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6" / "optimizer")
+    before = (workdir / "config.json").read_text()
+    result = helpers.run_train(workdir, whole_run_overrides | LONGER | {"optim.weight_decay": 0.5})
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert "step 6 does not hold the arrays" in result.err and "optimizer" in result.err
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrides):
