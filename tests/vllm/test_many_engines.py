@@ -99,6 +99,14 @@ def test_weights_reach_another_host(models, tmp_path, ray_nodes):
         cluster.remove_node(node)
 
 
+def half_of(engine, batch, sampling):
+    """Seconds until a batch is half done, on this machine as it is now."""
+    engine.generate(batch[:1], GREEDY, seed=0)  # whatever a first batch compiles
+    start = time.monotonic()
+    engine.generate(batch, sampling, seed=1)
+    return (time.monotonic() - start) / 2
+
+
 class TestWeightsThatChange:
     """rollout.max_lag: rollouts are under way when new weights come."""
 
@@ -116,9 +124,10 @@ class TestWeightsThatChange:
         with contextlib.closing(engine):
             engine._stop_token_ids = ()
             engine.load_weights(params, version=1)
-            engine.generate(helpers.prompts([5]), GREEDY, seed=0)
-            wait = engine.submit(helpers.prompts([150, 20], seed=8), self.LONG, seed=0)
-            time.sleep(0.5)
+            batch = helpers.prompts([150, 20], seed=8)
+            middle = half_of(engine, batch, self.LONG)
+            wait = engine.submit(batch, self.LONG, seed=0)
+            time.sleep(middle)
             engine.load_weights(new_params, version=2)
             groups = wait()
             (after,) = engine.generate(helpers.prompts([20], seed=8), GREEDY, seed=0)
@@ -155,8 +164,10 @@ def test_an_engine_lost_while_old_weights_are_gone(models, tmp_path):
     engine = helpers.engine_for(models["qwen2-untied"], mesh, max_lag=1)
     with contextlib.closing(engine):
         engine.load_weights(params, version=1)
-        wait = engine.submit(helpers.prompts([30] * 24, seed=4), sampling, seed=9)
-        time.sleep(0.5)
+        batch = helpers.prompts([30] * 24, seed=4)
+        middle = half_of(engine, batch, sampling)
+        wait = engine.submit(batch, sampling, seed=9)
+        time.sleep(middle)
         os.kill(engine.pids()[0], signal.SIGKILL)
         for leaf in jax.tree.leaves(params):
             leaf.delete()  # as the trainer's update would have donated them
