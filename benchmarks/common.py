@@ -24,10 +24,15 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def quickstart() -> Any:
-    """The `ConfigDict` of configs/quickstart.py, where the default shapes come from."""
-    path = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+def load_config(name: str) -> Any:
+    """The `ConfigDict` of configs/NAME.py."""
+    path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
     return runpy.run_path(str(path))["get_config"]()
+
+
+def quickstart() -> Any:
+    """The quickstart's, where the default shapes come from."""
+    return load_config("quickstart")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ measured in the same process. FLOPs are the model's (`metrics.update_flops`): re
 import collections
 import dataclasses
 import functools
-import runpy
 import statistics
 import tempfile
 import time
@@ -52,18 +51,19 @@ def main() -> None:
 
 def make_room(args: Any) -> None:
     """As a run does, before the device is touched."""
-    from grpo_jax.config import parse_config
     from grpo_jax.prepare import make_room_on_host
 
-    config = parse_config(default_config())
+    config = default_config()
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
     model = shape_of(args)
     make_room_on_host(config, dataclasses.replace(model, param_dtype=args.param_dtype))
 
 
 def default_config() -> Any:
-    file = Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"
-    return runpy.run_path(str(file))["get_config"]()
+    """configs/gsm8k.py as a `Config`."""
+    from grpo_jax.config import parse_config
+
+    return parse_config(common.load_config("gsm8k"))
 
 
 def shape_of(args: Any) -> Any:
@@ -140,7 +140,6 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     import jax
     import jax.numpy as jnp
 
-    from grpo_jax.config import AlgorithmSection, OptimSection
     from grpo_jax.losses import grpo_loss
     from grpo_jax.model.fused_attention import choose_kernel
     from grpo_jax.model.transformer import init_params
@@ -156,8 +155,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     )  # fmt: skip
 
     defaults = default_config()
-    algorithm = AlgorithmSection(**defaults.algorithm.to_dict())
-    optim = OptimSection(**defaults.optim.to_dict() | {"offload": args.offload})
+    optim = dataclasses.replace(defaults.optim, offload=args.offload)
     mesh = jax.sharding.get_mesh()
     model = shape_of(args)
     kernel = choose_kernel(args.attention, args.dtype, model.head_dim)
@@ -167,7 +165,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     schedule = make_schedule(optim, 100)
     optimizer = make_optimizer(optim, schedule)
     head = dict(temperature=1.0, chunk_tokens=chunk)
-    loss = functools.partial(grpo_loss, algorithm=algorithm)
+    loss = functools.partial(grpo_loss, algorithm=defaults.algorithm)
     update = make_update_step(model, mesh, optimizer, schedule, loss, optim=optim, **head)
     score = make_score_step(model, mesh, **head)
     params = init_params(at_rest(model, optim), jax.random.key(0), mesh)

@@ -14,7 +14,6 @@ All other arguments go to both commands.
 
 import argparse
 import json
-import runpy
 import statistics
 import subprocess
 import sys
@@ -73,8 +72,7 @@ def print_table(args: argparse.Namespace, models: dict[int, Path], overrides: li
 
 def differences(recipe: str) -> dict[str, Any]:
     """What a recipe changes of configs/gsm8k.py, dotted key -> value, with sizes as in the quickstart."""
-    base = runpy.run_path(str(CONFIGS / "gsm8k.py"))["get_config"]().to_dict()
-    values = runpy.run_path(str(CONFIGS / f"{recipe}.py"))["get_config"]().to_dict()
+    base, values = (common.load_config(name).to_dict() for name in ("gsm8k", recipe))
     changed = {
         f"{section}.{key}": value
         for section, keys in values.items()

@@ -10,7 +10,6 @@ Aims: at least 0.97 of `LLM.generate` with, and 0.90 of it without log-probabili
 import contextlib
 import dataclasses
 import json
-import runpy
 import statistics
 import subprocess
 import sys
@@ -122,8 +121,7 @@ def ours(args: Any) -> None:
     from grpo_jax.config import MeshSection, RolloutSection
     from grpo_jax.prepare import share_gpus
 
-    path = Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"
-    section = RolloutSection(**runpy.run_path(str(path))["get_config"]().rollout.to_dict())
+    section = RolloutSection(**common.load_config("gsm8k").rollout.to_dict())
     section = dataclasses.replace(
         section, gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=args.enforce_eager
     )

@@ -10,7 +10,6 @@ and writes every byte at least once. Aims (one H200): 1.5B 0.06 s, 7B 0.25 s, at
 
 import contextlib
 import dataclasses
-import runpy
 import statistics
 import tempfile
 import time
@@ -34,8 +33,7 @@ def main() -> None:
     from grpo_jax.config import MeshSection, RolloutSection
     from grpo_jax.prepare import share_gpus
 
-    path = Path(__file__).resolve().parents[1] / "configs" / "gsm8k.py"
-    section = RolloutSection(**runpy.run_path(str(path))["get_config"]().rollout.to_dict())
+    section = RolloutSection(**common.load_config("gsm8k").rollout.to_dict())
     section = dataclasses.replace(
         section,
         bucket_mb=args.bucket_mb,

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import ConfigError
 from grpo_jax.types import Params, TrainState
+from grpo_jax.workdir import saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def find_checkpoint(folder: Path) -> Path:
     candidates = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if (candidates / "params").is_dir():
         return candidates
-    steps = [int(p.name) for p in candidates.iterdir() if p.name.isdigit()] if candidates.is_dir() else []
+    steps = saved_steps(candidates)
     if not steps:
         raise ConfigError("--checkpoint", str(folder), "there is no checkpoint in this folder")
     return candidates / str(max(steps))

@@ -78,9 +78,9 @@ def _override(config: ConfigDict, flag: str, value: str) -> None:
         values(["grpo_jax", argument])
     except (flags.Error, ValueError, TypeError) as error:
         section, _, name = key.partition(".")
-        rules = {bool: "True or False", int: "a whole number", float: "a number"}
-        reason = rules.get(type(config[section][name]), str(error).partition(": ")[2] or str(error))
-        raise ConfigError(key, value, f"has the wrong type: must be {reason}") from None
+        rules = {bool: "must be True or False", int: "must be a whole number", float: "must be a number"}
+        rule = rules.get(type(config[section][name]), str(error).partition(": ")[2] or str(error))
+        raise ConfigError(key, value, f"has the wrong type: {rule}") from None
 
 
 def _load_config_file(name: str) -> ConfigDict:

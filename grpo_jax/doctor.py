@@ -62,8 +62,8 @@ def check_config(config: Config, path: Path) -> None:
     Raises: ConfigError: the first thing that is wrong.
     """
     from grpo_jax.batching import batch_table
-    from grpo_jax.model.sharding import make_mesh, num_batch_shards
-    from grpo_jax.prepare import check_mesh, read_inputs
+    from grpo_jax.model.sharding import num_batch_shards
+    from grpo_jax.prepare import open_mesh, read_inputs
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine
     from grpo_jax.user_code import load_estimator
@@ -75,8 +75,7 @@ def check_config(config: Config, path: Path) -> None:
     inputs = read_inputs(config, workdir)
     load_estimator(config.algorithm.adv_estimator)
     make_reward(config.reward, max_response_length=config.data.max_response_length).close()
-    mesh = make_mesh(config.mesh)
-    check_mesh(config, mesh)
+    mesh = open_mesh(config)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     rows += _memory_rows(config, mesh)

@@ -73,7 +73,7 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     streamed = 0
     if config.optim.offload:  # the state of the largest parameter, and the parameter that is made of it
         state = sum(size for name, size in host.items() if name != "reference")
-        streamed = (state // parameters + computed) * max(jax.tree.leaves(sizes))
+        streamed = (state + held["parameters"]) // parameters * max(jax.tree.leaves(sizes))
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
         "optimizer": base + cast + sums + streamed,

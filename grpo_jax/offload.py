@@ -39,14 +39,10 @@ def on_host(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
 
 
-def to_host(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+def to_host(tree: Any, shardings: Any, dtype: Any) -> Any:
     """Copies to the host, an array at a time. Args: shardings: on devices; dtype: to cast to before."""
-
-    def one(x: jax.Array, sharding: Any) -> jax.Array:
-        x = x if dtype is None else x.astype(dtype)
-        return jax.block_until_ready(jax.device_put(x, sharding.with_memory_kind(HOST)))
-
-    return jax.tree.map(one, tree, shardings)
+    one = lambda x, there: jax.block_until_ready(jax.device_put(x.astype(dtype), there))
+    return jax.tree.map(one, tree, on_host(shardings))
 
 
 def rounded(config: ModelConfig) -> ModelConfig:

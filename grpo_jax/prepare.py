@@ -21,6 +21,7 @@ from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.memory import what_is_held
 from grpo_jax.model.fused_attention import choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder
+from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import ModelConfig, num_params
 from grpo_jax.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.types import Prompt
@@ -52,6 +53,10 @@ class Inputs:
     """None: a random model, still to be made."""
     generated: dict[str, list[dict[str, Any]]]
     """Generated problems by split, still to be written; empty where files were read."""
+
+    @property
+    def model_config(self) -> ModelConfig | None:
+        return self.model.config if self.model else None
 
 
 def model_overrides(config: Config) -> dict[str, Any]:
@@ -119,21 +124,25 @@ def trainer_share(section: RolloutSection) -> float:
     return max(0.05, left - CONTEXT_SHARE)
 
 
-def make_room_on_host(config: Config, model: ModelConfig) -> None:
+def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
     """Lets JAX pin as much of the host's memory as `optim.offload` and `algorithm.ref_offload` need.
 
     Its own limit is 64 GB; as `share_gpus`, before any device is touched. The pool grows by doubling, up to the
     limit, so that more than what is needed would be taken from the other processes of the host.
+
+    Args: model: None: a random one, which is small.
     """
-    is_known = config.mesh.data > 0
-    one = sum(what_is_held(config, model, num_params(model))[1].values())
+    one = 0 if model is None else sum(what_is_held(config, model, num_params(model))[1].values())
+    if not one:
+        return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = one * max(1, config.mesh.data)
     if needed > there:
         text = "optim.offload and algorithm.ref_offload take %.0f GB of the host's memory, which has %.0f GB"
         logger.warning(text, needed / 1e9, there / 1e9)
-    # With mesh.data=-1 there are as many copies as devices, which nobody has counted yet.
-    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB if is_known or not one else there // GIB
+    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB
+    if config.mesh.data == -1:  # as many copies as devices, which nobody has counted yet
+        limit = there // GIB
     if limit > JAX_HOST_LIMIT_GIB:
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
 
@@ -170,11 +179,16 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
     return Inputs(tokenizer, prompts["train"], val_prompts, examples, folder, generated)
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raises: ConfigError: these devices cannot compute what is configured."""
+def open_mesh(config: Config) -> Mesh:
+    """The mesh of the run's devices.
+
+    Raises: ConfigError: it does not fit them, or they cannot compute what is configured.
+    """
+    mesh = make_mesh(config.mesh)
     if mesh.shape["tensor"] > 1 and config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
         rule = "needs mesh.tensor=1 on CPUs: XLA's compiler for them fails at sums of bfloat16 over that axis"
         raise ConfigError("model.dtype", "bfloat16", rule)
+    return mesh
 
 
 def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:

@@ -104,12 +104,11 @@ def main() -> None:
     from grpo_jax.cli import one_line_errors
     from grpo_jax.config import ConfigError
     from grpo_jax.config_file import parse_command_line
-    from grpo_jax.model.sharding import make_mesh
     from grpo_jax.prepare import (
-        check_mesh,
         keep_compiled,
         make_model,
         make_room_on_host,
+        open_mesh,
         read_inputs,
         set_determinism,
     )
@@ -126,10 +125,8 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         set_determinism(config.trainer)
-        if inputs.model is not None:
-            make_room_on_host(config, inputs.model.config)
-        mesh = make_mesh(config.mesh)
-        check_mesh(config, mesh)
+        make_room_on_host(config, inputs.model_config)
+        mesh = open_mesh(config)
         keep_compiled(config.trainer)
         workdir.open(config)
         try:

@@ -190,10 +190,12 @@ def _begin(
     checkpointer: Checkpointer,
 ) -> tuple[TrainState, Params, Progress | None]:
     """State and reference parameters to begin with: new, or of the latest checkpoint, then with its progress."""
-    model, is_new, ref_params = folder.config, checkpointer.latest_step is None, None
+    model, is_new, params, ref_params = folder.config, checkpointer.latest_step is None, None, None
     is_refreshed = config.algorithm.ref_refresh_every > 0  # and saved then
-    params = load_params(folder, at_rest(model, config.optim), mesh)
-    if config.uses_reference and (is_new or not is_refreshed):
+    needs_reference = config.uses_reference and (is_new or not is_refreshed)
+    if is_new or needs_reference:
+        params = load_params(folder, at_rest(model, config.optim), mesh)
+    if needs_reference:
         shardings = param_shardings(model, mesh)
         ref_params = make_reference_params(params, config.algorithm, model.dtype, shardings)
     if is_new:

@@ -46,13 +46,13 @@ from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
 from grpo_jax.kl import kl_of_tokens
 from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
 from grpo_jax.model.hf import save_folder
-from grpo_jax.model.sharding import make_mesh, num_batch_shards
+from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.prepare import (
-    check_mesh,
     keep_compiled,
     make_model,
     make_room_on_host,
+    open_mesh,
     read_inputs,
     set_determinism,
     share_gpus,
@@ -262,13 +262,11 @@ def train(config: Config, path: Path) -> None:
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
     share_gpus(config.rollout)
-    if inputs.model is not None:  # a random one is small
-        make_room_on_host(config, inputs.model.config)
+    make_room_on_host(config, inputs.model_config)
     estimator = load_estimator(config.algorithm.adv_estimator)
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as stack:
-        mesh = make_mesh(config.mesh)
-        check_mesh(config, mesh)
+        mesh = open_mesh(config)
         check_devices(config.rollout, mesh)
         keep_compiled(config.trainer)
         workdir.open(config)

@@ -94,15 +94,14 @@ class Workdir:
             )
 
     def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
-        has_checkpoint = self.checkpoints.is_dir() and any(
-            p.name.isdigit() for p in self.checkpoints.iterdir()
-        )
-        for key in ARRAY_KEYS if has_checkpoint else ():
-            old, new = differences.get(key, (None, None))
-            is_refresh = key == "algorithm.ref_refresh_every"  # once on, checkpoints hold the reference
-            if key in differences and (not is_refresh or not old):
-                rule = f"the checkpoints in {self.path} were written with {old!r}, and hold other arrays"
-                raise ConfigError(key, new, rule)
+        if not saved_steps(self.checkpoints):
+            return
+        for key in filter(differences.__contains__, ARRAY_KEYS):
+            old, new = differences[key]
+            if key == "algorithm.ref_refresh_every" and old > 0:
+                continue  # the reference is there, however often it changes
+            rule = f"the checkpoints in {self.path} were written with {old!r}, and hold other arrays"
+            raise ConfigError(key, new, rule)
 
     def open(self, config: Config) -> None:
         """Creates the folder, writes config.json if there is none, and starts the log."""
@@ -114,6 +113,13 @@ class Workdir:
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""
         self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps that a folder holds checkpoints of; none if there is no such folder."""
+    if not checkpoints.is_dir():
+        return []
+    return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
 
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:

@@ -649,7 +649,7 @@ def test_bfloat16_activations_stay_near_float32(model, batch):
 OFFLOADED = dataclasses.replace(OPTIM, offload=True)
 
 
-def run_offloaded(model, batches, sizes, dtype=jnp.float32, optim=OFFLOADED):
+def run_several(model, batches, sizes, dtype=jnp.float32, optim=OFFLOADED):
     """Updates with the state where `optim` says; the last state, and the metrics of each."""
     config = dataclasses.replace(model[1].config, dtype=dtype)
     mesh = mesh_of(*sizes)
@@ -680,8 +680,8 @@ def test_where_the_optimizers_state_lives_changes_nothing(model, batch, sizes, d
     """Three updates, the second of which is skipped: the same metrics, parameters and moments."""
     broken = batch.replace(advantages=np.full_like(batch.advantages, np.nan))
     batches = (batch, broken, batch)
-    there, their_metrics = run_offloaded(model, batches, sizes, dtype)
-    here, metrics = run_offloaded(model, batches, sizes, dtype, optim=OPTIM)
+    there, their_metrics = run_several(model, batches, sizes, dtype)
+    here, metrics = run_several(model, batches, sizes, dtype, optim=OPTIM)
     for ours, theirs in zip(metrics, their_metrics, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-7, nan_ok=True)
     assert [m["actor/skipped_updates"] for m in metrics] == [0, 1, 0]
@@ -694,7 +694,7 @@ def test_where_the_optimizers_state_lives_changes_nothing(model, batch, sizes, d
 
 
 def test_offloaded_state_is_pinned_on_the_host_and_split_like_its_parameter(model, batch):
-    state, _ = run_offloaded(model, [batch], (1, 4, 2))
+    state, _ = run_several(model, [batch], (1, 4, 2))
     for name in ("mu", "nu"):
         for moment, param in zip(
             jax.tree.leaves(parts_of(state, name)), jax.tree.leaves(state.params), strict=True
@@ -755,7 +755,7 @@ def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
 def test_gradients_below_the_clipping_norm_stay_as_they_are(model, batch, offload):
     """mu is (1 - beta1) times the gradient, whose norm is the one reported."""
     optim = dataclasses.replace(OPTIM, max_grad_norm=1e3, offload=offload)
-    state, metrics = run_offloaded(model, [batch], ONE, optim=optim)
+    state, metrics = run_several(model, [batch], ONE, optim=optim)
     moments = parts_of(state, "mu") if offload else first_moment(state)
     norm = float(optax.tree.norm(on_host(moments))) / (1 - OPTIM.beta1)
     assert norm == pytest.approx(metrics[0]["actor/grad_norm"], rel=1e-5) and norm > 0.5

@@ -38,7 +38,7 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
     assert rows["the host holds"] == "0.0 GB (master parameters, Adam's moments, reference)"
 
 
-def test_the_sizes_of_7b(tmp_path, monkeypatch):
+def test_the_sizes_of_7b(tmp_path):
     """As shipped: 2 bytes a parameter on the device, 14 on the host, and all but the reference in a checkpoint."""
     from grpo_jax.config import parse_config
     from grpo_jax.memory import abstract_mesh

@@ -53,10 +53,7 @@ def overrides(tmp_path_factory, model_folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, overrides):
     folder = tmp_path_factory.mktemp("recipe_resume")
-    every = {
-        "checkpoint.every_steps": 1,
-        "checkpoint.max_to_keep": 6,
-    }  # each step goes on while it is saved, or not
+    every = {"checkpoint.every_steps": 1, "checkpoint.max_to_keep": 6}
     helpers.train_ok(folder / "whole", overrides | every)
     for steps in PIECES:
         helpers.train_ok(folder / "pieces", overrides | {"trainer.num_steps": steps})

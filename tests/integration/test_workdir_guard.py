@@ -5,6 +5,8 @@ import shutil
 import integration_helpers as helpers
 import pytest
 
+LONGER = {"checkpoint.resume": "force", "trainer.num_steps": 7, "trainer.total_epochs": 3}
+
 
 @pytest.mark.parametrize(
     ("key", "value", "old"),
@@ -25,9 +27,6 @@ def test_another_runs_workdir_is_refused(key, value, old, tmp_path, whole_run, w
     assert f"the run in {workdir} has {old}" in result.err
     assert "--workdir" in result.err and "checkpoint.resume=force" in result.err
     assert helpers.tree_digest(workdir) == before
-
-
-LONGER = {"checkpoint.resume": "force", "trainer.num_steps": 7, "trainer.total_epochs": 3}
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):
