@@ -57,12 +57,7 @@ class EngineActor:
         if current_platform.is_cpu():
             scheduler = "RunScheduler"
             # A seeded sample whose prompt is read in parts ends vLLM here: "CPU Generator does not use offset".
-            length = options["max_model_len"]
-            options = {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(8192, length),
-                **options,
-            }
+            options = {"enable_chunked_prefill": False, **options}
         arguments = AsyncEngineArgs(
             load_format="dummy",
             generation_config="vllm",  # sampling comes from the trainer alone
