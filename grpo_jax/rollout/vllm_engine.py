@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_S = 20.0  # between two lines that say that an engine is still starting
 MIN_BATCHED_TOKENS = 8192
-"""Tokens that a step of vLLM reads at least, if there are so many. Its own 2,048 let prompts wait for one another."""
+"""Tokens that vLLM reads in a step at most, unless a single sequence may be longer: its own 2,048 are few."""
 
 
 @dataclasses.dataclass
@@ -399,8 +399,8 @@ def num_replicas(section: RolloutSection, mesh: Mesh, *, share_gpus: bool) -> in
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of sequences to capture CUDA graphs for: all up to `max_num_seqs` are padded to one of them.
 
-    vLLM's own end at 512: more sequences than that are launched kernel by kernel, which takes twice as long a token.
-    And they are 51; fewer start sooner. The gaps widen with the number: padding costs little where little is running.
+    vLLM's own end at 512: more sequences than that are launched kernel by kernel, which takes twice as long a
+    token. And they are 51; fewer start sooner. The gaps widen: padding costs least where least is running.
     """
     steps = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, max_num_seqs, 64)]
     return [size for size in (1, 2, 4, *steps) if size < max_num_seqs] + [max_num_seqs]

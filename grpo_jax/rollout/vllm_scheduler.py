@@ -1,12 +1,15 @@
-"""vLLM's scheduler with less to do for each token: a step of many short sequences is as long as its Python takes.
+"""vLLM's scheduler with less to do for each token: with many sequences a step takes as long as its Python.
 
-vLLM's engine process hands every new token of every request to the process in front of it: 1,024 sequences make
-1,024 small messages a step, and both processes work through them in Python while the GPU waits. Nobody reads a
-rollout before it is finished, so its tokens are kept back and handed over in runs of `RUN` (and the rest at its
-end). Requests that somebody may be reading, those of the OpenAI-compatible port, are passed on as they come.
+vLLM goes through every new token of every request in Python: whether it needs a cache block or fills one, whether
+the request ends with it, and what to tell the process in front, which goes through it again. With 512 sequences of
+a small model that takes longer than the GPU needs for the step. But nobody reads a rollout before it is finished,
+and most of its tokens are idle: they neither end it nor begin or fill a block. So
 
-And for every token it goes through the whole accounting of cache blocks, twice, although only one token in
-`block_size` needs a new block or fills one: `skip_idle_block_work` spares the others.
+- idle tokens are only noted (`_take_idle`); vLLM's own code gets the others, and all tokens of other requests;
+- no cache block is looked for where the last one has room (`skip_idle_allocation`);
+- tokens are handed to the process in front in runs of `RUN` or a little more, and the rest at the end.
+
+Requests that somebody may be reading, those of the OpenAI-compatible port, are passed on as they come.
 """
 
 import dataclasses
@@ -22,33 +25,75 @@ from vllm.v1.outputs import LogprobsLists
 RUN = 64
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Held:
-    """The tokens of one request that have not been handed over."""
+    """A rollout, and its tokens that have not been handed over."""
 
-    token_ids: list[int]
-    logprobs: list[np.ndarray]
-    """[number of tokens, 1] each."""
+    request: Any
+    stops: frozenset[int | None]
+    """Tokens that end it."""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    num_idle: int = 0
+    """How many of the next tokens are idle, unless one of `stops` is among them or the request is preempted."""
+    num_preemptions: int = 0
+    """The request's, when `num_idle` was counted."""
 
 
 class _RunScheduler:
     """To be mixed into a scheduler of vLLM, before it in the bases."""
 
+    is_asynchronous: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: dict[str, _Held] = {}
         groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
+        self._block_size = 0
+        """Of the cache; 0: layers that keep different parts of it, where no token is known to be idle."""
         if len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec:
-            skip_idle_block_work(self.kv_cache_manager, groups[0].kv_cache_spec.block_size)  # type: ignore[attr-defined]
+            self._block_size = groups[0].kv_cache_spec.block_size
+            skip_idle_allocation(self.kv_cache_manager, self._block_size)  # type: ignore[attr-defined]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
-        """vLLM's own, with the outputs of unfinished rollouts taken out and put together."""
+        """vLLM's own, but for idle tokens, and with the outputs of unfinished rollouts put together."""
+        scheduler_output = self._take_idle(scheduler_output, model_runner_output)
         by_client = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for client, outputs in list(by_client.items()):
             outputs.outputs = [o for o in map(self._hold, outputs.outputs) if o is not None]
             if not outputs.outputs and outputs.finished_requests is None and outputs.scheduler_stats is None:
                 del by_client[client]
         return by_client
+
+    def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Notes the idle tokens of a step, and leaves in `scheduler_output` the requests with others."""
+        sampled, logprobs = model_runner_output.sampled_token_ids, model_runner_output.logprobs
+        if not sampled or logprobs is None or logprobs.cu_num_generated_tokens is not None:
+            return scheduler_output
+        index, values = model_runner_output.req_id_to_index, logprobs.logprobs[:, 0].tolist()
+        others = {}
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            held = self._held.get(request_id) if num_tokens == 1 else None
+            if held is not None and held.num_idle and held.request.num_preemptions == held.num_preemptions:
+                place = index[request_id]
+                if len(sampled[place]) == 1 and sampled[place][0] not in held.stops:
+                    self._take(held, sampled[place][0], values[place])
+                    continue
+            others[request_id] = num_tokens
+        return dataclasses.replace(scheduler_output, num_scheduled_tokens=others)
+
+    def _take(self, held: _Held, token: int, logprob: float) -> None:
+        """What vLLM's own code does with an idle token."""
+        held.num_idle -= 1
+        held.token_ids.append(token)
+        held.logprobs.append(logprob)
+        request = held.request
+        request._output_token_ids.append(token)
+        request._all_token_ids.append(token)
+        if self.is_asynchronous:
+            request.num_output_placeholders -= 1
+        if hasattr(request, "num_in_flight_tokens"):  # newer than vLLM 0.25
+            request.num_in_flight_tokens -= 1
 
     def _hold(self, output: Any) -> Any:
         """Returns the output to hand over now, or None."""
@@ -57,16 +102,40 @@ class _RunScheduler:
             request = self.requests.get(output.request_id)  # type: ignore[attr-defined]
             if output.finish_reason is not None or request is None or not _is_rollout(request):
                 return output
-            held = self._held[output.request_id] = _Held([], [])
+            params = request.sampling_params
+            stops = frozenset({*(params.stop_token_ids or ()), params.eos_token_id})
+            held = self._held[output.request_id] = _Held(request, stops)
         held.token_ids += output.new_token_ids
         if output.new_logprobs is not None:  # None: it ended without a further token
-            held.logprobs.append(output.new_logprobs.logprobs)
-        if output.finish_reason is None and len(held.token_ids) < RUN:
-            return None
-        del self._held[output.request_id]
+            held.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+        if output.finish_reason is not None:
+            del self._held[output.request_id]
+        else:
+            held.num_idle, held.num_preemptions = self._count_idle(held.request), held.request.num_preemptions
+            if len(held.token_ids) < RUN:
+                return None
         output.new_token_ids = held.token_ids
-        output.new_logprobs = _join(held) if held.logprobs else None
+        output.new_logprobs = _join(held)
+        held.token_ids, held.logprobs = [], []
         return output
+
+    def _count_idle(self, request: Any) -> int:
+        """How many of a request's next tokens are idle, whatever they are.
+
+        The last token of a block is not, since the block's hash is computed with it; nor the first of the next
+        one, with which the block is cached; nor the last that the request, or the model, may have.
+        """
+        is_stale = getattr(request, "async_tokens_to_discard", 0) or getattr(
+            request, "num_stale_output_tokens", 0
+        )
+        place = request.num_tokens % self._block_size if self._block_size else 0
+        if is_stale or place == 0:
+            return 0
+        until_end = min(
+            request.max_tokens - request.num_output_tokens,
+            self.max_model_len - request.num_tokens,  # type: ignore[attr-defined]
+        )
+        return max(0, min(self._block_size - place, until_end) - 1)
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         """Called when requests are aborted: what was kept back of them is dropped."""
@@ -79,29 +148,20 @@ class _RunScheduler:
         return super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
 
 
-def skip_idle_block_work(manager: Any, block_size: int) -> None:
-    """Lets a `KVCacheManager` return at once where a single token neither needs a cache block nor fills one.
+def skip_idle_allocation(manager: Any, block_size: int) -> None:
+    """Lets a `KVCacheManager` return at once where the next token lies within a block that the request has.
 
-    Args: manager: of a model whose layers all attend to everything and share their blocks: one group of them.
+    Not where it fills the block, which may be cached then.
     """
-    allocate_slots, cache_blocks, nothing = (
-        manager.allocate_slots,
-        manager.cache_blocks,
-        manager.empty_kv_cache_blocks,
-    )
+    allocate_slots, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
 
     def allocate_slots_if_needed(request: Any, num_new_tokens: int, *args: Any, **options: Any) -> Any:
-        # The token before this one lies in the same block, so the block is there.
-        is_inside = num_new_tokens == 1 and request.num_computed_tokens % block_size
-        if is_inside and not args and options == {"num_lookahead_tokens": 0}:
+        is_within = num_new_tokens == 1 and 0 < request.num_computed_tokens % block_size < block_size - 1
+        if is_within and not args and options == {"num_lookahead_tokens": 0}:
             return nothing
         return allocate_slots(request, num_new_tokens, *args, **options)
 
-    def cache_blocks_if_full(request: Any, num_computed_tokens: int) -> None:
-        if num_computed_tokens % block_size == 0:  # a block passed over is cached together with the next one
-            cache_blocks(request, num_computed_tokens)
-
-    manager.allocate_slots, manager.cache_blocks = allocate_slots_if_needed, cache_blocks_if_full
+    manager.allocate_slots = allocate_slots_if_needed
 
 
 def _is_rollout(request: Any) -> bool:
@@ -111,19 +171,26 @@ def _is_rollout(request: Any) -> bool:
         params is not None
         and params.output_kind == RequestOutputKind.FINAL_ONLY
         and params.logprobs == 0
+        and params.repetition_detection is None
         and not params.detokenize  # text might hold a stop string, which the front looks for
     )
 
 
-def _join(held: _Held) -> LogprobsLists:
+def _join(held: _Held) -> LogprobsLists | None:
+    if not held.logprobs:
+        return None
     token_ids = np.array(held.token_ids, np.int32)
     ranks = np.zeros(len(token_ids), np.int32)  # nobody reads the ranks of rollouts
-    return LogprobsLists(token_ids[:, None], np.concatenate(held.logprobs), ranks, None)
+    return LogprobsLists(token_ids[:, None], np.array(held.logprobs, np.float32)[:, None], ranks, None)
 
 
 class RunScheduler(_RunScheduler, Scheduler):
     """For platforms without asynchronous scheduling (CPU)."""
 
+    is_asynchronous = False
+
 
 class AsyncRunScheduler(_RunScheduler, AsyncScheduler):
     """For GPUs: the next step is scheduled while this one runs."""
+
+    is_asynchronous = True

@@ -1,5 +1,6 @@
 """What is said of a vLLM that cannot be used, or that did not start. No vLLM and no Ray take part."""
 
+import itertools
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.transformer import ModelConfig
 from grpo_jax.rollout import ray_cluster, vllm_check
 from grpo_jax.rollout.vllm_check import TESTED, VllmInstallation, find_vllm
-from grpo_jax.rollout.vllm_engine import engine_options
+from grpo_jax.rollout.vllm_engine import engine_options, graph_sizes
 
 OURS = {"vllm": None, "is_cpu": False, "ray": "2.60.0", "python": "3.11.7"}
 
@@ -373,7 +374,9 @@ def options(rollout_section, tmp_path):
     switches = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False)
     config = ModelConfig(**sizes, **switches, head_dim=8, dtype=jnp.bfloat16)
     folder = ModelFolder(tmp_path, config, {}, "F32", ())
-    return lambda **changes: engine_options(rollout_section(**changes), folder, 900)
+    return lambda max_model_len=900, **changes: engine_options(
+        rollout_section(**changes), folder, max_model_len
+    )
 
 
 def test_options_follow_from_the_configuration(options, tmp_path):
@@ -392,9 +395,38 @@ def test_options_follow_from_the_configuration(options, tmp_path):
         "tensor_parallel_size": 2,
         "gpu_memory_utilization": 0.3,
         "enforce_eager": True,
+        "cudagraph_capture_sizes": None,
         "enable_sleep_mode": True,
+        "max_num_batched_tokens": 8192,
     }
     assert expected.items() <= got.items()
+
+
+def test_a_step_of_the_engine_can_read_the_longest_sequence(options):
+    assert options()["max_num_batched_tokens"] == 8192
+    assert options(max_model_len=10_000)["max_num_batched_tokens"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "sizes"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (8, [1, 2, 4, 8]),
+        (64, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]),
+        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
+    ],
+)
+def test_cuda_graphs_are_captured_up_to_all_sequences(options, max_num_seqs, sizes):
+    assert options(max_num_seqs=max_num_seqs)["cudagraph_capture_sizes"] == sizes
+
+
+def test_padding_to_a_cuda_graph_is_small_where_a_step_is_long():
+    sizes = graph_sizes(1024)
+    assert sizes[-1] == 1024 and len(sizes) < 40
+    gaps = {low: high - low for low, high in itertools.pairwise(sizes)}
+    assert all(gap <= max(8, low / 4) for low, gap in gaps.items())
+    assert all(gap <= low / 4 for low, gap in gaps.items() if low >= 256)
 
 
 @pytest.mark.parametrize(
