@@ -70,13 +70,17 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     gradients = parameters * computed
     head_gradient = words * model.hidden_size * 4
     backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
-    streamed = 0
-    if config.optim.offload:  # the state of the largest parameter, and the parameter that is made of it
-        state = sum(size for name, size in host.items() if name != "reference")
-        streamed = (state + held["parameters"]) // parameters * max(jax.tree.leaves(sizes))
+    optimizer = sums
+    if config.optim.offload:
+        # A parameter's state and what is made of it are there; the sums of those before it are not any more.
+        brought = sum(size for name, size in host.items() if name != "reference") + held["parameters"]
+        parts = sorted(jax.tree.leaves(sizes))
+        optimizer = max(
+            sums // parameters * sum(parts[i:]) + brought // parameters * part for i, part in enumerate(parts)
+        )
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
-        "optimizer": base + cast + sums + streamed,
+        "optimizer": base + cast + optimizer,
     }
     if config.uses_reference or config.needs_old_logprobs:
         phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)

@@ -94,9 +94,10 @@ def init_offloaded(params: Params, config: ModelConfig, optimizer: Any, mesh: Me
 def make_streamed_update(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[..., tuple[Params, Any]]:
-    """Returns `update(params, state, grads, scale, is_finite) -> (params, state)`, which takes its first two over.
+    """Returns `update(params, state, grads, scale, is_finite) -> (params, state)`; it takes the first three over.
 
-    The gradients are multiplied by `scale`; without `is_finite`, nothing changes.
+    The gradients are multiplied by `scale`; without `is_finite`, nothing changes. The smallest parameter comes
+    first, and each gradient is given back: when the largest state comes, little else is left.
     """
     make = functools.partial(_update_of_one, optimizer)
     there = offloaded_shardings(config, optimizer, mesh)
@@ -105,9 +106,14 @@ def make_streamed_update(
     def update(
         params: Params, state: Any, grads: Params, scale: jax.Array, is_finite: jax.Array
     ) -> tuple[Params, Any]:
-        call = lambda step, *arrays: step(*arrays, scale, is_finite)
-        pairs = jax.tree.map(call, steps, params, state, grads)
-        take = lambda i: jax.tree.map(lambda pair: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple))
+        tree: Any = jax.tree.structure(params)
+        each = list(zip(*map(tree.flatten_up_to, (steps, params, state, grads)), strict=True))
+        new: dict[int, tuple[jax.Array, LeafState]] = {}
+        for i in sorted(range(len(each)), key=lambda i: each[i][1].size):
+            step, param, leaf, grad = each[i]
+            new[i] = step(param, leaf, grad, scale, is_finite)
+            grad.delete()
+        take = lambda part: tree.unflatten([new[i][part] for i in range(len(each))])
         return take(0), take(1)
 
     return update

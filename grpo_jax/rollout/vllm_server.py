@@ -48,11 +48,14 @@ class EngineActor:
 
     async def _start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
         import vllm
-        from vllm import AsyncEngineArgs
+        from vllm import AsyncEngineArgs, envs
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # Otherwise the kernels that sampling needs are compiled at every start: PyTorch leaves Triton a folder that
+        # it deletes.
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton"))
         scheduler = "AsyncRunScheduler"
         if current_platform.is_cpu():
             scheduler = "RunScheduler"
