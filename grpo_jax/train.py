@@ -214,9 +214,11 @@ def run_updates(
 def warm_up(stages: Stages, state: TrainState) -> TrainState:
     """Compiles the steps, while the engine may still be starting, and finds out whether they fit the memory.
 
-    They run on completions whose advantage is not a number: such an update changes nothing.
+    They run on completions whose advantage is not a number: such an update changes nothing. An engine that will
+    sleep during updates has to be ready, and asleep, before this one.
     """
     config = stages.config
+    stages.engine.sleep()
     examples = [([0], [0])] * config.actor.num_minibatches
     batch = make_sft_batch(examples, pad_id=0)
     batch = with_kl_coef(stages, with_host_logprobs(stages, state.params, batch))

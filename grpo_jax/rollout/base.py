@@ -75,7 +75,10 @@ class RolloutEngine(Protocol):
         """`submit`, and waits."""
 
     def sleep(self) -> None:
-        """Gives up what memory the engine can do without until the next `load_weights`."""
+        """Gives up what memory the engine can do without until the next `load_weights`.
+
+        Waits for an engine that is still starting, if it would give up anything.
+        """
 
     def close(self) -> None:
         """Ends the engine's processes."""

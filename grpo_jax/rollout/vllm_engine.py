@@ -328,6 +328,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; only where `rollout.sleep` asks for it."""
         if self._section.sleep and not self._asleep:
+            self._ensure_started()
             with contextlib.suppress(*ray_cluster.dead_errors()):  # the next push will notice
                 self._get([r.actor.sleep.remote() for r in self._replicas], "sleep")
             self._asleep = True

@@ -53,8 +53,7 @@ class EngineActor:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # Otherwise the kernels that sampling needs are compiled at every start: PyTorch leaves Triton a folder that
-        # it deletes.
+        # Otherwise sampling's kernels are compiled at every start: they go to a folder that PyTorch deletes.
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton"))
         scheduler = "AsyncRunScheduler"
         if current_platform.is_cpu():

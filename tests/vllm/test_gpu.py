@@ -48,6 +48,8 @@ def test_an_engine_sleeps_and_wakes_with_new_weights(models, tmp_path):
     before = used()
     engine = helpers.engine_for(models["qwen2-untied"], mesh, sleep=True, gpu_memory_utilization=0.3)
     with contextlib.closing(engine):
+        engine.sleep()  # as soon as it has started, so that the trainer can try out its update
+        napping = used()
         engine.load_weights(params, version=0)
         engine.generate(batch, GREEDY, seed=0)
         awake = used()
@@ -56,6 +58,7 @@ def test_an_engine_sleeps_and_wakes_with_new_weights(models, tmp_path):
         # Asleep it keeps a CUDA context and its compiled kernels; the trainer's memory is not its to give up.
         kept = asleep - before
         assert awake - before > 20_000 and kept < 0.1 * (awake - before), (before, awake, asleep)
+        assert napping - before < 0.1 * (awake - before), (before, napping, awake)
         engine.load_weights(moved, version=1)
         groups = engine.generate(batch, GREEDY, seed=0)
         model = helpers.reference(folder)
