@@ -3,174 +3,34 @@
 No model runs here. Both schedulers are real, and get the same made-up tokens.
 """
 
-import random
-
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.vllm
 
-vllm = pytest.importorskip("vllm")
 
-import torch  # noqa: E402
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig  # noqa: E402
-from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
-from vllm.utils.hashing import sha256  # noqa: E402
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
-from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec  # noqa: E402
-from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput  # noqa: E402
-from vllm.v1.request import Request, RequestStatus  # noqa: E402
-from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
+@pytest.fixture(scope="module")
+def runs():
+    """`scheduler_runs`; tests are collected without vLLM too."""
+    import scheduler_runs
 
-from grpo_jax.rollout.vllm_scheduler import RUN, AsyncRunScheduler, RunScheduler  # noqa: E402
-
-BLOCK, MAX_LEN, STOP = 16, 300, 2
-OURS = {AsyncScheduler: AsyncRunScheduler, Scheduler: RunScheduler}
+    return scheduler_runs
 
 
-def make_scheduler(cls, folder, num_blocks):
-    scheduler = SchedulerConfig(
-        max_num_seqs=24,
-        max_num_batched_tokens=64,  # prompts are read in parts
-        max_model_len=MAX_LEN,
-        enable_chunked_prefill=True,
-        is_encoder_decoder=False,
-        async_scheduling=issubclass(cls, AsyncScheduler),
-    )
-    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
-    model = ModelConfig(model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=MAX_LEN)
-    config = VllmConfig(
-        model_config=model,
-        scheduler_config=scheduler,
-        cache_config=cache,
-        device_config=DeviceConfig("cpu"),
-    )
-    cache.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    return cls(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        log_stats=False,
-    )
-
-
-def make_requests(count, is_rollout=True):
-    """Groups of four with the same prompt; prompts and completions of all lengths around those of a block."""
-    init_none_hash(sha256)
-    hasher = get_request_block_hasher(BLOCK, sha256)
-    requests = []
-    for i in range(count):
-        rng = random.Random(i // 4)
-        prompt = [rng.randrange(10, 500) for _ in range(rng.randrange(1, 70))]
-        params = SamplingParams(
-            temperature=1.0,
-            max_tokens=random.Random(i).choice([1, 2, 15, 16, 17, 70, 150, 290]),
-            logprobs=0,
-            ignore_eos=True,
-            stop_token_ids=[STOP],
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if is_rollout else RequestOutputKind.DELTA,
-        )
-        requests.append(
-            Request(
-                request_id=f"{i}-{'rollout' if is_rollout else 'chat'}", prompt_token_ids=prompt,
-                sampling_params=params, pooling_params=None, block_hasher=hasher,
-            )
-        )  # fmt: skip
-    return requests
-
-
-def made_up(request_id, step):
-    """A token and its log-probability; one in 60 ends the completion."""
-    rng = random.Random(f"{request_id} {step}")
-    token = STOP if rng.random() < 1 / 60 else rng.randrange(10, 500)
-    return token, float(np.float32(-rng.random()))
-
-
-def sample(scheduler, scheduled, step):
-    """What a model runner returns: a token of each request whose prompt has been read."""
-    ids = list(scheduled.num_scheduled_tokens)
-    made = [made_up(request_id, step) for request_id in ids]
-    is_read = [not scheduler.requests[request_id].is_prefill_chunk for request_id in ids]
-    tokens = [[token] if read else [] for (token, _), read in zip(made, is_read, strict=True)]
-    logprobs = LogprobsLists(
-        np.array([[token] for token, _ in made], np.int32),
-        np.array([[logprob] for _, logprob in made], np.float32),
-        np.zeros(len(ids), np.int32),
-        None,
-    )
-    index = {request_id: i for i, request_id in enumerate(ids)}
-    return ModelRunnerOutput(
-        req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, logprobs=logprobs,
-        prompt_logprobs_dict={}, pooler_output=[],
-    )  # fmt: skip
-
-
-def run(cls, folder, requests, *, num_blocks, events=None):
-    """Schedules and samples to the end, two steps under way at once where that is asynchronous.
-
-    Args:    events: step -> what is done to the scheduler before it.
-    Returns: per step the scheduled tokens and the blocks of every request; per request its tokens,
-             log-probabilities and finish reason; how many outputs were handed over.
-    """
-    scheduler = make_scheduler(cls, folder, num_blocks)
-    for request in requests:
-        scheduler.add_request(request)
-    depth = 2 if issubclass(cls, AsyncScheduler) else 1
-    steps, under_way, received, num_outputs = [], [], {}, 0
-    while scheduler.has_unfinished_requests() or under_way:
-        if act := (events or {}).get(len(steps)):
-            act(scheduler)
-        scheduled = scheduler.schedule()
-        blocks = {
-            r.request_id: scheduler.kv_cache_manager.get_block_ids(r.request_id) for r in scheduler.running
-        }
-        steps.append((dict(scheduled.num_scheduled_tokens), blocks))
-        if scheduled.num_scheduled_tokens:
-            under_way.append((scheduled, sample(scheduler, scheduled, len(steps))))
-            if len(under_way) < depth:
-                continue
-        if under_way:
-            for outputs in scheduler.update_from_output(*under_way.pop(0)).values():
-                for output in outputs.outputs:
-                    num_outputs += 1
-                    tokens, logprobs, _ = received.setdefault(output.request_id, ([], [], None))
-                    tokens += output.new_token_ids
-                    if output.new_logprobs is not None:
-                        logprobs += output.new_logprobs.logprobs[:, 0].tolist()
-                    received[output.request_id] = tokens, logprobs, output.finish_reason
-        assert len(steps) < 5000
-    assert not getattr(scheduler, "_held", {})
-    return steps, received, num_outputs
-
-
-def reset(scheduler):
-    """What a push in the middle of a batch does: everything cached is forgotten, and computed anew."""
-    scheduler.reset_prefix_cache(reset_running_requests=True)
-
-
-def abort(scheduler):
-    ids = [request.request_id for request in scheduler.running][:3]
-    scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
-
-
-@pytest.mark.parametrize("theirs", OURS, ids=["async", "sync"])
+@pytest.mark.parametrize("kind", ["async", "sync"])
 @pytest.mark.parametrize("case", ["room", "preemption", "reset", "abort"])
-def test_everything_but_the_handing_over_is_as_in_vllm(models, theirs, case):
+def test_everything_but_the_handing_over_is_as_in_vllm(models, runs, kind, case):
     folder = models["qwen2-tied"]
     options = {
         "room": dict(num_blocks=1000),
         "preemption": dict(num_blocks=30),  # one request alone may need 19
-        "reset": dict(num_blocks=1000, events={40: reset, 41: reset, 90: reset}),
-        "abort": dict(num_blocks=1000, events={30: abort, 60: abort}),
+        "reset": dict(num_blocks=1000, events={40: runs.reset, 41: runs.reset, 90: runs.reset}),
+        "abort": dict(num_blocks=1000, events={30: runs.abort, 60: runs.abort}),
     }[case]
-    requests = make_requests(40)
-    steps, received, num_outputs = run(OURS[theirs], folder, requests, **options)
-    their_steps, their_received, their_num_outputs = run(theirs, folder, make_requests(40), **options)
+    requests = runs.make_requests(40)
+    steps, received, num_outputs = runs.run(runs.OURS[kind], folder, requests, **options)
+    their_steps, their_received, their_num_outputs = runs.run(
+        runs.THEIRS[kind], folder, runs.make_requests(40), **options
+    )
     assert steps == their_steps
     if case in ("preemption", "reset"):
         assert sum(request.num_preemptions for request in requests) > 5
@@ -183,28 +43,16 @@ def test_everything_but_the_handing_over_is_as_in_vllm(models, theirs, case):
     assert 4 * num_outputs < their_num_outputs
     lengths = {len(tokens) for tokens, _, _ in received.values()}
     assert {1, 2, 15, 16, 17, 70} <= lengths  # completions that ended at their limit
-    assert any(tokens[-1] == STOP and len(tokens) > RUN for tokens, _, _ in received.values())
+    assert any(tokens[-1] == runs.STOP and len(tokens) > 64 for tokens, _, _ in received.values())
 
 
-class Counting(AsyncRunScheduler):
-    """Counts the outputs of requests that are read as they come."""
-
-    num_chat = 0
-
-    def update_from_output(self, *args):
-        by_client = super().update_from_output(*args)
-        ids = [output.request_id for outputs in by_client.values() for output in outputs.outputs]
-        Counting.num_chat += sum(request_id.endswith("chat") for request_id in ids)
-        return by_client
-
-
-def test_requests_that_are_read_as_they_come_get_every_token_at_once(models):
+def test_requests_that_are_read_as_they_come_get_every_token_at_once(models, runs):
     def mixed():
-        return [*make_requests(8), *make_requests(8, is_rollout=False)]
+        return [*runs.make_requests(8), *runs.make_requests(8, is_rollout=False)]
 
-    _, received, _ = run(Counting, models["qwen2-tied"], mixed(), num_blocks=1000)
-    _, expected, _ = run(AsyncScheduler, models["qwen2-tied"], mixed(), num_blocks=1000)
+    _, received, _ = runs.run(runs.Counting, models["qwen2-tied"], mixed(), num_blocks=1000)
+    _, expected, _ = runs.run(runs.THEIRS["async"], models["qwen2-tied"], mixed(), num_blocks=1000)
     assert received == expected
     lengths = [len(tokens) for request_id, (tokens, _, _) in received.items() if request_id.endswith("chat")]
     assert len(lengths) == 8
-    assert Counting.num_chat == sum(lengths)
+    assert runs.Counting.num_chat == sum(lengths)

@@ -1,0 +1,162 @@
+"""Runs of schedulers, ours and vLLM's own, over made-up requests and tokens; imports vLLM, which not all have."""
+
+import random
+
+import numpy as np
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from grpo_jax.rollout.vllm_scheduler import AsyncRunScheduler, RunScheduler
+
+BLOCK, MAX_LEN, STOP = 16, 300, 2
+OURS = {"async": AsyncRunScheduler, "sync": RunScheduler}
+THEIRS = {"async": AsyncScheduler, "sync": Scheduler}
+
+
+def make_scheduler(cls, folder, num_blocks):
+    scheduler = SchedulerConfig(
+        max_num_seqs=24,
+        max_num_batched_tokens=64,  # prompts are read in parts
+        max_model_len=MAX_LEN,
+        enable_chunked_prefill=True,
+        is_encoder_decoder=False,
+        async_scheduling=issubclass(cls, AsyncScheduler),
+    )
+    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
+    model = ModelConfig(model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=MAX_LEN)
+    config = VllmConfig(
+        model_config=model,
+        scheduler_config=scheduler,
+        cache_config=cache,
+        device_config=DeviceConfig("cpu"),
+    )
+    cache.num_gpu_blocks = num_blocks
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    return cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+        log_stats=False,
+    )
+
+
+def make_requests(count, is_rollout=True):
+    """Groups of four with the same prompt; prompts and completions of all lengths around those of a block."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    requests = []
+    for i in range(count):
+        rng = random.Random(i // 4)
+        prompt = [rng.randrange(10, 500) for _ in range(rng.randrange(1, 70))]
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=random.Random(i).choice([1, 2, 15, 16, 17, 70, 150, 290]),
+            logprobs=0,
+            ignore_eos=True,
+            stop_token_ids=[STOP],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if is_rollout else RequestOutputKind.DELTA,
+        )
+        requests.append(
+            Request(
+                request_id=f"{i}-{'rollout' if is_rollout else 'chat'}", prompt_token_ids=prompt,
+                sampling_params=params, pooling_params=None, block_hasher=hasher,
+            )
+        )  # fmt: skip
+    return requests
+
+
+def made_up(request_id, step):
+    """A token and its log-probability; one in 60 ends the completion."""
+    rng = random.Random(f"{request_id} {step}")
+    token = STOP if rng.random() < 1 / 60 else rng.randrange(10, 500)
+    return token, float(np.float32(-rng.random()))
+
+
+def sample(scheduler, scheduled, step):
+    """What a model runner returns: a token of each request whose prompt has been read."""
+    ids = list(scheduled.num_scheduled_tokens)
+    made = [made_up(request_id, step) for request_id in ids]
+    is_read = [not scheduler.requests[request_id].is_prefill_chunk for request_id in ids]
+    tokens = [[token] if read else [] for (token, _), read in zip(made, is_read, strict=True)]
+    logprobs = LogprobsLists(
+        np.array([[token] for token, _ in made], np.int32),
+        np.array([[logprob] for _, logprob in made], np.float32),
+        np.zeros(len(ids), np.int32),
+        None,
+    )
+    index = {request_id: i for i, request_id in enumerate(ids)}
+    return ModelRunnerOutput(
+        req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, logprobs=logprobs,
+        prompt_logprobs_dict={}, pooler_output=[],
+    )  # fmt: skip
+
+
+def run(cls, folder, requests, *, num_blocks, events=None):
+    """Schedules and samples to the end, two steps under way at once where that is asynchronous.
+
+    Args:    events: step -> what is done to the scheduler before it.
+    Returns: per step the scheduled tokens and the blocks of every request; per request its tokens,
+             log-probabilities and finish reason; how many outputs were handed over.
+    """
+    scheduler = make_scheduler(cls, folder, num_blocks)
+    for request in requests:
+        scheduler.add_request(request)
+    depth = 2 if issubclass(cls, AsyncScheduler) else 1
+    steps, under_way, received, num_outputs = [], [], {}, 0
+    while scheduler.has_unfinished_requests() or under_way:
+        if act := (events or {}).get(len(steps)):
+            act(scheduler)
+        scheduled = scheduler.schedule()
+        blocks = {
+            r.request_id: scheduler.kv_cache_manager.get_block_ids(r.request_id) for r in scheduler.running
+        }
+        steps.append((dict(scheduled.num_scheduled_tokens), blocks))
+        if scheduled.num_scheduled_tokens:
+            under_way.append((scheduled, sample(scheduler, scheduled, len(steps))))
+            if len(under_way) < depth:
+                continue
+        if under_way:
+            for outputs in scheduler.update_from_output(*under_way.pop(0)).values():
+                for output in outputs.outputs:
+                    num_outputs += 1
+                    tokens, logprobs, _ = received.setdefault(output.request_id, ([], [], None))
+                    tokens += output.new_token_ids
+                    if output.new_logprobs is not None:
+                        logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+                    received[output.request_id] = tokens, logprobs, output.finish_reason
+        assert len(steps) < 5000
+    assert not getattr(scheduler, "_held", {})
+    return steps, received, num_outputs
+
+
+def reset(scheduler):
+    """What a push in the middle of a batch does: everything cached is forgotten, and computed anew."""
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+
+
+def abort(scheduler):
+    ids = [request.request_id for request in scheduler.running][:3]
+    scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+
+
+class Counting(AsyncRunScheduler):
+    """Counts the outputs of requests that are read as they come."""
+
+    num_chat = 0
+
+    def update_from_output(self, *args):
+        by_client = super().update_from_output(*args)
+        ids = [output.request_id for outputs in by_client.values() for output in outputs.outputs]
+        Counting.num_chat += sum(request_id.endswith("chat") for request_id in ids)
+        return by_client
