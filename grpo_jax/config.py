@@ -662,6 +662,12 @@ def _check_rollout(config: Config) -> None:
         raise ConfigError(
             "rollout.sleep", True, "needs rollout.api_port=0: an engine that sleeps cannot answer"
         )
+    if rollout.sleep and rollout.placement == "separate":
+        raise ConfigError(
+            "rollout.sleep",
+            True,
+            "needs rollout.placement=colocated: on other GPUs the trainer gains nothing",
+        )
     if rollout.sleep and rollout.max_lag:
         raise ConfigError(
             "rollout.sleep", True, "needs rollout.max_lag=0: an engine that samples cannot sleep"

@@ -8,6 +8,7 @@ next one comes: the device needs room for the largest, and every byte of the sta
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,8 +97,8 @@ def make_streamed_update(
 ) -> Callable[..., tuple[Params, Any]]:
     """Returns `update(params, state, grads, scale, is_finite) -> (params, state)`; it takes the first three over.
 
-    The gradients are multiplied by `scale`; without `is_finite`, nothing changes. The smallest parameter comes
-    first, and each gradient is given back: when the largest state comes, little else is left.
+    The gradients are multiplied by `scale`; without `is_finite`, nothing changes. The smallest parameter of a
+    device comes first, and each gradient is given back: when the largest states come, no others are left.
     """
     make = functools.partial(_update_of_one, optimizer)
     there = offloaded_shardings(config, optimizer, mesh)
@@ -109,7 +110,8 @@ def make_streamed_update(
         tree: Any = jax.tree.structure(params)
         each = list(zip(*map(tree.flatten_up_to, (steps, params, state, grads)), strict=True))
         new: dict[int, tuple[jax.Array, LeafState]] = {}
-        for i in sorted(range(len(each)), key=lambda i: each[i][1].size):
+        size = lambda param: math.prod(param.sharding.shard_shape(param.shape))
+        for i in sorted(range(len(each)), key=lambda i: size(each[i][1])):
             step, param, leaf, grad = each[i]
             new[i] = step(param, leaf, grad, scale, is_finite)
             grad.delete()

@@ -214,11 +214,9 @@ def run_updates(
 def warm_up(stages: Stages, state: TrainState) -> TrainState:
     """Compiles the steps, while the engine may still be starting, and finds out whether they fit the memory.
 
-    They run on completions whose advantage is not a number: such an update changes nothing. An engine that will
-    sleep during updates has to be ready, and asleep, before this one.
+    They run on completions whose advantage is not a number: such an update changes nothing.
     """
     config = stages.config
-    stages.engine.sleep()
     examples = [([0], [0])] * config.actor.num_minibatches
     batch = make_sft_batch(examples, pad_id=0)
     batch = with_kl_coef(stages, with_host_logprobs(stages, state.params, batch))
@@ -281,6 +279,8 @@ def train(config: Config, path: Path) -> None:
             folder = make_model(config, inputs, workdir, mesh)
             engine = start_engine(config, inputs, folder, mesh)
             stack.callback(engine.close)
+            # Where it will sleep during updates, the trainer's memory is not there beside it now either.
+            engine.sleep()
             stages, state, first = build_stages(
                 config, workdir, inputs, folder, mesh, reward, estimator, engine, timers, checkpointer
             )

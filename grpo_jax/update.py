@@ -170,7 +170,7 @@ class UpdateStep:
     accumulate: Callable[[Params, Any, TrainBatch], Any]
     """Adds those of one micro-batch [R, T] to the sum, which is donated."""
     apply: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """The optimizer's step with the sum; the state is donated."""
+    """The optimizer's step with the sum; it takes both over."""
 
     def __call__(self, state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
         params = self.cast(state.params)

@@ -274,6 +274,11 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"rollout.update_weights": "during"}, "rollout.update_weights", "rollout.max_lag above 0"),
     (CORRECTED | {"rollout.max_lag": 1, "rollout.sleep": True}, "rollout.sleep", "rollout.max_lag=0"),
     (
+        {"rollout.placement": "separate", "rollout.sleep": True},
+        "rollout.sleep",
+        "rollout.placement=colocated",
+    ),
+    (
         {"rollout.weight_sync": "ipc", "rollout.placement": "separate"},
         "rollout.weight_sync",
         "rollout.placement=colocated",

@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from grpo_jax import offload
 from grpo_jax.batching import add_loss_weights, make_train_batch, plan_rows
 from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.losses import grpo_loss
@@ -751,12 +752,33 @@ def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
         assert moment.addressable_shards[0].data.shape == (VOCAB, 2)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_gradients_below_the_clipping_norm_stay_as_they_are(model, batch, offload):
+def test_the_streamed_update_begins_with_the_smallest_parameter_and_gives_gradients_back(model, monkeypatch):
+    """What `grpo_jax.plan` counts on."""
+    seen, make = [], offload._update_of_one
+
+    def noted(*args):
+        step = make(*args)
+        return lambda param, *rest: seen.append(param.size) or step(param, *rest)
+
+    monkeypatch.setattr(offload, "_update_of_one", noted)
+    config, mesh = model[1].config, mesh_of(*ONE)
+    with jax.set_mesh(mesh):
+        params = load_params(model[1], at_rest(config, OFFLOADED), mesh)
+        state = init_state(params, config, OPTIMIZER, mesh, offload=True)
+        grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
+        sizes = sorted(x.size for x in jax.tree.leaves(params))
+        update = offload.make_streamed_update(config, OPTIMIZER, mesh)
+        update(state.params, state.opt_state, grads, jnp.float32(1), jnp.bool_(True))
+    assert seen == sizes and sizes[0] < sizes[-1]
+    assert all(grad.is_deleted() for grad in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_gradients_below_the_clipping_norm_stay_as_they_are(model, batch, is_offloaded):
     """mu is (1 - beta1) times the gradient, whose norm is the one reported."""
-    optim = dataclasses.replace(OPTIM, max_grad_norm=1e3, offload=offload)
+    optim = dataclasses.replace(OPTIM, max_grad_norm=1e3, offload=is_offloaded)
     state, metrics = run_several(model, [batch], ONE, optim=optim)
-    moments = parts_of(state, "mu") if offload else first_moment(state)
+    moments = parts_of(state, "mu") if is_offloaded else first_moment(state)
     norm = float(optax.tree.norm(on_host(moments))) / (1 - OPTIM.beta1)
     assert norm == pytest.approx(metrics[0]["actor/grad_norm"], rel=1e-5) and norm > 0.5
 

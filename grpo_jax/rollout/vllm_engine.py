@@ -5,7 +5,6 @@ that fits (`weight_sync`), and an engine that dies or falls silent is started an
 asked again what it still owed.
 """
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -33,6 +32,10 @@ logger = logging.getLogger(__name__)
 PROGRESS_S = 20.0  # between two lines that say that an engine is still starting
 MIN_BATCHED_TOKENS = 8192
 """Tokens that vLLM reads in a step at most, unless a single sequence may be longer: its own 2,048 are few."""
+OWN_GRAPHS = {
+    "cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "speculative_config"
+}  # fmt: skip
+"""Engine arguments that say, or make vLLM say, what CUDA graphs to capture."""
 
 
 @dataclasses.dataclass
@@ -329,8 +332,10 @@ class VllmEngine:
         """See `RolloutEngine.sleep`; only where `rollout.sleep` asks for it."""
         if self._section.sleep and not self._asleep:
             self._ensure_started()
-            with contextlib.suppress(*ray_cluster.dead_errors()):  # the next push will notice
+            try:
                 self._get([r.actor.sleep.remote() for r in self._replicas], "sleep")
+            except ray_cluster.dead_errors() as error:  # the next push will start it anew
+                logger.warning("an engine did not go to sleep: %s", ray_cluster.root_cause(error, 0)[0])
             self._asleep = True
 
     def close(self) -> None:
@@ -398,13 +403,15 @@ def num_replicas(section: RolloutSection, mesh: Mesh, *, share_gpus: bool) -> in
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of sequences to capture CUDA graphs for: all up to `max_num_seqs` are padded to one of them.
+    """Numbers of tokens to capture CUDA graphs for; the sequences of a step are padded to one of them.
 
     vLLM's own end at 512: more sequences than that are launched kernel by kernel, which takes twice as long a
-    token. And they are 51; fewer start sooner. The gaps widen: padding costs least where least is running.
+    token. Below, its own are twice as many; fewer start sooner, at the price of up to a quarter of padding in
+    small steps, which wait for the weights to be read anyway, and an eighth in large ones.
     """
-    steps = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, max_num_seqs, 64)]
-    return [size for size in (1, 2, 4, *steps) if size < max_num_seqs] + [max_num_seqs]
+    last = max(max_num_seqs, min(2 * max_num_seqs, 512))  # beyond max_num_seqs: steps that read prompts too
+    steps = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32), *range(512, last, 64)]
+    return sorted({*(size for size in (1, 2, 4, *steps) if size < last), max_num_seqs, last})
 
 
 def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
@@ -416,11 +423,9 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "dtype": str(np.dtype(folder.config.dtype)),
         "max_model_len": max_model_len,
         "max_num_seqs": section.max_num_seqs,
-        "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, max_model_len),
         "tensor_parallel_size": section.tensor_parallel_size,
         "gpu_memory_utilization": section.gpu_memory_utilization,
         "enforce_eager": section.enforce_eager,
-        "cudagraph_capture_sizes": None if section.enforce_eager else graph_sizes(section.max_num_seqs),
         "enable_sleep_mode": section.sleep,
         "enable_prefix_caching": True,
         "seed": 0,
@@ -434,4 +439,8 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError):
             options[name] = value  # a bare word
+    most = options["max_num_seqs"]
+    options.setdefault("max_num_batched_tokens", max(MIN_BATCHED_TOKENS, max_model_len, most))
+    if not options["enforce_eager"] and not OWN_GRAPHS & options.keys():
+        options["cudagraph_capture_sizes"] = graph_sizes(most)
     return options

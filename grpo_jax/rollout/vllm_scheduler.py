@@ -68,7 +68,9 @@ class _RunScheduler:
     def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Notes the idle tokens of a step, and leaves in `scheduler_output` the requests with others."""
         sampled, logprobs = model_runner_output.sampled_token_ids, model_runner_output.logprobs
-        if not sampled or logprobs is None or logprobs.cu_num_generated_tokens is not None:
+        is_plain = logprobs is not None and logprobs.cu_num_generated_tokens is None
+        # Which experts a token went through is counted off over all requests of the step.
+        if not sampled or not is_plain or getattr(model_runner_output, "routed_experts", None) is not None:
             return scheduler_output
         index, values = model_runner_output.req_id_to_index, logprobs.logprobs[:, 0].tolist()
         others = {}
@@ -106,8 +108,7 @@ class _RunScheduler:
             stops = frozenset({*(params.stop_token_ids or ()), params.eos_token_id})
             held = self._held[output.request_id] = _Held(request, stops)
         held.token_ids += output.new_token_ids
-        if output.new_logprobs is not None:  # None: it ended without a further token
-            held.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+        held.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
         if output.finish_reason is not None:
             del self._held[output.request_id]
         else:
@@ -165,20 +166,21 @@ def skip_idle_allocation(manager: Any, block_size: int) -> None:
 
 
 def _is_rollout(request: Any) -> bool:
-    """Read at its end only, and with the log-probabilities of the sampled tokens alone."""
+    """Read at its end only, with the log-probabilities of the sampled tokens alone, and bound by no grammar."""
     params = request.sampling_params
     return (
         params is not None
         and params.output_kind == RequestOutputKind.FINAL_ONLY
         and params.logprobs == 0
+        and params.prompt_logprobs is None
         and params.repetition_detection is None
+        and request.structured_output_request is None
+        and not request.resumable
         and not params.detokenize  # text might hold a stop string, which the front looks for
     )
 
 
-def _join(held: _Held) -> LogprobsLists | None:
-    if not held.logprobs:
-        return None
+def _join(held: _Held) -> LogprobsLists:
     token_ids = np.array(held.token_ids, np.int32)
     ranks = np.zeros(len(token_ids), np.int32)  # nobody reads the ranks of rollouts
     return LogprobsLists(token_ids[:, None], np.array(held.logprobs, np.float32)[:, None], ranks, None)
