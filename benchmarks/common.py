@@ -30,6 +30,13 @@ def load_config(name: str) -> Any:
     return runpy.run_path(str(path))["get_config"]()
 
 
+def gsm8k() -> Any:
+    """configs/gsm8k.py as a `Config`."""
+    from grpo_jax.config import parse_config
+
+    return parse_config(load_config("gsm8k"))
+
+
 def quickstart() -> Any:
     """The quickstart's, where the default shapes come from."""
     return load_config("quickstart")

@@ -53,17 +53,10 @@ def make_room(args: Any) -> None:
     """As a run does, before the device is touched."""
     from grpo_jax.prepare import make_room_on_host
 
-    config = default_config()
+    config = common.gsm8k()
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
     model = shape_of(args)
     make_room_on_host(config, dataclasses.replace(model, param_dtype=args.param_dtype))
-
-
-def default_config() -> Any:
-    """configs/gsm8k.py as a `Config`."""
-    from grpo_jax.config import parse_config
-
-    return parse_config(common.load_config("gsm8k"))
 
 
 def shape_of(args: Any) -> Any:
@@ -154,7 +147,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         to_micro_batches,
     )  # fmt: skip
 
-    defaults = default_config()
+    defaults = common.gsm8k()
     optim = dataclasses.replace(defaults.optim, offload=args.offload)
     mesh = jax.sharding.get_mesh()
     model = shape_of(args)

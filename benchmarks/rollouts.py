@@ -118,12 +118,13 @@ def theirs(args: Any) -> None:
 
 
 def ours(args: Any) -> None:
-    from grpo_jax.config import MeshSection, RolloutSection
+    from grpo_jax.config import MeshSection
     from grpo_jax.prepare import share_gpus
 
-    section = RolloutSection(**common.load_config("gsm8k").rollout.to_dict())
     section = dataclasses.replace(
-        section, gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=args.enforce_eager
+        common.gsm8k().rollout,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.enforce_eager,
     )
     share_gpus(section)
     import jax

@@ -30,12 +30,11 @@ def main() -> None:
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--placement", default="colocated", choices=("colocated", "separate"))
     args = parser.parse_args()
-    from grpo_jax.config import MeshSection, RolloutSection
+    from grpo_jax.config import MeshSection
     from grpo_jax.prepare import share_gpus
 
-    section = RolloutSection(**common.load_config("gsm8k").rollout.to_dict())
     section = dataclasses.replace(
-        section,
+        common.gsm8k().rollout,
         bucket_mb=args.bucket_mb,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=True,

@@ -658,20 +658,15 @@ def _check_rollout(config: Config) -> None:
     if rollout.update_weights == "during" and not rollout.max_lag:
         rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
         raise ConfigError("rollout.update_weights", "during", rule)
-    if rollout.sleep and rollout.api_port:
-        raise ConfigError(
-            "rollout.sleep", True, "needs rollout.api_port=0: an engine that sleeps cannot answer"
-        )
-    if rollout.sleep and rollout.placement == "separate":
-        raise ConfigError(
-            "rollout.sleep",
-            True,
-            "needs rollout.placement=colocated: on other GPUs the trainer gains nothing",
-        )
-    if rollout.sleep and rollout.max_lag:
-        raise ConfigError(
-            "rollout.sleep", True, "needs rollout.max_lag=0: an engine that samples cannot sleep"
-        )
+    against_sleep = {
+        "rollout.api_port=0: an engine that sleeps cannot answer": rollout.api_port > 0,
+        "rollout.placement=colocated: on other GPUs the trainer gains nothing": rollout.placement
+        == "separate",
+        "rollout.max_lag=0: an engine that samples cannot sleep": rollout.max_lag > 0,
+    }
+    for needed, is_missing in against_sleep.items():
+        if rollout.sleep and is_missing:
+            raise ConfigError("rollout.sleep", True, f"needs {needed}")
     if rollout.weight_sync == "ipc" and rollout.placement == "separate":
         rule = "needs rollout.placement=colocated: memory is shared within one GPU"
         raise ConfigError("rollout.weight_sync", "ipc", rule)

@@ -279,7 +279,7 @@ def train(config: Config, path: Path) -> None:
             folder = make_model(config, inputs, workdir, mesh)
             engine = start_engine(config, inputs, folder, mesh)
             stack.callback(engine.close)
-            # Where it will sleep during updates, the trainer's memory is not there beside it now either.
+            # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
             engine.sleep()
             stages, state, first = build_stages(
                 config, workdir, inputs, folder, mesh, reward, estimator, engine, timers, checkpointer

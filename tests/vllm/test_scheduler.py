@@ -50,6 +50,8 @@ def test_everything_but_the_handing_over_is_as_in_vllm(models, runs, kind, case)
 
 def test_most_tokens_take_the_shortcuts(models, runs, monkeypatch):
     """A block of 16 has 14 idle tokens, and 14 places within it; first, last and short completions have fewer."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
     calls = collections.Counter()
 
     def counted(cls, name):
@@ -62,7 +64,7 @@ def test_most_tokens_take_the_shortcuts(models, runs, monkeypatch):
         monkeypatch.setattr(cls, name, count)
 
     counted(runs.AsyncRunScheduler, "_take")
-    counted(runs.KVCacheManager, "allocate_slots")
+    counted(KVCacheManager, "allocate_slots")
     _, received, _ = runs.run(
         runs.AsyncRunScheduler, models["qwen2-tied"], runs.make_requests(40), num_blocks=1000
     )
