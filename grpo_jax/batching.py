@@ -263,14 +263,16 @@ def micro_batch_rows(actor: ActorSection, length: int) -> int:
 def micro_batch_shape(config: Config, num_sequences: int, num_data_shards: int) -> tuple[int, int]:
     """The one shape [R, T] of all micro-batches of a run.
 
-    T holds the longest prompt with the longest completion. R is as large as memory allows, or a little less: so
-    that a mini-batch whose completions are all that long needs few rows of padding.
+    T holds the longest prompt with the longest completion, and little more: where completions are all that long,
+    the rest of their rows is computed for nothing. R is as large as memory allows, or a little less: so that a
+    mini-batch of such completions needs few rows of padding.
 
     Args:
         num_sequences: of a mini-batch.
         num_data_shards: devices that split the batch: mesh.data * mesh.fsdp.
     """
-    length = bucket_length(config.data.max_prompt_length + config.data.max_response_length)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    length = min(bucket_length(longest), -(-longest // 128) * 128)
     return plan_rows(num_sequences, length, config.actor, num_data_shards), length
 
 

@@ -318,6 +318,15 @@ def test_the_shape_holds_the_longest_prompt_with_the_longest_completion():
     assert batching.micro_batch_shape(gsm8k_config(**changes), 512, 8) == (32, 640)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [(30, 10, 48), (100, 30, 160), (128, 4096, 4224), (512, 8000, 8576)],  # the last two: 33 x 128, 67 x 128
+)
+def test_rows_are_hardly_longer_than_the_longest_sequence(prompt, response, expected):
+    changes = {"data.max_prompt_length": prompt, "data.max_response_length": response}
+    assert batching.micro_batch_shape(gsm8k_config(**changes), 512, 1)[1] == expected
+
+
 # The table
 
 

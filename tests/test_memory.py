@@ -44,15 +44,27 @@ def gsm8k(**changes):
     ("remat", "words"),
     [
         ("full", D),  # the layer's input
-        ("attention", D + H * DH),  # and what attention gave
+        ("attention", D + H * DH + 2 * H * 5),  # and what attention gave, and its sums, for 5 sequences a row
         # and the results of the projections q, k, v, o, gate and up; nothing needs that of down but a sum
-        ("dots", D + (H + 2 * K) * DH + D + 2 * F),
+        ("dots", D + H * DH + 2 * H * 5 + (H + 2 * K) * DH + D + 2 * F),
     ],
 )
 def test_what_a_layer_keeps(remat, words):
     """Another layer keeps so many more numbers of 2 bytes for each of 3 x 128 tokens."""
     of = lambda n: kept_for_backward(dataclasses.replace(MODEL, num_layers=n, remat=remat), 3, 128)
     assert of(4) - of(3) == 3 * 128 * words * 2
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_cudnns_backward_pass_keeps_what_is_counted(monkeypatch, remat):
+    """Its real shapes, without a GPU: nothing is run, and only the search for the library is left out."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
+    model = dataclasses.replace(MODEL, remat=remat, num_layers=8, num_kv_heads=H)
+    real = kept_for_backward(dataclasses.replace(model, attention="cudnn"), 3, 128)
+    assert real == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
 
 
 def test_without_fused_attention_the_scores_are_kept():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.model.fused_attention import Sequences, fused_attention
+from grpo_jax.model.fused_attention import KEPT, Sequences, fused_attention
 from grpo_jax.model.sharding import constrain
 
 
@@ -171,8 +171,7 @@ class Attention(nn.Module):
                     (cache.keys, cache.values) if layer is None else (cache.keys[layer], cache.values[layer])
                 )
             assert inputs.mask is not None
-            out = attend(q, k, v, inputs.mask)
-        out = checkpoint_name(out, "attention")
+            out = checkpoint_name(attend(q, k, v, inputs.mask), KEPT)
         axes, shape = ("heads", "head_dim", "embed"), (c.num_heads, c.head_dim, c.hidden_size)
         kernel = parameter(self, "o", NORMAL, axes, shape, c.param_dtype)
         return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache

@@ -24,7 +24,7 @@ from grpo_jax.model.attention import (
     project,
     rope_frequencies,
 )
-from grpo_jax.model.fused_attention import find_sequences
+from grpo_jax.model.fused_attention import find_sequences, is_kept
 from grpo_jax.model.sharding import constrain, tree_shardings
 from grpo_jax.types import Params
 
@@ -58,9 +58,10 @@ class ModelConfig:
 Cache = KVCache | tuple[KVCache, ...]
 """Of all layers in one, or one a layer as `split_layers` makes them."""
 
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # keep what attention gives
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, is_kept),
+    "attention": is_kept,  # what attention gives; "dots": and the results of matmuls
     "full": None,  # keep nothing but each layer's input
 }
 

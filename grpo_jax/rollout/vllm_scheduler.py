@@ -3,22 +3,28 @@
 vLLM goes through every new token of every request in Python: whether it needs a cache block or fills one, whether
 the request ends with it, and what to tell the process in front, which goes through it again. With 512 sequences of
 a small model that takes longer than the GPU needs for the step. But nobody reads a rollout before it is finished,
-and most of its tokens are idle: they neither end it nor begin or fill a block. So
+and most of its tokens are idle: they do not end it. So
 
-- idle tokens are only noted (`_take_idle`); vLLM's own code gets the others, and all tokens of other requests;
+- idle tokens are only noted (`_take_idle`), and a block's hash computed with its last one; vLLM's own code gets
+  the other tokens, and all those of other requests;
 - no cache block is looked for where the last one has room (`skip_idle_allocation`);
-- tokens are handed to the process in front in runs of `RUN` or a little more, and the rest at the end.
+- tokens are handed to the process in front in runs of `RUN`, and the rest at the end.
+
+Sequences with prompts of one length come to the end of a block in the same step, which would then take several
+times as long as others: what is done there is kept small, and runs end at different steps.
 
 Requests that somebody may be reading, those of the OpenAI-compatible port, are passed on as they come.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists
 
@@ -32,6 +38,8 @@ class _Held:
     request: Any
     stops: frozenset[int | None]
     """Tokens that end it."""
+    number: int
+    """Of the requests so far: its runs end where this and its length together are a multiple of `RUN`."""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     num_idle: int = 0
@@ -48,44 +56,57 @@ class _RunScheduler:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: dict[str, _Held] = {}
+        self._numbers = itertools.count()
         groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
         self._block_size = 0
-        """Of the cache; 0: layers that keep different parts of it, where no token is known to be idle."""
-        if len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec:
+        """Of the cache; 0: layers that keep different parts of it, or more than two steps under way at once. Then
+        no token is taken for idle: blocks may be cached at other moments."""
+        is_simple = len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec
+        if is_simple and not self.use_pp:  # type: ignore[attr-defined]
             self._block_size = groups[0].kv_cache_spec.block_size
             skip_idle_allocation(self.kv_cache_manager, self._block_size)  # type: ignore[attr-defined]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
         """vLLM's own, but for idle tokens, and with the outputs of unfinished rollouts put together."""
-        scheduler_output = self._take_idle(scheduler_output, model_runner_output)
+        scheduler_output, runs = self._take_idle(scheduler_output, model_runner_output)
         by_client = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        for client, outputs in list(by_client.items()):
+        for outputs in by_client.values():
             outputs.outputs = [o for o in map(self._hold, outputs.outputs) if o is not None]
+        for held in runs:
+            if held.request.client_index not in by_client:
+                by_client[held.request.client_index] = EngineCoreOutputs()
+            output = EngineCoreOutput(held.request.request_id, [])
+            by_client[held.request.client_index].outputs.append(_hand_over(held, output))
+        for client, outputs in list(by_client.items()):
             if not outputs.outputs and outputs.finished_requests is None and outputs.scheduler_stats is None:
                 del by_client[client]
         return by_client
 
-    def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Notes the idle tokens of a step, and leaves in `scheduler_output` the requests with others."""
+    def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> tuple[Any, list[_Held]]:
+        """Notes the idle tokens of a step.
+
+        Returns: `scheduler_output` with the requests that have others; the rollouts whose run ends.
+        """
         sampled, logprobs = model_runner_output.sampled_token_ids, model_runner_output.logprobs
         is_plain = logprobs is not None and logprobs.cu_num_generated_tokens is None
         # Which experts a token went through is counted off over all requests of the step.
         if not sampled or not is_plain or getattr(model_runner_output, "routed_experts", None) is not None:
-            return scheduler_output
+            return scheduler_output, []
         index, values = model_runner_output.req_id_to_index, logprobs.logprobs[:, 0].tolist()
-        others = {}
+        others, runs = {}, []
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             held = self._held.get(request_id) if num_tokens == 1 else None
             if held is not None and held.num_idle and held.request.num_preemptions == held.num_preemptions:
                 place = index[request_id]
                 if len(sampled[place]) == 1 and sampled[place][0] not in held.stops:
-                    self._take(held, sampled[place][0], values[place])
+                    if self._take(held, sampled[place][0], values[place]):
+                        runs.append(held)
                     continue
             others[request_id] = num_tokens
-        return dataclasses.replace(scheduler_output, num_scheduled_tokens=others)
+        return dataclasses.replace(scheduler_output, num_scheduled_tokens=others), runs
 
-    def _take(self, held: _Held, token: int, logprob: float) -> None:
-        """What vLLM's own code does with an idle token."""
+    def _take(self, held: _Held, token: int, logprob: float) -> bool:
+        """What vLLM's own code does with an idle token. Returns whether a run ends with it."""
         held.num_idle -= 1
         held.token_ids.append(token)
         held.logprobs.append(logprob)
@@ -96,6 +117,9 @@ class _RunScheduler:
             request.num_output_placeholders -= 1
         if hasattr(request, "num_in_flight_tokens"):  # newer than vLLM 0.25
             request.num_in_flight_tokens -= 1
+        if len(request._all_token_ids) % self._block_size == 0:
+            request.update_block_hashes()  # the block is cached when the next one is looked for
+        return (len(request._output_token_ids) + held.number) % RUN == 0
 
     def _hold(self, output: Any) -> Any:
         """Returns the output to hand over now, or None."""
@@ -106,7 +130,7 @@ class _RunScheduler:
                 return output
             params = request.sampling_params
             stops = frozenset({*(params.stop_token_ids or ()), params.eos_token_id})
-            held = self._held[output.request_id] = _Held(request, stops)
+            held = self._held[output.request_id] = _Held(request, stops, next(self._numbers))
         held.token_ids += output.new_token_ids
         held.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
         if output.finish_reason is not None:
@@ -115,28 +139,20 @@ class _RunScheduler:
             held.num_idle, held.num_preemptions = self._count_idle(held.request), held.request.num_preemptions
             if len(held.token_ids) < RUN:
                 return None
-        output.new_token_ids = held.token_ids
-        output.new_logprobs = _join(held)
-        held.token_ids, held.logprobs = [], []
-        return output
+        return _hand_over(held, output)
 
     def _count_idle(self, request: Any) -> int:
-        """How many of a request's next tokens are idle, whatever they are.
-
-        The last token of a block is not, since the block's hash is computed with it; nor the first of the next
-        one, with which the block is cached; nor the last that the request, or the model, may have.
-        """
+        """How many of a request's next tokens are idle, unless one stops it: all but the last that it may have."""
         is_stale = getattr(request, "async_tokens_to_discard", 0) or getattr(
             request, "num_stale_output_tokens", 0
         )
-        place = request.num_tokens % self._block_size if self._block_size else 0
-        if is_stale or place == 0:
+        if is_stale or not self._block_size:
             return 0
         until_end = min(
             request.max_tokens - request.num_output_tokens,
             self.max_model_len - request.num_tokens,  # type: ignore[attr-defined]
         )
-        return max(0, min(self._block_size - place, until_end) - 1)
+        return max(0, until_end - 1)
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         """Called when requests are aborted: what was kept back of them is dropped."""
@@ -152,13 +168,14 @@ class _RunScheduler:
 def skip_idle_allocation(manager: Any, block_size: int) -> None:
     """Lets a `KVCacheManager` return at once where the next token lies within a block that the request has.
 
-    Not where it fills the block, which may be cached then.
+    Not where it fills the block, if that may be cached then: once the block's last token is known.
     """
     allocate_slots, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
 
     def allocate_slots_if_needed(request: Any, num_new_tokens: int, *args: Any, **options: Any) -> Any:
-        is_within = num_new_tokens == 1 and 0 < request.num_computed_tokens % block_size < block_size - 1
-        if is_within and not args and options == {"num_lookahead_tokens": 0}:
+        place, num_known = request.num_computed_tokens % block_size, request.num_tokens
+        is_within = place > 0 and (place < block_size - 1 or num_known <= request.num_computed_tokens)
+        if num_new_tokens == 1 and is_within and not args and options == {"num_lookahead_tokens": 0}:
             return nothing
         return allocate_slots(request, num_new_tokens, *args, **options)
 
@@ -180,10 +197,14 @@ def _is_rollout(request: Any) -> bool:
     )
 
 
-def _join(held: _Held) -> LogprobsLists:
-    token_ids = np.array(held.token_ids, np.int32)
-    ranks = np.zeros(len(token_ids), np.int32)  # nobody reads the ranks of rollouts
-    return LogprobsLists(token_ids[:, None], np.array(held.logprobs, np.float32)[:, None], ranks, None)
+def _hand_over(held: _Held, output: Any) -> Any:
+    """Puts the tokens that were kept back into an output."""
+    ranks = np.zeros(len(held.token_ids), np.int32)  # nobody reads the ranks of rollouts
+    tokens, logprobs = np.array(held.token_ids, np.int32), np.array(held.logprobs, np.float32)
+    output.new_token_ids = held.token_ids
+    output.new_logprobs = LogprobsLists(tokens[:, None], logprobs[:, None], ranks, None)
+    held.token_ids, held.logprobs = [], []
+    return output
 
 
 class RunScheduler(_RunScheduler, Scheduler):

@@ -25,7 +25,9 @@ def test_sequences_are_found_padding_included():
     assert found.lengths.tolist() == [[10, 20, 34], [64, -1, -1], [64, -1, -1]]
 
 
-@pytest.mark.parametrize(("length", "most"), [(16, 1), (32, 1), (63, 1), (64, 2), (1024, 32)])
+@pytest.mark.parametrize(
+    ("length", "most"), [(16, 1), (32, 1), (63, 1), (64, 2), (256, 8), (640, 8), (1024, 12), (4224, 16)]
+)
 def test_max_sequences(length, most):
     assert max_sequences(length) == most
 

@@ -106,8 +106,9 @@ def run(cls, folder, requests, *, num_blocks, events=None):
     """Schedules and samples to the end, two steps under way at once where that is asynchronous.
 
     Args:    events: step -> what is done to the scheduler before it.
-    Returns: per step the scheduled tokens and the blocks of every request; per request its tokens,
-             log-probabilities and finish reason; how many outputs were handed over.
+    Returns: per step the scheduled tokens, the blocks of every request and how many of them are hashed, and the
+             number of cached blocks; per request its tokens, log-probabilities and finish reason; how many outputs
+             were handed over.
     """
     scheduler = make_scheduler(cls, folder, num_blocks)
     for request in requests:
@@ -121,7 +122,9 @@ def run(cls, folder, requests, *, num_blocks, events=None):
         blocks = {
             r.request_id: scheduler.kv_cache_manager.get_block_ids(r.request_id) for r in scheduler.running
         }
-        steps.append((dict(scheduled.num_scheduled_tokens), blocks))
+        hashes = {r.request_id: len(r.block_hashes) for r in scheduler.running}
+        num_cached = len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+        steps.append((dict(scheduled.num_scheduled_tokens), blocks, hashes, num_cached))
         if scheduled.num_scheduled_tokens:
             under_way.append((scheduled, sample(scheduler, scheduled, len(steps))))
             if len(under_way) < depth:
