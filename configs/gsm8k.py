@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
                 path="models/Qwen2.5-7B-Instruct",  # Hugging Face folder, or "random": made from random_model
                 dtype="bfloat16",  # of the computation: float32, bfloat16
                 param_dtype="float32",  # of the policy parameters that the optimizer changes: float32, bfloat16
-                remat="dots",  # recomputed in the backward pass: none, dots (all but matmuls), attention, full
+                remat="dots",  # recomputed for gradients: none, dots (all but matmuls, attention), attention, full
                 scan_layers=True,  # True: one compiled layer, quick to compile; False: unrolled
                 attention="auto",  # cudnn (NVIDIA, bfloat16), splash (TPU), plain (any); auto: what the device has
             ),

@@ -41,10 +41,10 @@ class Sequences:
 def max_sequences(length: int) -> int:
     """How many sequences a row of `length` tokens may hold, its padding not counted.
 
-    cuDNN wants a bound, and its backward pass clears float32 memory for the gradient of q as if there were so many
-    rows: 133 of them, for a row of 4,224 tokens, took an eighth of an update. 8 to 16 fill rows to 97 % where
-    sequences have a fifth of a row's length in the mean. Where they are so much shorter that rows stay half empty,
-    there are few rows: at most an eighth of those of a step whose sequences have full length.
+    cuDNN wants a bound, and its backward pass takes memory, and time, as if there were so many rows: 133 of them,
+    for a row of 4,224 tokens, took an eighth of an update. 8 to 16 fill rows to 97 % where sequences have a fifth
+    of a row's length in the mean. Where they are so much shorter that rows stay half empty, there are few rows: at
+    most an eighth of those of a step whose sequences have full length.
     """
     return max(1, min(length // 32, max(8, length // 80), 16))
 
