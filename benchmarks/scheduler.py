@@ -4,8 +4,8 @@
 
 Both schedulers are real and get the same made-up tokens, two steps under way at once, as on a GPU. A step is
 `schedule` and `update_from_output`; steps that read prompts or end sequences are left out. All prompts have one
-length, so that all sequences come to the end of a cache block together: that makes the slowest step. Wants vLLM's
-environment, and no GPU.
+length, so that sequences come to the end of a cache block in the same one or two steps of 16, the slowest ones.
+Wants vLLM's environment, and no GPU.
 """
 
 import gc
@@ -23,6 +23,7 @@ import numpy as np
 EDGE = 20
 """Steps at the start and at the end that are left out."""
 BLOCK = 16
+MAX_BATCHED_TOKENS = 8192
 
 
 def main() -> None:
@@ -30,11 +31,14 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--samples", type=int, default=8, help="completions a prompt")
     parser.add_argument("--prompt_tokens", type=int, default=128)
-    parser.add_argument("--new", type=int, default=512, help="tokens a completion, at least 64")
+    parser.add_argument("--new", type=int, default=512, help="tokens a completion")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    if args.new < 64:
-        parser.error("--new must be at least 64")
+    for name in ("sequences", "samples", "prompt_tokens", "new", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.sequences > MAX_BATCHED_TOKENS:
+        parser.error(f"--sequences must be at most {MAX_BATCHED_TOKENS}, the tokens of a step")
     common.print_environment()
     print(f"vllm      {common.version('vllm')}")
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -48,6 +52,8 @@ def main() -> None:
         for _ in range(args.rounds):  # in turn: other load of the machine meets both
             for name, cls in kinds.items():
                 steps[name] += run(make_scheduler(cls, folder, args), make_requests(args))
+    if not all(steps.values()):
+        parser.error("all sequences ran together in too few steps: raise --new")
     means = {name: statistics.fmean(seconds) for name, seconds in steps.items()}
     for name, seconds in steps.items():
         slowest = np.percentile(seconds, 99)
@@ -68,7 +74,7 @@ def make_scheduler(cls: Any, folder: Path, args: Any) -> Any:
     config = VllmConfig(
         model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, max_model_len=longest),
         scheduler_config=SchedulerConfig(
-            max_num_seqs=args.sequences, max_num_batched_tokens=8192, max_model_len=longest,
+            max_num_seqs=args.sequences, max_num_batched_tokens=MAX_BATCHED_TOKENS, max_model_len=longest,
             enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=True,
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),

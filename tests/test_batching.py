@@ -247,6 +247,12 @@ def test_packing_loses_nothing_and_wastes_little():
     assert used.mean() > 0.97
 
 
+def test_a_row_holds_no_more_sequences_than_attention_is_told_of():
+    """100 of 10 tokens: rows of 640 tokens hold 16 of them, so 7 rows; they would fit into two."""
+    places = batching.find_places(np.full(100, 10), 640)
+    assert places.rows.max() == 6 and places.numbers.max() == 16 == batching.max_sequences(640)
+
+
 def test_packed_fields_come_back():
     batch = batching.make_train_batch(GROUPS, pad_id=PAD, max_length=None)
     micro_batches, places = batching.pack(batch, 1, 96)

@@ -165,7 +165,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 
 
 def test_it_agrees_with_a_measured_peak():
-    """61.58 GB was the trainer's peak on an H200 with these settings (jax 0.11.2, 2026-11-24)."""
+    """62.53 GB was the trainer's peak on an H200 with these settings (jax 0.11.2, 2026-11-26)."""
     config = gsm8k(
         **ON_DEVICE
         | {
@@ -176,7 +176,7 @@ def test_it_agrees_with_a_measured_peak():
             "actor.logits_chunk_tokens": 2048,
         }
     )
-    assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(61.58e9, rel=0.1)
+    assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(62.53e9, rel=0.05)
 
 
 def test_only_what_is_not_set_is_advised():

@@ -10,8 +10,8 @@ and most of its tokens are idle: they do not end it. So
 - no cache block is looked for where the last one has room (`skip_idle_allocation`);
 - tokens are handed to the process in front in runs of `RUN`, and the rest at the end.
 
-Sequences with prompts of one length come to the end of a block in the same step, which would then take several
-times as long as others: what is done there is kept small, and runs end at different steps.
+Sequences with prompts of one length come to the end of a block in the same step or two, which would then take
+several times as long as others: what is done there is kept small, and runs end at different steps.
 
 Requests that somebody may be reading, those of the OpenAI-compatible port, are passed on as they come.
 """
@@ -117,8 +117,12 @@ class _RunScheduler:
             request.num_output_placeholders -= 1
         if hasattr(request, "num_in_flight_tokens"):  # newer than vLLM 0.25
             request.num_in_flight_tokens -= 1
-        if len(request._all_token_ids) % self._block_size == 0:
-            request.update_block_hashes()  # the block is cached when the next one is looked for
+        place = len(request._all_token_ids) % self._block_size
+        if place == 0:
+            request.update_block_hashes()
+        elif place == 1 and self.is_asynchronous and not request.num_output_placeholders:
+            # Otherwise the block before was cached when this token was scheduled: not so if nothing was since.
+            self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)  # type: ignore[attr-defined]
         return (len(request._output_token_ids) + held.number) % RUN == 0
 
     def _hold(self, output: Any) -> Any:
@@ -143,10 +147,7 @@ class _RunScheduler:
 
     def _count_idle(self, request: Any) -> int:
         """How many of a request's next tokens are idle, unless one stops it: all but the last that it may have."""
-        is_stale = getattr(request, "async_tokens_to_discard", 0) or getattr(
-            request, "num_stale_output_tokens", 0
-        )
-        if is_stale or not self._block_size:
+        if not self._block_size:
             return 0
         until_end = min(
             request.max_tokens - request.num_output_tokens,

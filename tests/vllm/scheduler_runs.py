@@ -1,10 +1,11 @@
 """Runs of schedulers, ours and vLLM's own, over made-up requests and tokens; imports vLLM, which not all have."""
 
 import random
+from typing import ClassVar
 
 import numpy as np
 import torch
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -22,7 +23,7 @@ OURS = {"async": AsyncRunScheduler, "sync": RunScheduler}
 THEIRS = {"async": AsyncScheduler, "sync": Scheduler}
 
 
-def make_scheduler(cls, folder, num_blocks):
+def make_scheduler(cls, folder, num_blocks, pipeline_stages=1):
     scheduler = SchedulerConfig(
         max_num_seqs=24,
         max_num_batched_tokens=64,  # prompts are read in parts
@@ -33,7 +34,10 @@ def make_scheduler(cls, folder, num_blocks):
     )
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     model = ModelConfig(model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=MAX_LEN)
+    parallel = ParallelConfig()
+    parallel.pipeline_parallel_size = pipeline_stages  # no processes are started here
     config = VllmConfig(
+        parallel_config=parallel,
         model_config=model,
         scheduler_config=scheduler,
         cache_config=cache,
@@ -102,20 +106,35 @@ def sample(scheduler, scheduled, step):
     )  # fmt: skip
 
 
-def run(cls, folder, requests, *, num_blocks, events=None):
-    """Schedules and samples to the end, two steps under way at once where that is asynchronous.
+def run(cls, folder, requests, *, num_blocks, events=None, depth=2, pauses=()):
+    """Schedules and samples to the end, `depth` steps under way at once where that is asynchronous.
 
     Args:    events: step -> what is done to the scheduler before it.
+             pauses: steps before which all that is under way is waited for, as an engine that pauses does.
     Returns: per step the scheduled tokens, the blocks of every request and how many of them are hashed, and the
              number of cached blocks; per request its tokens, log-probabilities and finish reason; how many outputs
              were handed over.
     """
-    scheduler = make_scheduler(cls, folder, num_blocks)
+    scheduler = make_scheduler(cls, folder, num_blocks, pipeline_stages=depth if depth > 2 else 1)
     for request in requests:
         scheduler.add_request(request)
-    depth = 2 if issubclass(cls, AsyncScheduler) else 1
+    depth = depth if issubclass(cls, AsyncScheduler) else 1
     steps, under_way, received, num_outputs = [], [], {}, 0
+
+    def update():
+        nonlocal num_outputs
+        for outputs in scheduler.update_from_output(*under_way.pop(0)).values():
+            for output in outputs.outputs:
+                num_outputs += 1
+                tokens, logprobs, _ = received.setdefault(output.request_id, ([], [], None))
+                tokens += output.new_token_ids
+                if output.new_logprobs is not None:
+                    logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+                received[output.request_id] = tokens, logprobs, output.finish_reason
+
     while scheduler.has_unfinished_requests() or under_way:
+        while len(steps) in pauses and under_way:
+            update()
         if act := (events or {}).get(len(steps)):
             act(scheduler)
         scheduled = scheduler.schedule()
@@ -130,14 +149,7 @@ def run(cls, folder, requests, *, num_blocks, events=None):
             if len(under_way) < depth:
                 continue
         if under_way:
-            for outputs in scheduler.update_from_output(*under_way.pop(0)).values():
-                for output in outputs.outputs:
-                    num_outputs += 1
-                    tokens, logprobs, _ = received.setdefault(output.request_id, ([], [], None))
-                    tokens += output.new_token_ids
-                    if output.new_logprobs is not None:
-                        logprobs += output.new_logprobs.logprobs[:, 0].tolist()
-                    received[output.request_id] = tokens, logprobs, output.finish_reason
+            update()
         assert len(steps) < 5000
     assert not getattr(scheduler, "_held", {})
     return steps, received, num_outputs
@@ -153,13 +165,19 @@ def abort(scheduler):
     scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
 
 
-class Counting(AsyncRunScheduler):
-    """Counts the outputs of requests that are read as they come."""
+class Recording(AsyncRunScheduler):
+    """Notes what is handed over."""
 
-    num_chat = 0
+    outputs: ClassVar = []
+    """Of each step, (request id, number of tokens, whether it is over)."""
 
     def update_from_output(self, *args):
         by_client = super().update_from_output(*args)
-        ids = [output.request_id for outputs in by_client.values() for output in outputs.outputs]
-        Counting.num_chat += sum(request_id.endswith("chat") for request_id in ids)
+        Recording.outputs.append(
+            [
+                (output.request_id, len(output.new_token_ids), output.finish_reason is not None)
+                for outputs in by_client.values()
+                for output in outputs.outputs
+            ]
+        )
         return by_client
