@@ -51,7 +51,7 @@ def main() -> None:
         folder = engine_common.write_shape(Path(temporary) / "model", "tiny")
         for _ in range(args.rounds):  # in turn: other load of the machine meets both
             for name, cls in kinds.items():
-                steps[name] += run(make_scheduler(cls, folder, args), make_requests(args))
+                steps[name] += run(scheduler_for(cls, folder, args), make_requests(args))
     if not all(steps.values()):
         parser.error("all sequences ran together in too few steps: raise --new")
     means = {name: statistics.fmean(seconds) for name, seconds in steps.items()}
@@ -63,24 +63,60 @@ def main() -> None:
         )
 
 
-def make_scheduler(cls: Any, folder: Path, args: Any) -> Any:
-    """As the engine makes it, with room for all sequences."""
+def scheduler_for(cls: Any, folder: Path, args: Any) -> Any:
+    """With room for all sequences."""
+    longest = args.prompt_tokens + args.new
+    return make_scheduler(
+        cls, folder, max_num_seqs=args.sequences, max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_model_len=longest, num_blocks=args.sequences * (longest // BLOCK + 2),
+    )  # fmt: skip
+
+
+def make_scheduler(
+    cls: Any,
+    folder: Path,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    num_blocks: int,
+    pipeline_stages: int = 1,
+) -> Any:
+    """A scheduler as vLLM's engine makes it, with prefix caching and one group of full attention.
+
+    Args: folder: with a config.json; no weights are read.
+    """
     import torch
-    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import (
+        CacheConfig,
+        DeviceConfig,
+        ModelConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        VllmConfig,
+    )
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    longest = args.prompt_tokens + args.new
+    parallel = ParallelConfig()
+    parallel.pipeline_parallel_size = pipeline_stages  # no processes are started here
     config = VllmConfig(
-        model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, max_model_len=longest),
+        parallel_config=parallel,
+        model_config=ModelConfig(
+            model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=max_model_len
+        ),
         scheduler_config=SchedulerConfig(
-            max_num_seqs=args.sequences, max_num_batched_tokens=MAX_BATCHED_TOKENS, max_model_len=longest,
-            enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=True,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_chunked_prefill=True,
+            is_encoder_decoder=False,
+            async_scheduling=issubclass(cls, AsyncScheduler),
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
         device_config=DeviceConfig("cpu"),
-    )  # fmt: skip
-    num_blocks = args.sequences * (longest // BLOCK + 2)
+    )
     config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
     return cls(
@@ -132,7 +168,10 @@ def run(scheduler: Any, requests: list[Any]) -> list[float]:
         scheduled = scheduler.schedule()
         in_schedule = time.perf_counter() - start
         if scheduled.num_scheduled_tokens:
-            under_way.append((scheduled, sample(scheduler, scheduled, rng)))
+            count = len(scheduled.num_scheduled_tokens)
+            tokens = rng.integers(10, 500, count).astype(np.int32)  # none of them a stop
+            logprobs = -rng.random(count).astype(np.float32)
+            under_way.append((scheduled, model_output(scheduler, scheduled, tokens, logprobs)))
             if len(under_way) < 2:
                 continue
         start = time.perf_counter()
@@ -145,18 +184,20 @@ def run(scheduler: Any, requests: list[Any]) -> list[float]:
     return seconds[EDGE:-EDGE]
 
 
-def sample(scheduler: Any, scheduled: Any, rng: Any) -> Any:
-    """What a model runner returns: a token, none of them a stop, of each request whose prompt has been read."""
+def model_output(scheduler: Any, scheduled: Any, tokens: Any, logprobs: Any) -> Any:
+    """What a model runner returns: a token of each request whose prompt has been read.
+
+    Args: tokens, logprobs: [requests that are scheduled] int32 and float32, in their order.
+    """
     from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
     ids = list(scheduled.num_scheduled_tokens)
-    tokens = rng.integers(10, 500, (len(ids), 1)).astype(np.int32)
-    logprobs = -rng.random((len(ids), 1)).astype(np.float32)
     is_read = [not scheduler.requests[request_id].is_prefill_chunk for request_id in ids]
-    sampled = [token if read else [] for token, read in zip(tokens.tolist(), is_read, strict=True)]
+    sampled = [[token] if read else [] for token, read in zip(tokens.tolist(), is_read, strict=True)]
+    ranks = np.zeros(len(ids), np.int32)
     return ModelRunnerOutput(
         req_ids=ids, req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-        sampled_token_ids=sampled, logprobs=LogprobsLists(tokens, logprobs, np.zeros(len(ids), np.int32), None),
+        sampled_token_ids=sampled, logprobs=LogprobsLists(tokens[:, None], logprobs[:, None], ranks, None),
         prompt_logprobs_dict={}, pooler_output=[],
     )  # fmt: skip
 

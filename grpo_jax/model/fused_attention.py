@@ -171,9 +171,8 @@ def _shapes(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> j
 
 def _shapes_forward(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> Any:
     shape = (*sequences.starts.shape, q.shape[2], q.shape[1])
-    statistics = jnp.full(
-        shape, q[0, 0, 0, 0], jnp.float32
-    )  # of this layer: a constant would be kept only once
+    # A number of this layer: a constant would be kept once for all of them.
+    statistics = jnp.full(shape, q[0, 0, 0, 0], jnp.float32)
     out = checkpoint_name(q, KEPT)
     return out, (q, k, v, out, checkpoint_name(statistics, KEPT))
 

@@ -1,57 +1,26 @@
 """Runs of schedulers, ours and vLLM's own, over made-up requests and tokens; imports vLLM, which not all have."""
 
 import random
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
 from grpo_jax.rollout.vllm_scheduler import AsyncRunScheduler, RunScheduler
 
-BLOCK, MAX_LEN, STOP = 16, 300, 2
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from scheduler import BLOCK, make_scheduler, model_output
+
+MAX_LEN, STOP = 300, 2
 OURS = {"async": AsyncRunScheduler, "sync": RunScheduler}
 THEIRS = {"async": AsyncScheduler, "sync": Scheduler}
-
-
-def make_scheduler(cls, folder, num_blocks, pipeline_stages=1):
-    scheduler = SchedulerConfig(
-        max_num_seqs=24,
-        max_num_batched_tokens=64,  # prompts are read in parts
-        max_model_len=MAX_LEN,
-        enable_chunked_prefill=True,
-        is_encoder_decoder=False,
-        async_scheduling=issubclass(cls, AsyncScheduler),
-    )
-    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
-    model = ModelConfig(model=str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=MAX_LEN)
-    parallel = ParallelConfig()
-    parallel.pipeline_parallel_size = pipeline_stages  # no processes are started here
-    config = VllmConfig(
-        parallel_config=parallel,
-        model_config=model,
-        scheduler_config=scheduler,
-        cache_config=cache,
-        device_config=DeviceConfig("cpu"),
-    )
-    cache.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    return cls(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        log_stats=False,
-    )
 
 
 def make_requests(count, is_rollout=True):
@@ -88,22 +57,10 @@ def made_up(request_id, step):
 
 
 def sample(scheduler, scheduled, step):
-    """What a model runner returns: a token of each request whose prompt has been read."""
-    ids = list(scheduled.num_scheduled_tokens)
-    made = [made_up(request_id, step) for request_id in ids]
-    is_read = [not scheduler.requests[request_id].is_prefill_chunk for request_id in ids]
-    tokens = [[token] if read else [] for (token, _), read in zip(made, is_read, strict=True)]
-    logprobs = LogprobsLists(
-        np.array([[token] for token, _ in made], np.int32),
-        np.array([[logprob] for _, logprob in made], np.float32),
-        np.zeros(len(ids), np.int32),
-        None,
-    )
-    index = {request_id: i for i, request_id in enumerate(ids)}
-    return ModelRunnerOutput(
-        req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, logprobs=logprobs,
-        prompt_logprobs_dict={}, pooler_output=[],
-    )  # fmt: skip
+    """What a model runner returns, with made-up tokens."""
+    made = [made_up(request_id, step) for request_id in scheduled.num_scheduled_tokens]
+    tokens, logprobs = zip(*made, strict=True)
+    return model_output(scheduler, scheduled, np.array(tokens, np.int32), np.array(logprobs, np.float32))
 
 
 def run(cls, folder, requests, *, num_blocks, events=None, depth=2, pauses=()):
@@ -115,7 +72,10 @@ def run(cls, folder, requests, *, num_blocks, events=None, depth=2, pauses=()):
              number of cached blocks; per request its tokens, log-probabilities and finish reason; how many outputs
              were handed over.
     """
-    scheduler = make_scheduler(cls, folder, num_blocks, pipeline_stages=depth if depth > 2 else 1)
+    scheduler = make_scheduler(
+        cls, folder, max_num_seqs=24, max_num_batched_tokens=64,  # prompts are read in parts
+        max_model_len=MAX_LEN, num_blocks=num_blocks, pipeline_stages=depth if depth > 2 else 1,
+    )  # fmt: skip
     for request in requests:
         scheduler.add_request(request)
     depth = depth if issubclass(cls, AsyncScheduler) else 1
