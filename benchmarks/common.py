@@ -114,8 +114,8 @@ def write_random_model(folder: Path, args: Any, *, vocab: int | None = None) -> 
     """Writes a Hugging Face folder: random weights of the sizes in `args`, and a tokenizer of at most `vocab`."""
     from grpo_jax.config import MeshSection, RandomModelSection
     from grpo_jax.data.arithmetic import generate_splits
+    from grpo_jax.model.random_model import make_random_model, make_tokenizer
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.random_model import make_random_model, make_tokenizer
 
     rows = generate_splits(num_train=200, num_val=0, num_sft=0, difficulty=3, direct_share=0.0, seed=0)
     texts = [row["extra_info"]["question"] for row in rows["train"]]

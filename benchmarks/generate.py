@@ -86,9 +86,9 @@ def measure(args: Any) -> float:
 
 def our_run(folder: Path, prompts: list[list[int]], args: Any) -> Callable[[], None]:
     from grpo_jax.config import MeshSection
+    from grpo_jax.data.prompts import load_tokenizer
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prompts import load_tokenizer
     from grpo_jax.rollout import SamplingParams
     from grpo_jax.rollout.local import LocalEngine
     from grpo_jax.types import Prompt

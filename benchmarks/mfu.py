@@ -51,7 +51,7 @@ def main() -> None:
 
 def make_room(args: Any) -> None:
     """As a run does, before the device is touched."""
-    from grpo_jax.prepare import make_room_on_host
+    from grpo_jax.run.prepare import make_room_on_host
 
     config = common.gsm8k()
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
@@ -69,7 +69,7 @@ def shape_of(args: Any) -> Any:
 def measure(args: Any, variant: str, limit: float) -> None:
     import jax
 
-    from grpo_jax.metrics import update_flops
+    from grpo_jax.run.metrics import update_flops
 
     remat, rows, chunk = variant.split(":")
     batch = random_batch(args)
@@ -115,7 +115,7 @@ def make_mesh(sizes: str) -> Any:
 
 def random_batch(args: Any) -> Any:
     """Sequences of random tokens, a fifth of each prompt, one a row."""
-    from grpo_jax.batching import add_advantages, add_loss_weights, make_sft_batch
+    from grpo_jax.learner.batching import add_advantages, add_loss_weights, make_sft_batch
 
     rng = np.random.default_rng(0)
     vocab = engine_common.SHAPES[args.shape]["vocab_size"]
@@ -133,10 +133,8 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     import jax
     import jax.numpy as jnp
 
-    from grpo_jax.losses import grpo_loss
-    from grpo_jax.model.fused_attention import choose_kernel
-    from grpo_jax.model.transformer import init_params
-    from grpo_jax.update import (
+    from grpo_jax.algorithm.loss import grpo_loss
+    from grpo_jax.learner.update import (
         at_rest,
         init_state,
         make_cast,
@@ -146,6 +144,8 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         make_update_step,
         to_micro_batches,
     )  # fmt: skip
+    from grpo_jax.model.fused_attention import choose_kernel
+    from grpo_jax.model.transformer import init_params
 
     defaults = common.gsm8k()
     optim = dataclasses.replace(defaults.optim, offload=args.offload)

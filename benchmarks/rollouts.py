@@ -119,7 +119,7 @@ def theirs(args: Any) -> None:
 
 def ours(args: Any) -> None:
     from grpo_jax.config import MeshSection
-    from grpo_jax.prepare import share_gpus
+    from grpo_jax.run.prepare import share_gpus
 
     section = dataclasses.replace(
         common.gsm8k().rollout,
@@ -168,9 +168,9 @@ def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prom
 
     The final norm is scaled up first: a random model is otherwise so undecided that any two agree.
     """
-    from grpo_jax.batching import make_train_batch
+    from grpo_jax.learner.batching import make_train_batch
+    from grpo_jax.learner.update import make_score_step, score_rows
     from grpo_jax.rollout import SamplingParams
-    from grpo_jax.update import make_score_step, score_rows
 
     params = params | {"final_norm": {"scale": params["final_norm"]["scale"] * 12}}
     engine.load_weights(params, version=1)

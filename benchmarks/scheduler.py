@@ -43,7 +43,7 @@ def main() -> None:
     print(f"vllm      {common.version('vllm')}")
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    from grpo_jax.rollout.vllm_scheduler import AsyncRunScheduler
+    from grpo_jax.rollout.vllm.scheduler import AsyncRunScheduler
 
     kinds = {"ours": AsyncRunScheduler, "vLLM's own": AsyncScheduler}
     steps: dict[str, list[float]] = {name: [] for name in kinds}

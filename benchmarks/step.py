@@ -14,7 +14,7 @@ is one update a step with KL 0.001 to a reference, and no validation. Without a 
 and the local engine.
 
 A step lasts from the end of the one before to its own end, with everything in between: what is reported and
-written too. MFU is `grpo_jax.metrics.update_flops` (recomputation not counted) by the seconds of the update phase,
+written too. MFU is `update_flops` of grpo_jax/run/metrics.py (no recomputation) by the seconds of the update phase,
 against the card's data sheet and against a matrix product measured just before by benchmarks/matmul.py. The GPU's
 idle share and memory come from NVML (benchmarks/gpu_watch.py) every 50 ms. A peer gets the workload, not the
 overrides.
@@ -429,7 +429,7 @@ def print_ours(args: Any, run: Run, model: Path, matmul: dict[str, Any]) -> None
 
 
 def data_sheet(device: str) -> float | None:
-    from grpo_jax.metrics import PEAK_FLOPS
+    from grpo_jax.run.metrics import PEAK_FLOPS
 
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
@@ -442,8 +442,8 @@ def step_flops(step: Step, args: Any, model: Path, matmul: dict[str, Any], devic
     """
     import numpy as np
 
-    from grpo_jax.metrics import update_flops
     from grpo_jax.model.hf import parse_hf_config
+    from grpo_jax.run.metrics import update_flops
 
     mfu, peak = step.metrics.get("perf/mfu/actor"), data_sheet(matmul["device"])
     if mfu and peak:

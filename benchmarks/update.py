@@ -97,7 +97,7 @@ def measure(args: Any) -> float:
 
 def make_batch(args: Any) -> Any:
     """Random rows and advantages; `TrainBatch` of numpy arrays without log-probabilities."""
-    from grpo_jax.batching import add_advantages, make_sft_batch
+    from grpo_jax.learner.batching import add_advantages, make_sft_batch
 
     rng = np.random.default_rng(0)
 
@@ -115,12 +115,10 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     """
     import jax
 
-    from grpo_jax.batching import add_loss_weights, bucket_length
+    from grpo_jax.algorithm.loss import grpo_loss
     from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
-    from grpo_jax.losses import grpo_loss
-    from grpo_jax.model.hf import inspect_folder, load_params
-    from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.update import (
+    from grpo_jax.learner.batching import add_loss_weights, bucket_length
+    from grpo_jax.learner.update import (
         init_state,
         make_optimizer,
         make_schedule,
@@ -129,6 +127,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
         score_rows,
         to_micro_batches,
     )  # fmt: skip
+    from grpo_jax.model.hf import inspect_folder, load_params
+    from grpo_jax.model.sharding import make_mesh
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config

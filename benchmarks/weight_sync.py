@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--placement", default="colocated", choices=("colocated", "separate"))
     args = parser.parse_args()
     from grpo_jax.config import MeshSection
-    from grpo_jax.prepare import share_gpus
+    from grpo_jax.run.prepare import share_gpus
 
     section = dataclasses.replace(
         common.gsm8k().rollout,
@@ -48,7 +48,7 @@ def main() -> None:
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.model.transformer import init_params
     from grpo_jax.rollout import make_engine
-    from grpo_jax.rollout.vllm_check import find_vllm
+    from grpo_jax.rollout.vllm.check import find_vllm
 
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}; vLLM {find_vllm(section).version}")
@@ -100,7 +100,7 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
     import jax
     import ray
 
-    from grpo_jax.rollout import vllm_engine
+    from grpo_jax.rollout.vllm import engine as vllm_engine
 
     device = jax.local_devices()[0]
     in_use = lambda: (device.memory_stats() or {}).get("bytes_in_use", 0)

@@ -78,7 +78,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    from grpo_jax.random_model import CHAT_TEMPLATE, END, PAD, START
+    from grpo_jax.model.random_model import CHAT_TEMPLATE, END, PAD, START
 
     names = [PAD, START, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"<{i}>" for i in range(len(names), vocab_size)]
@@ -99,8 +99,8 @@ def write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
 
 def write_prompts(file: Path, model: Path, *, num_prompts: int, prompt_tokens: int) -> None:
     """A Parquet file of different prompts, each of exactly `prompt_tokens` tokens with the chat template."""
+    from grpo_jax.data.prompts import encode_prompts, load_tokenizer
     from grpo_jax.data.schema import read_rows, write_rows
-    from grpo_jax.prompts import encode_prompts, load_tokenizer
 
     def row(index: int, content: str) -> dict[str, Any]:
         return {

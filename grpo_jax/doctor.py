@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.config_file import parse_command_line
+from grpo_jax.config.command_line import one_line_errors
+from grpo_jax.config.config_file import parse_command_line
 
 GIB = 1 << 30
 
@@ -61,13 +61,13 @@ def check_config(config: Config, path: Path) -> None:
 
     Raises: ConfigError: the first thing that is wrong.
     """
-    from grpo_jax.batching import batch_table
+    from grpo_jax.config.user_code import load_estimator
+    from grpo_jax.learner.batching import batch_table
     from grpo_jax.model.sharding import num_batch_shards
-    from grpo_jax.prepare import open_mesh, read_inputs
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine
-    from grpo_jax.user_code import load_estimator
-    from grpo_jax.workdir import Workdir
+    from grpo_jax.run.prepare import open_mesh, read_inputs
+    from grpo_jax.run.workdir import Workdir
 
     workdir = Workdir(path)
     workdir.check(config)
@@ -92,7 +92,7 @@ def check_config(config: Config, path: Path) -> None:
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     """What `grpo_jax.plan` says in full."""
-    from grpo_jax.memory import plan_memory, what_is_held
+    from grpo_jax.learner.memory import plan_memory, what_is_held
     from grpo_jax.model.transformer import num_params
     from grpo_jax.plan import read_model
 
@@ -115,7 +115,7 @@ def main() -> None:
         parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
         problems = check_packages()
         if parsed is not None:
-            from grpo_jax.prepare import share_gpus
+            from grpo_jax.run.prepare import share_gpus
 
             share_gpus(parsed[0].rollout)  # what JAX will have in the run
         print("Devices")

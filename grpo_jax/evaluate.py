@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.metrics import CORRECT_REWARD
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import RolloutEngine, SamplingParams
+from grpo_jax.run.metrics import CORRECT_REWARD
 from grpo_jax.types import Metrics, Prompt, RolloutGroup
 
 
@@ -104,8 +104,8 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    from grpo_jax.cli import make_parser, one_line_errors
     from grpo_jax.config import CHOICES
+    from grpo_jax.config.command_line import make_parser, one_line_errors
 
     parser = make_parser("grpo_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
@@ -213,14 +213,14 @@ def _run(args: Any) -> None:
     import jax.numpy as jnp
 
     from grpo_jax.config import MeshSection
+    from grpo_jax.data.prompts import encode_prompts, load_tokenizer
     from grpo_jax.data.schema import read_rows
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
-    from grpo_jax.prepare import check_tokenizer, share_gpus
-    from grpo_jax.prompts import encode_prompts, load_tokenizer
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import EngineError, check_engine, make_engine
-    from grpo_jax.workdir import start_logging
+    from grpo_jax.run.prepare import check_tokenizer, share_gpus
+    from grpo_jax.run.workdir import start_logging
 
     section = _rollout_section(args)
     if section.engine == "vllm":

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.cli import one_line_errors
 from grpo_jax.config import Config, ConfigError, nearest
+from grpo_jax.config.command_line import one_line_errors
 
 # Bytes, as the driver reports them.
 DEVICE_BYTES = {
@@ -32,7 +32,7 @@ GB = 1e9
 
 
 def main() -> None:
-    from grpo_jax.config_file import parse_command_line
+    from grpo_jax.config.config_file import parse_command_line
 
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
         options, rest = _own_flags(sys.argv[1:])
@@ -89,8 +89,8 @@ def read_model(config: Config) -> Any:
     import jax.numpy as jnp
 
     from grpo_jax.model.hf import parse_hf_config, read_json
-    from grpo_jax.prepare import model_overrides
-    from grpo_jax.random_model import random_model_config
+    from grpo_jax.model.random_model import random_model_config
+    from grpo_jax.run.prepare import model_overrides
 
     if config.model.path == "random":
         model = random_model_config(config.random_model, **model_overrides(config))
@@ -101,9 +101,9 @@ def read_model(config: Config) -> Any:
 
 
 def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
-    from grpo_jax.batching import micro_batch_shape
-    from grpo_jax.memory import abstract_mesh, largest_micro_batch, plan_memory
-    from grpo_jax.prepare import trainer_share
+    from grpo_jax.learner.batching import micro_batch_shape
+    from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch, plan_memory
+    from grpo_jax.run.prepare import trainer_share
 
     model = read_model(config)
     mesh = abstract_mesh(*sizes)

@@ -16,12 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.batching import add_loss_weights, make_sft_batch, micro_batch_shape
+from grpo_jax.algorithm.loss import nll_loss
 from grpo_jax.config import Config, OptimSection
-from grpo_jax.losses import nll_loss
-from grpo_jax.model.hf import ModelFolder, load_params, save_folder
-from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.update import (
+from grpo_jax.learner.batching import add_loss_weights, make_sft_batch, micro_batch_shape
+from grpo_jax.learner.update import (
     at_rest,
     init_state,
     make_optimizer,
@@ -29,6 +27,8 @@ from grpo_jax.update import (
     make_update_step,
     to_micro_batches,
 )
+from grpo_jax.model.hf import ModelFolder, load_params, save_folder
+from grpo_jax.model.sharding import num_batch_shards
 
 logger = logging.getLogger("grpo_jax.sft")  # __name__ is "__main__" when run as a command
 
@@ -101,10 +101,10 @@ def warm_start(
 
 
 def main() -> None:
-    from grpo_jax.cli import one_line_errors
     from grpo_jax.config import ConfigError
-    from grpo_jax.config_file import parse_command_line
-    from grpo_jax.prepare import (
+    from grpo_jax.config.command_line import one_line_errors
+    from grpo_jax.config.config_file import parse_command_line
+    from grpo_jax.run.prepare import (
         keep_compiled,
         make_model,
         make_room_on_host,
@@ -112,7 +112,7 @@ def main() -> None:
         read_inputs,
         set_determinism,
     )
-    from grpo_jax.workdir import Workdir, start_logging
+    from grpo_jax.run.workdir import Workdir, start_logging
 
     with one_line_errors():
         config, path = parse_command_line("grpo_jax.sft", __doc__)

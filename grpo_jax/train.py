@@ -27,9 +27,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import report
-from grpo_jax.advantages import estimate_advantages
-from grpo_jax.batching import (
+from grpo_jax.algorithm.advantages import estimate_advantages
+from grpo_jax.algorithm.kl import kl_of_tokens
+from grpo_jax.config import Config
+from grpo_jax.config.command_line import one_line_errors
+from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config.user_code import load_estimator
+from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
+from grpo_jax.learner.batching import (
     add_advantages,
     add_loss_weights,
     batch_table,
@@ -38,17 +43,18 @@ from grpo_jax.batching import (
     make_train_batch,
     split_minibatches,
 )
-from grpo_jax.checkpoint import Checkpointer, Progress
-from grpo_jax.cli import one_line_errors
-from grpo_jax.config import Config
-from grpo_jax.config_file import parse_command_line
-from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
-from grpo_jax.kl import kl_of_tokens
-from grpo_jax.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
+from grpo_jax.learner.update import score_rows, to_micro_batches
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
-from grpo_jax.prepare import (
+from grpo_jax.rewards import make_reward
+from grpo_jax.rewards.base import RewardResult
+from grpo_jax.rollout import check_devices, check_engine, eval_sampling
+from grpo_jax.rollout.dynamic import Scored
+from grpo_jax.run import summary as report
+from grpo_jax.run.checkpoint import Checkpointer, Progress
+from grpo_jax.run.metrics import MetricsWriter, Timers, merge_updates, performance_metrics, rollout_metrics
+from grpo_jax.run.prepare import (
     keep_compiled,
     make_model,
     make_room_on_host,
@@ -57,16 +63,10 @@ from grpo_jax.prepare import (
     set_determinism,
     share_gpus,
 )
-from grpo_jax.rewards import make_reward
-from grpo_jax.rewards.base import RewardResult
-from grpo_jax.rollout import check_devices, check_engine, eval_sampling
-from grpo_jax.rollout.dynamic import Scored
-from grpo_jax.safety import RunWatch, reported_failure, stop_on_signal
-from grpo_jax.stages import Stages, build_stages, derive_seed, give_weights, start_engine
+from grpo_jax.run.stages import Stages, build_stages, derive_seed, give_weights, start_engine
+from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
+from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.types import Metrics, Params, RolloutGroup, TrainBatch, TrainState
-from grpo_jax.update import score_rows, to_micro_batches
-from grpo_jax.user_code import load_estimator
-from grpo_jax.workdir import Workdir, start_logging
 
 logger = logging.getLogger("grpo_jax.train")  # __name__ is "__main__" when run as a command
 

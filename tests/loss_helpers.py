@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import losses
+from grpo_jax.algorithm import loss as losses
 from grpo_jax.config import AlgorithmSection
 from grpo_jax.types import TrainBatch
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.cli import make_parser, one_line_errors
 from grpo_jax.config import ConfigError
+from grpo_jax.config.command_line import make_parser, one_line_errors
 from grpo_jax.data.schema import write_rows
 
 HUB_NAME = "openai/gsm8k"

@@ -34,7 +34,7 @@ def check_engine(section: RolloutSection) -> None:
     Raises: ConfigError: what it needs is missing, or of a version that does not work.
     """
     if section.engine == "vllm":
-        from grpo_jax.rollout.vllm_check import find_vllm
+        from grpo_jax.rollout.vllm.check import find_vllm
 
         find_vllm(section)
 
@@ -45,7 +45,7 @@ def check_devices(section: RolloutSection, mesh: Mesh) -> None:
     Raises: ConfigError: weights cannot travel as asked for, or more GPUs are asked for than there are.
     """
     if section.engine == "vllm":
-        from grpo_jax.rollout.vllm_engine import plan_engines
+        from grpo_jax.rollout.vllm.engine import plan_engines
 
         plan_engines(section, mesh)
 
@@ -63,7 +63,7 @@ def make_engine(
     stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
     stop_token_ids = tuple(sorted(stops))
     if section.engine == "vllm":
-        from grpo_jax.rollout.vllm_engine import VllmEngine
+        from grpo_jax.rollout.vllm.engine import VllmEngine
 
         return VllmEngine(
             section,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_jax.prompts import PromptIterator
+    from grpo_jax.data.prompts import PromptIterator
     from grpo_jax.rollout.base import RolloutEngine, SamplingParams
     from grpo_jax.types import RolloutGroup
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.advantages import has_spread
+from grpo_jax.algorithm.advantages import has_spread
 from grpo_jax.rewards.base import RewardResult
 from grpo_jax.types import Completion, Metrics, Prompt, RolloutGroup
 

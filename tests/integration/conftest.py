@@ -67,9 +67,9 @@ def whole_run(tmp_path_factory, whole_run_overrides, compilation_cache_dir):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A Hugging Face folder with a tiny random Qwen2-shaped model, and a tokenizer for arithmetic problems."""
-    from grpo_jax import random_model
     from grpo_jax.config import MeshSection, RandomModelSection
     from grpo_jax.data import arithmetic
+    from grpo_jax.model import random_model
     from grpo_jax.model.sharding import make_mesh
 
     folder = tmp_path_factory.mktemp("models") / "tiny"

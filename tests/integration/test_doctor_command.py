@@ -41,7 +41,7 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
 def test_the_sizes_of_7b(tmp_path):
     """As shipped: 2 bytes a parameter on the device, 14 on the host, and all but the reference in a checkpoint."""
     from grpo_jax.config import parse_config
-    from grpo_jax.memory import abstract_mesh
+    from grpo_jax.learner.memory import abstract_mesh
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
     values = runpy.run_path(str(helpers.ROOT / "configs" / "gsm8k.py"))["get_config"]()

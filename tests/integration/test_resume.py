@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.checkpoint import Checkpointer, Progress, abstract_like
 from grpo_jax.config import MeshSection
 from grpo_jax.model.sharding import make_mesh
+from grpo_jax.run.checkpoint import Checkpointer, Progress, abstract_like
 from grpo_jax.types import TrainState
 
 

@@ -245,7 +245,7 @@ def test_the_tokenizer_is_the_same_when_it_is_loaded(workdir):
     """`AutoTokenizer` knows qwen2's class and goes by that; a resumed run must see the tokens of the first."""
     from transformers import AutoTokenizer
 
-    from grpo_jax.random_model import make_tokenizer
+    from grpo_jax.model.random_model import make_tokenizer
 
     rows = helpers.read_jsonl(workdir / "rollouts" / "step-000001.jsonl")
     made = make_tokenizer([row["prompt"] for row in rows], 300)

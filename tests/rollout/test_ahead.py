@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grpo_jax.prompts import PromptIterator
+from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.types import Prompt

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from grpo_jax.prompts import PromptIterator
+from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rewards.base import RewardResult
 from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.rollout.dynamic import DynamicSampling, NoSpreadError

@@ -19,14 +19,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from grpo_jax.batching import make_train_batch
 from grpo_jax.config import MeshSection
+from grpo_jax.learner.batching import make_train_batch
+from grpo_jax.learner.update import make_score_step, score_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.rollout.local import LocalEngine, sample_completions, sample_token
 from grpo_jax.types import Prompt
-from grpo_jax.update import make_score_step, score_rows
 
 VOCAB = 48
 SIZES = dict(

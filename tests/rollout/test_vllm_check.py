@@ -15,9 +15,10 @@ import pytest
 from grpo_jax.config import ConfigError
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.transformer import ModelConfig
-from grpo_jax.rollout import ray_cluster, vllm_check
-from grpo_jax.rollout.vllm_check import TESTED, VllmInstallation, find_vllm
-from grpo_jax.rollout.vllm_engine import engine_options, graph_sizes
+from grpo_jax.rollout.vllm import check as vllm_check
+from grpo_jax.rollout.vllm import cluster as ray_cluster
+from grpo_jax.rollout.vllm.check import TESTED, VllmInstallation, find_vllm
+from grpo_jax.rollout.vllm.engine import engine_options, graph_sizes
 
 OURS = {"vllm": None, "is_cpu": False, "ray": "2.60.0", "python": "3.11.7"}
 
@@ -499,7 +500,7 @@ def mesh_of_size(size):
     ],
 )
 def test_the_number_of_engines(rollout_section, changes, share_gpus, expected):
-    from grpo_jax.rollout.vllm_engine import num_replicas
+    from grpo_jax.rollout.vllm.engine import num_replicas
 
     assert num_replicas(rollout_section(**changes), mesh_of_size(8), share_gpus=share_gpus) == expected
 
@@ -512,7 +513,7 @@ def test_the_number_of_engines(rollout_section, changes, share_gpus, expected):
     ],
 )
 def test_more_engines_than_gpus_are_refused(rollout_section, changes, key):
-    from grpo_jax.rollout.vllm_engine import num_replicas
+    from grpo_jax.rollout.vllm.engine import num_replicas
 
     with pytest.raises(ConfigError, match="the trainer has 8") as caught:
         num_replicas(rollout_section(**changes), mesh_of_size(8), share_gpus=True)

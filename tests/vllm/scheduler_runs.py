@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from grpo_jax.rollout.vllm_scheduler import AsyncRunScheduler, RunScheduler
+from grpo_jax.rollout.vllm.scheduler import AsyncRunScheduler, RunScheduler
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from scheduler import BLOCK, make_scheduler, model_output

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import vllm_helpers as helpers
 
-from grpo_jax.batching import make_train_batch
+from grpo_jax.learner.batching import make_train_batch
+from grpo_jax.learner.update import make_score_step, score_rows
 from grpo_jax.rollout import EngineError, SamplingParams
-from grpo_jax.update import make_score_step, score_rows
 from grpo_jax.weight_sync import WeightSyncError
 
 pytestmark = pytest.mark.vllm
@@ -110,7 +110,7 @@ def test_an_engine_that_falls_silent_is_replaced(engine, monkeypatch):
 
 def test_a_changed_weight_on_the_way_is_named(engine, monkeypatch):
     """One bit of one tensor, changed between the trainer's checksum and the engine."""
-    from grpo_jax.rollout import vllm_engine
+    from grpo_jax.rollout.vllm import engine as vllm_engine
 
     pack = vllm_engine.pack_buckets
     pieces = engine._plan.layout.buckets[-2]
@@ -135,8 +135,8 @@ def test_a_stale_prefix_cache_would_be_caught(engine, monkeypatch):
 
     import ray
 
-    from grpo_jax.rollout import vllm_server
-    from grpo_jax.weight_sync.verify import Probe
+    from grpo_jax.rollout.vllm import server as vllm_server
+    from grpo_jax.run.probe import Probe
 
     class ForgetfulActor(vllm_server.EngineActor):
         async def _reset_prefix_cache(self):

@@ -97,7 +97,7 @@ def test_requests_that_are_read_as_they_come_get_every_token_at_once(models, run
 
 
 def test_rollouts_are_handed_over_in_runs_that_end_at_different_steps(models, runs):
-    from grpo_jax.rollout.vllm_scheduler import RUN
+    from grpo_jax.rollout.vllm.scheduler import RUN
 
     runs.Recording.outputs.clear()
     _, received, _ = runs.run(runs.Recording, models["qwen2-tied"], runs.make_requests(40), num_blocks=1000)

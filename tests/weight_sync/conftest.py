@@ -6,7 +6,7 @@ import jax
 import pytest
 import torch
 
-from grpo_jax.weight_sync import naming
+from grpo_jax.weight_sync import buckets as naming
 
 
 @pytest.fixture(scope="package", autouse=True)

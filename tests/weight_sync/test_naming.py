@@ -18,7 +18,7 @@ from weight_sync_helpers import (
     unpack,
 )
 
-from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
+from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, bucket_size, piece_checksums
 
 ROW_BYTES = 32 * 4  # of the embedding, float32

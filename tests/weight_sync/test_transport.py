@@ -16,8 +16,8 @@ from weight_sync_helpers import bits, mesh_of, raw, unpack
 
 from grpo_jax.config import ConfigError
 from grpo_jax.weight_sync import WeightSyncError, choose_transport, make_sender
+from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.host import HostReceiver, HostSender
-from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.wire import bucket_size, deadline_check
 
 SHARED_MEMORY = Path("/dev/shm")

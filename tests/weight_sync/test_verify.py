@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from weight_sync_helpers import VOCAB, mesh_of
 
+from grpo_jax.learner.update import make_score_step, score_rows
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.local import LocalEngine
+from grpo_jax.run.probe import PROBE_PROMPTS, PROBE_TOKENS, compare_checksums, make_probe
 from grpo_jax.types import Prompt
-from grpo_jax.update import make_score_step, score_rows
-from grpo_jax.weight_sync.verify import PROBE_PROMPTS, PROBE_TOKENS, compare_checksums, make_probe
 from grpo_jax.weight_sync.wire import Layout, Piece, WeightSyncError
 
 # Names

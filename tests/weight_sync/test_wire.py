@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.weight_sync import wire
-from grpo_jax.weight_sync.naming import make_push_plan
+from grpo_jax.weight_sync.buckets import make_push_plan
 from grpo_jax.weight_sync.wire import (
     BLOCK_BYTES,
     BLOCK_WORDS,

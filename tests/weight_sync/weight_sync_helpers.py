@@ -18,7 +18,7 @@ from transformers import (
 from grpo_jax.config import MeshSection
 from grpo_jax.model.hf import inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
-from grpo_jax.weight_sync.naming import make_push_plan, pack_buckets
+from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 
 NUM_LAYERS = 5
 VOCAB = 130

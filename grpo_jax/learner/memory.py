@@ -1,0 +1,143 @@
+"""How much memory each phase of a step takes on one device, counted from shapes; no device is needed.
+
+What is held is exact: parameters, Adam's moments, accumulators and the reference, as they are sharded. What the
+forward pass keeps for the backward pass is counted from JAX's own list of it (`jax.vjp` of the traced model), for
+any `model.remat`. What the compiler adds within one layer and one chunk of the head is estimated from their
+largest arrays.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from grpo_jax.config import Config
+from grpo_jax.learner.batching import micro_batch_shape
+from grpo_jax.learner.update import at_rest, token_scores
+from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
+from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, of one device and of the host."""
+
+    held: dict[str, int]
+    """On one device from step to step, by name."""
+    phases: dict[str, int]
+    """Phase -> the most that is in use on one device during it, `held` included."""
+    host: dict[str, int]
+    """In pinned memory of the host, for all its devices, by name."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of so many devices that need not be there."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
+    """Counts the memory of one device of a mesh. Args: model: with the attention kernel that the run will use."""
+    if model.attention != "plain":
+        model = dataclasses.replace(model, attention="shapes")
+    on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
+    sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
+    parameters = sum(jax.tree.leaves(sizes))
+    held, host = what_is_held(config, model, parameters)
+    base = sum(held.values())
+    computed = jnp.dtype(model.dtype).itemsize
+
+    rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
+    rows //= num_batch_shards(mesh)
+    chunk = min(rows * length, max(rows, config.actor.logits_chunk_tokens))
+    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
+    logits = chunk * words * 4
+    kept = kept_for_backward(model, rows, length)
+    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
+    width = rows * length * model.hidden_size * computed
+
+    cast = parameters * computed if held["parameters"] != parameters * computed else 0
+    sums = parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize
+    gradients = parameters * computed
+    head_gradient = words * model.hidden_size * 4
+    backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
+    optimizer = sums
+    if config.optim.offload:
+        # A parameter's state and what is made of it are there; the sums of those before it are not any more.
+        brought = sum(size for name, size in host.items() if name != "reference") + held["parameters"]
+        parts = sorted(jax.tree.leaves(sizes))
+        optimizer = max(
+            sums // parameters * sum(parts[i:]) + brought // parameters * part for i, part in enumerate(parts)
+        )
+    phases = {
+        "update": base + cast + sums + gradients + kept + backward,
+        "optimizer": base + cast + optimizer,
+    }
+    if config.uses_reference or config.needs_old_logprobs:
+        phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)
+    if config.rollout.engine == "vllm":
+        phases["weight sync"] = base + 4 * config.rollout.bucket_mb * MIB
+    return MemoryPlan(held, phases, {name: size * mesh.size for name, size in host.items()})
+
+
+def what_is_held(
+    config: Config, model: ModelConfig, parameters: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes from step to step of so many parameters, on the device and on the host, by name."""
+    itemsize = lambda dtype: jnp.dtype(dtype).itemsize
+    stored = itemsize(at_rest(model, config.optim).param_dtype)
+    held, host = {"parameters": parameters * stored}, {}
+    if stored != itemsize(model.param_dtype):
+        host["master parameters"] = parameters * itemsize(model.param_dtype)
+    moments = 2 * parameters * itemsize(config.optim.moments_dtype)
+    (host if config.optim.offload else held)["Adam's moments"] = moments
+    if config.uses_reference:
+        reference = parameters * itemsize(model.dtype)
+        (host if config.algorithm.ref_offload else held)["reference"] = reference
+    return held, host
+
+
+@functools.lru_cache(maxsize=64)
+def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
+    """Bytes that the forward pass of one micro-batch [rows, length] keeps, the parameters not counted."""
+    params = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))[0]
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def pullback(params: Any, tokens: Any) -> Any:
+        score = lambda params: token_scores(
+            params, model, tokens, tokens, tokens, temperature=1.0, chunk_columns=1
+        )
+        return jax.vjp(score, params)[1]
+
+    # As on one device, whatever mesh the caller is within: the rows are those of one device already.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        kept = jax.tree.leaves(jax.eval_shape(pullback, params, tokens))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
+
+
+def largest_micro_batch(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float) -> int:
+    """Most rows of full length that a data shard can hold at once; 0 if one is too many already."""
+
+    def fits(rows: int) -> bool:
+        actor = dataclasses.replace(
+            config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
+        )
+        return plan_memory(dataclasses.replace(config, actor=actor), model, mesh).peak <= limit
+
+    shards = num_batch_shards(mesh)
+    most = -(-config.completions_per_update // shards)
+    low, high = 0, max(1, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

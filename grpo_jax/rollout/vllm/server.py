@@ -1,0 +1,249 @@
+"""The engine's side of vLLM rollouts: one asynchronous vLLM engine in a Ray actor.
+
+Runs in the engine's environment, which needs vLLM, Ray and numpy, but not JAX. Token ids go in and token ids come
+out; text is the trainer's business.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.weight_sync.wire import Mailbox, deadline_check
+
+Request = tuple[int, list[int], int]
+"""(number of the prompt, its token ids, seed)"""
+
+EXTENSION = "grpo_jax.rollout.vllm.worker.WorkerExtension"
+
+
+class EngineActor:
+    """One vLLM engine. All methods are asynchronous: a push may overtake running rollouts."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._version = -1
+        self._ids = itertools.count()
+        self._in_flight = 0
+        self._mailbox: Mailbox | None = None
+        self._server: asyncio.Task | None = None
+
+    async def start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
+        """Starts vLLM. The weights are random until the first push.
+
+        Args:   options: fields of vLLM's `AsyncEngineArgs`.
+        Raises: EngineError: whatever vLLM said, on one line; its own exceptions cannot all be sent to the trainer.
+        """
+        try:
+            return await self._start(options, api_port)
+        except Exception as error:
+            # What pydantic says goes on with a dump of its input.
+            said = " ".join(str(error).split()).partition(" [type=")[0]
+            raise EngineError(f"{type(error).__name__}: {said}") from None
+
+    async def _start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
+        import vllm
+        from vllm import AsyncEngineArgs, envs
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        # Otherwise sampling's kernels are compiled at every start: they go to a folder that PyTorch deletes.
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton"))
+        scheduler = "AsyncRunScheduler"
+        if current_platform.is_cpu():
+            scheduler = "RunScheduler"
+            # A seeded sample whose prompt is read in parts ends vLLM here: "CPU Generator does not use offset".
+            options = {"enable_chunked_prefill": False, **options}
+        arguments = AsyncEngineArgs(
+            load_format="dummy",
+            generation_config="vllm",  # sampling comes from the trainer alone
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            disable_log_stats=True,
+            skip_tokenizer_init=not api_port,
+            scheduler_cls=f"grpo_jax.rollout.vllm.scheduler.{scheduler}",
+            worker_extension_cls=EXTENSION,
+            weight_transfer_config=WeightTransferConfig(backend="grpo_jax"),
+            **options,
+        )
+        self._llm = AsyncLLM.from_engine_args(arguments)
+        if api_port:
+            from grpo_jax.rollout.vllm.api import serve
+
+            ready = asyncio.Event()
+            self._server = asyncio.create_task(serve(self._llm, options["model"], api_port, ready))
+            waiting = asyncio.create_task(ready.wait())
+            await asyncio.wait({self._server, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if self._server.done():
+                self._server.result()  # raises what kept it from starting
+        return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
+
+    async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
+        """Opens the transport of the weights.
+
+        Args: link: None: the trainer is on another host, and `relay` will bring the buckets.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        if link is None:
+            from grpo_jax.weight_sync.host import NUM_SLOTS
+            from grpo_jax.weight_sync.wire import Layout
+
+            if self._mailbox is not None:
+                self._mailbox.close()
+            workers = self._llm.vllm_config.parallel_config.world_size
+            self._mailbox = Mailbox.create(workers, NUM_SLOTS, Layout.from_dict(layout).bucket_bytes)
+            link = {"mailbox": self._mailbox.address, "first_reader": 0}
+        info = {"transport": transport, "link": link, "layout": layout}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        if self._mailbox is not None:
+            self._mailbox.unlink()
+
+    async def relay(self, number: int, bucket: np.ndarray, timeout_s: float) -> None:
+        """Puts a bucket from another host into this host's mailbox."""
+        mailbox = self._mailbox
+        assert mailbox is not None, "connect without a link comes before relay"
+
+        def put() -> None:
+            mailbox.wait_writable(number, deadline_check(timeout_s, "the workers did not take the weights"))
+            np.copyto(mailbox.slot(number)[: len(bucket)], bucket)
+            mailbox.publish(number)
+
+        await asyncio.to_thread(put)
+
+    async def prepare_relay(self) -> None:
+        """Before the trainer sends: the relay's counters go back to zero."""
+        if self._mailbox is not None:
+            self._mailbox.reset()
+
+    async def push(self, version: int, timeout_s: float) -> list[list[list[int]]]:
+        """Takes the weights that the trainer sends meanwhile, and forgets what was cached with the old ones.
+
+        Running rollouts are frozen and go on with the new weights, their keys and values computed anew.
+
+        Returns: checksums of each worker, in the order of buckets and pieces.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._llm
+        request = WeightTransferUpdateRequest(update_info={"timeout_s": timeout_s})
+        is_busy = self._in_flight > 0 or self._server is not None
+        if is_busy:
+            await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        # vLLM's process does one after the other; sent together, nobody waits for an answer in between.
+        *_, checksums = await asyncio.gather(
+            llm.start_weight_update(),
+            llm.update_weights(request),
+            llm.finish_weight_update(),
+            llm.collective_rpc("grpo_jax_checksums"),
+        )
+        self._version = version
+        if is_busy:
+            await llm.engine_core.resume_scheduler_async()
+        else:
+            await self._reset_prefix_cache()
+        return checksums
+
+    async def _reset_prefix_cache(self) -> None:
+        for _ in range(100):
+            if await self._llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(0.01)  # the last requests' blocks are not free yet
+        raise RuntimeError("vLLM's prefix cache could not be reset: requests are still running")
+
+    async def generate(
+        self, requests: list[Request], sampling: SamplingParams, stop_token_ids: tuple[int, ...]
+    ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        """Yields (number of the prompt, its group) as groups finish."""
+        tasks = [asyncio.create_task(self._group(*r, sampling, stop_token_ids)) for r in requests]
+        for task in asyncio.as_completed(tasks):
+            yield await task
+
+    async def _group(
+        self,
+        number: int,
+        token_ids: list[int],
+        seed: int,
+        sampling: SamplingParams,
+        stop_token_ids: tuple[int, ...],
+    ) -> tuple[int, dict[str, Any]]:
+        """The completions of one prompt: token ids and log-probabilities one after the other, with lengths."""
+        version = self._version
+        self._in_flight += 1
+        try:
+            prompt = {"prompt_token_ids": token_ids}
+            params = vllm_sampling(sampling, seed, stop_token_ids)
+            async for output in self._llm.generate(prompt, params, f"rollout-{next(self._ids)}"):
+                result = output
+        finally:
+            self._in_flight -= 1
+        outputs = sorted(result.outputs, key=lambda o: o.index)
+        logprobs = [_sampled_logprobs(o.logprobs) for o in outputs]
+        return number, {
+            "lengths": [len(o.token_ids) for o in outputs],
+            "token_ids": np.concatenate([np.asarray(o.token_ids, np.int32) for o in outputs]),
+            "logprobs": np.concatenate([np.asarray(values, np.float32) for values in logprobs]),
+            "finish_reasons": [o.finish_reason for o in outputs],
+            "versions": (version, self._version),
+        }
+
+    async def sleep(self) -> None:
+        """Frees the memory of weights and cache; both are worthless until the next push."""
+        await self._llm.sleep(level=2)
+
+    async def wake_up(self) -> None:
+        await self._llm.wake_up()
+
+    async def memory_peak(self) -> int:
+        """Bytes that a worker's PyTorch held more than it does now, at most, since the last call."""
+        return max(await self._llm.collective_rpc("grpo_jax_memory"))
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def node_id(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    async def stop(self) -> None:
+        """Ends vLLM's processes."""
+        if self._server is not None:
+            self._server.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._server
+        if self._mailbox is not None:
+            self._mailbox.close()
+        if self._llm is not None:
+            self._llm.shutdown()
+
+
+def vllm_sampling(sampling: SamplingParams, seed: int, stop_token_ids: tuple[int, ...]) -> Any:
+    """`vllm.SamplingParams`: sample g of a prompt gets the seed `seed` + g from vLLM."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        n=sampling.num_samples,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=seed,
+        stop_token_ids=list(stop_token_ids),
+        logprobs=0,  # the sampled token's alone
+        flat_logprobs=True,
+        ignore_eos=True,  # `stop_token_ids` says it all
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sampled_logprobs(flat: Any) -> list[float]:
+    """The sampled token comes first at each position."""
+    return [flat.logprobs[start] for start in flat.start_indices]

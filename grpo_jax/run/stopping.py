@@ -1,0 +1,123 @@
+"""What keeps a run from failing silently or losing work: signals, failures, updates and rewards gone wrong."""
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.algorithm.advantages import frac_zero_std
+from grpo_jax.config import ConfigError, TrainerSection
+from grpo_jax.rewards.base import Reward
+from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.metrics import Timers
+from grpo_jax.types import Metrics, RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+class RunWatch:
+    """Looks for runs that go nowhere: updates that are skipped, rewards that teach nothing."""
+
+    def __init__(self, section: TrainerSection, reward: Reward):
+        self._section, self._reward = section, reward
+        self._skipped = 0
+        self._most_skipped = 0
+        self._flat_steps = 0
+
+    @property
+    def is_healthy(self) -> bool:
+        """False while updates are being skipped."""
+        return self._skipped == 0
+
+    @property
+    def is_lost(self) -> bool:
+        """True once too many updates in a row were not finite."""
+        return self._most_skipped >= self._section.max_nonfinite_updates
+
+    def look(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, updates: Sequence[Metrics]) -> None:
+        """Takes note of one step, and warns when rewards have taught nothing for some steps."""
+        for update in updates:
+            self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
+            self._most_skipped = max(self._most_skipped, self._skipped)
+        self._flat_steps = self._flat_steps + 1 if frac_zero_std(rewards) == 1 else 0
+        if self._flat_steps and self._flat_steps % self._section.flat_reward_steps == 0:
+            self._warn_of_flat_rewards(groups, rewards)
+
+    def stop_if_lost(self) -> None:
+        """Raises: TrainingStopped: too many updates in a row were not finite."""
+        if self.is_lost:
+            raise TrainingStopped(
+                f"loss or gradient was not finite in {self._most_skipped} updates in a row "
+                "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
+            )
+
+    def _warn_of_flat_rewards(self, groups: Sequence[RolloutGroup], rewards: np.ndarray) -> None:
+        group, reward = groups[0], float(rewards[0, 0])
+        completion = group.completions[0]
+        logger.warning(
+            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average), "
+            "so there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
+            "  reward:       %g, since %s",
+            self._flat_steps,
+            float(rewards.mean()),
+            group.prompt.text.strip(),
+            group.prompt.ground_truth,
+            completion.text.strip() or "(empty)",
+            reward,
+            self._reward.explain(group.prompt, completion, reward),
+        )
+
+
+class StopRequest:
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once."""
+    stop = StopRequest()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        logger.info("Stopping after this step; once more to stop at once.")
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[None]:
+    """Says which phase failed and which checkpoint is left, and exits with 1."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        checkpointer.wait()
+        step = checkpointer.latest_step
+        left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
+        if isinstance(error, KeyboardInterrupt):
+            how = "goes on from it" if step else "starts again"
+            logger.info("Interrupted in phase %s; %s. The same command %s.", timers.phase, left, how)
+            raise SystemExit(130) from None
+        if isinstance(error, TrainingStopped):
+            phase = "update_actor"  # noticed later, when the step has been reported
+        else:
+            phase = timers.phase
+            logger.exception("phase %s failed", phase)
+        print(f"error: phase {phase}: {error}; {left}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,96 @@
+"""What a run leaves for a person to read: the learning curve, and a summary of before and after."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.config import Config
+from grpo_jax.run.metrics import read_metrics
+from grpo_jax.run.workdir import Workdir
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBLEMS = 3
+
+
+def print_report(config: Config, workdir: Workdir, model: Path) -> None:
+    """Draws the learning curve and prints what changed, where everything is and what to do next."""
+    lines = read_metrics(workdir)
+    draw_learning_curve(lines, workdir.learning_curve)
+    accuracies = [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line]
+    logger.info("\nDone: %d steps.", lines[-1]["step"])
+    if len(accuracies) > 1:
+        (first, before), (last, after) = accuracies[0], accuracies[-1]
+        how = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature:g}"
+        logger.info("Accuracy on held-out problems (%s): %.1f %% before, %.1f %% after.",
+                    how, 100 * before, 100 * after)  # fmt: skip
+        _print_problems(workdir, first, last, config.eval.num_samples)
+    elif accuracies:
+        logger.info("Accuracy on held-out problems: %.1f %%.", 100 * accuracies[0][1])
+    logger.info("Learning curve:  %s", workdir.learning_curve)
+    if "tensorboard" in config.logging.loggers:
+        logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
+    logger.info("Trained model:   %s   (a Hugging Face folder)", model)
+    data = config.data.val_files[0] if not config.arithmetic.num_train else workdir.data / "val.parquet"
+    logger.info("Evaluate it:     python -m grpo_jax.evaluate --model=%s --data=%s", model, data)
+    if config.arithmetic.num_train:
+        logger.info(
+            "Next, on a GPU:  pip install -e '.[gpu,vllm]', then train a real model on GSM8K:\n"
+            "                 python -m grpo_jax.data.gsm8k --local_dir=data/gsm8k\n"
+            "                 hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir models/Qwen2.5-0.5B-Instruct\n"
+            "                 python -m grpo_jax.train --config=configs/gsm8k.py "
+            "--config.model.path=models/Qwen2.5-0.5B-Instruct"
+        )
+
+
+def draw_learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Reward of the sampled completions and accuracy on held-out problems against the step, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
+    for name, label, style in (
+        ("reward/mean", "mean reward, sampled", dict(color="tab:blue", alpha=0.7)),
+        ("val/accuracy", "held-out accuracy", dict(color="tab:red", marker="o")),
+    ):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _print_problems(workdir: Workdir, first: int, last: int, num_samples: int) -> None:
+    """Three held-out problems with the completion before and after; those that changed come first."""
+    before, after = (_read_validation(workdir, step)[::num_samples] for step in (first, last))
+    pairs = sorted(zip(before, after, strict=False), key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
+    for old, new in pairs[:NUM_PROBLEMS]:
+        logger.info("\n  %s  (answer: %s)", _question(old["prompt"]), old["ground_truth"])
+        logger.info("    before: %s", _one_line(old["completion"]))
+        logger.info("    after:  %s", _one_line(new["completion"]))
+    logger.info("")
+
+
+def _read_validation(workdir: Workdir, step: int) -> list[dict[str, Any]]:
+    path = workdir.validation / f"step-{step:06d}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _question(prompt: str) -> str:
+    """The prompt without the chat template's markers, on one line."""
+    for marker in ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"):
+        prompt = prompt.replace(marker, "")
+    return _one_line(prompt)
+
+
+def _one_line(text: str, limit: int = 200) -> str:
+    text = " ".join(text.split()) or "(empty)"
+    return text if len(text) <= limit else text[: limit - 3] + "..."

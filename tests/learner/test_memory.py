@@ -1,0 +1,241 @@
+"""Memory plans: counts derived by hand, and one that was measured."""
+
+import dataclasses
+import logging
+import os
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax import plan
+from grpo_jax.config import ConfigError, parse_config
+from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
+from grpo_jax.model.transformer import ModelConfig, num_params
+from grpo_jax.run.prepare import make_room_on_host, trainer_share
+
+ONE = abstract_mesh(1, 1, 1)
+ROOT = Path(__file__).resolve().parents[2]
+D, F, H, K, DH, V = 64, 160, 4, 2, 16, 512
+MODEL = ModelConfig(
+    vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=DH,
+    rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes",
+)  # fmt: skip
+QWEN_1_5B = ModelConfig(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, num_kv_heads=2,
+    head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes", remat="dots",
+)  # fmt: skip
+
+
+ON_DEVICE = {"optim.offload": False, "algorithm.ref_offload": False}
+
+
+def gsm8k(**changes):
+    """configs/gsm8k.py as shipped, but for the changes."""
+    config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    return parse_config(config)
+
+
+@pytest.mark.parametrize(
+    ("remat", "words"),
+    [
+        ("full", D),  # the layer's input
+        ("attention", D + H * DH + 2 * H * 5),  # and what attention gave, and its sums, for 5 sequences a row
+        # and the results of the projections q, k, v, o, gate and up; nothing needs that of down but a sum
+        ("dots", D + H * DH + 2 * H * 5 + (H + 2 * K) * DH + D + 2 * F),
+    ],
+)
+def test_what_a_layer_keeps(remat, words):
+    """Another layer keeps so many more numbers of 2 bytes for each of 3 x 128 tokens."""
+    of = lambda n: kept_for_backward(dataclasses.replace(MODEL, num_layers=n, remat=remat), 3, 128)
+    assert of(4) - of(3) == 3 * 128 * words * 2
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_cudnns_backward_pass_keeps_what_is_counted(monkeypatch, remat):
+    """Its real shapes, without a GPU: nothing is run, and only the search for the library is left out."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
+    model = dataclasses.replace(MODEL, remat=remat, num_layers=8, num_kv_heads=H)
+    real = kept_for_backward(dataclasses.replace(model, attention="cudnn"), 3, 128)
+    assert real == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
+
+
+def test_without_fused_attention_the_scores_are_kept():
+    """Of 3 rows, 4 heads, 128 x 128 scores, the weights at least: 2 bytes each."""
+    of = lambda kernel: kept_for_backward(dataclasses.replace(MODEL, attention=kernel), 3, 128)
+    assert of("plain") - of("shapes") >= 2 * 3 * H * 128 * 128 * 2
+
+
+def test_what_is_held():
+    n = num_params(MODEL)
+    plan = plan_memory(gsm8k(**ON_DEVICE), MODEL, ONE)
+    assert plan.held == {"parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n} and not plan.host
+    changes = ON_DEVICE | {"algorithm.kl_coef": 0.0, "optim.moments_dtype": "bfloat16", "optim.beta2": 0.99}
+    assert plan_memory(gsm8k(**changes), MODEL, ONE).held == {"parameters": 4 * n, "Adam's moments": 4 * n}
+
+
+def test_what_is_held_on_the_host_instead():
+    """bfloat16 parameters stay; for all devices of a mesh, and once for each copy."""
+    n = num_params(MODEL)
+    plan = plan_memory(gsm8k(), MODEL, ONE)
+    assert plan.held == {"parameters": 2 * n}
+    assert plan.host == {"master parameters": 4 * n, "Adam's moments": 8 * n, "reference": 2 * n}
+    assert plan_memory(gsm8k(), MODEL, abstract_mesh(2, 1, 1)).host["Adam's moments"] == 16 * n
+    # Of a model that computes in float32, the parameters are their own masters.
+    whole = dataclasses.replace(MODEL, dtype=jnp.float32)
+    assert plan_memory(gsm8k(), whole, ONE).host == {"Adam's moments": 8 * n, "reference": 4 * n}
+
+
+def test_an_update_has_the_state_of_one_parameter_on_the_device():
+    """Master and moments, 12 bytes a number, and the new parameter, 2; of the smaller ones no sum is left.
+
+    The embedding comes last and is the largest, but when the first of the three matrices of the MLPs has its turn,
+    the sums of all four are there.
+    """
+    n, mlp = num_params(MODEL), MODEL.num_layers * D * F
+    assert mlp < V * D
+    assert plan_memory(gsm8k(), MODEL, ONE).phases["optimizer"] == 2 * n + 4 * (3 * mlp + V * D) + 14 * mlp
+
+
+QWEN_7B = dataclasses.replace(
+    QWEN_1_5B, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_heads=28, num_kv_heads=4,
+    tie_embeddings=False,
+)  # fmt: skip
+
+
+def test_jax_may_pin_what_the_host_holds_and_a_little_more(monkeypatch, caplog):
+    """7,615,616,512 parameters at 14 bytes and 6 %, 105.3 GiB, rounded up, and 2 for staging."""
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setattr(logging.getLogger("grpo_jax"), "propagate", True)
+    monkeypatch.setenv(name, "")  # restored at the end
+    host = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 150 * 2**18}
+    monkeypatch.setattr(os, "sysconf", host.__getitem__)
+    for model, changes, expected in (
+        (QWEN_7B, {}, "108"),
+        (QWEN_7B, {"mesh.data": 2, "mesh.fsdp": 1}, "213"),
+        (QWEN_7B, {"mesh.data": -1, "mesh.fsdp": 1}, "150"),  # all that there is
+        (QWEN_7B, ON_DEVICE | {"mesh.data": -1, "mesh.fsdp": 1}, None),
+        (QWEN_1_5B, {}, None),  # less than JAX's own limit
+        (QWEN_7B, ON_DEVICE, None),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        make_room_on_host(gsm8k(**changes), model)
+        assert os.environ.get(name) == expected
+    assert "take 213 GB of the host's memory, which has 161 GB" in caplog.text
+    monkeypatch.setenv(name, "77")
+    host["SC_PHYS_PAGES"] = 10**7
+    make_room_on_host(gsm8k(), QWEN_7B)
+    assert os.environ[name] == "77"
+    assert "take 107 GB of the host's memory, which has 41 GB" in caplog.text
+
+
+def test_fsdp_splits_what_is_held_and_data_does_not():
+    """Biases are split by heads alone: (H + 2 K) * Dh numbers in each of 2 layers stay whole."""
+    n, biases = num_params(MODEL), 2 * (H + 2 * K) * DH
+    config = gsm8k(**ON_DEVICE)
+    held = lambda *sizes: plan_memory(config, MODEL, abstract_mesh(*sizes)).held["parameters"]
+    assert held(1, 2, 1) == 4 * ((n - biases) // 2 + biases)
+    assert held(2, 1, 1) == 4 * n
+
+
+def test_accumulators_of_half_precision_save_their_half():
+    of = lambda dtype: plan_memory(gsm8k(**{"optim.accumulator_dtype": dtype}), MODEL, ONE).phases
+    assert of("float32")["update"] - of("bfloat16")["update"] == 2 * num_params(MODEL)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config, limit = gsm8k(**ON_DEVICE), 60e9
+    most = largest_micro_batch(config, QWEN_1_5B, ONE, limit)
+
+    def peak(rows):
+        actor = dataclasses.replace(config.actor, micro_batch_size_per_device=rows)
+        # A step of as many rows as fill its micro-batches, which are not made smaller then.
+        data = dataclasses.replace(config.data, train_batch_size=rows)
+        return plan_memory(dataclasses.replace(config, actor=actor, data=data), QWEN_1_5B, ONE).peak
+
+    assert 1 < most < 1024 and peak(most) <= limit < peak(most + 1)
+    assert largest_micro_batch(config, QWEN_1_5B, ONE, 1e9) == 0
+
+
+def test_it_agrees_with_a_measured_peak():
+    """62.53 GB was the trainer's peak on an H200 with these settings (jax 0.11.2, 2026-11-26)."""
+    config = gsm8k(
+        **ON_DEVICE
+        | {
+            "data.train_batch_size": 64,
+            "algorithm.group_size": 8,
+            "data.max_prompt_length": 128,
+            "actor.micro_batch_size_per_device": 26,
+            "actor.logits_chunk_tokens": 2048,
+        }
+    )
+    assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(62.53e9, rel=0.05)
+
+
+def test_only_what_is_not_set_is_advised():
+    shipped = plan.ways_to_save(gsm8k())
+    assert shipped == [
+        "model.remat=full", "more devices in mesh.fsdp", "rollout.sleep=True", "rollout.placement=separate",
+        "optim.accumulator_dtype=bfloat16",
+    ]  # fmt: skip
+    changes = ON_DEVICE | {"rollout.engine": "local", "model.remat": "full", "algorithm.kl_coef": 0.0}
+    assert plan.ways_to_save(gsm8k(**changes)) == [
+        "optim.offload=True", "more devices in mesh.fsdp", "optim.accumulator_dtype=bfloat16",
+    ]  # fmt: skip
+
+
+def test_devices_by_name_and_by_size():
+    assert plan.device_bytes("h200") == 143_771 * 2**20
+    assert plan.device_bytes("80") == 80_000_000_000
+    with pytest.raises(
+        ConfigError, match=r"'h20': must be a number of GB or one of h100, h200, .* \(did you mean h200\?\)"
+    ):
+        plan.device_bytes("h20")
+
+
+def test_the_mesh_is_filled_up():
+    assert plan.mesh_sizes(gsm8k(), 8) == (1, 8, 1)
+    assert plan.mesh_sizes(gsm8k(**{"mesh.tensor": 2}), 8) == (1, 4, 2)
+    with pytest.raises(ConfigError, match="must be a multiple of the mesh's 3"):
+        plan.mesh_sizes(gsm8k(**{"mesh.data": 3}), 8)
+
+
+def test_the_command_prints_a_plan(capsys, monkeypatch):
+    argv = ["plan", f"--config={ROOT / 'configs' / 'gsm8k.py'}:smoke", "--device=1", "--num_devices=2"]
+    monkeypatch.setattr("sys.argv", argv)
+    plan.main()
+    out = capsys.readouterr().out
+    assert "Mesh            data=1, fsdp=2, tensor=1" in out
+    assert "Largest micro-batch that fits: 8 rows" in out  # all 4 x 4 completions, on two shards
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
+    argv = [
+        "plan",
+        f"--config={ROOT / 'configs' / 'gsm8k.py'}",
+        f"--config.model.path={tmp_path}",
+        "--device=h200",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        plan.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: model.path=") and err.count("\n") == 1
+
+
+def test_the_seeds_run_fits_one_h200_and_agrees_with_its_peak():
+    """76.04 GB of 79.9 was the trainer's peak: configs/gsm8k.py as shipped (jax 0.11.2, 2026-11-26)."""
+    config = gsm8k()
+    peak, limit = (
+        plan_memory(config, QWEN_7B, ONE).peak,
+        trainer_share(config.rollout) * plan.device_bytes("h200"),
+    )
+    assert peak == pytest.approx(76.04e9, rel=0.1) and peak < limit

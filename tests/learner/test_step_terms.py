@@ -1,0 +1,163 @@
+"""What happens to a batch between scoring and the update: penalties, advantages, masks, the KL's coefficient."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from loss_helpers import ALGORITHM, make_batch
+
+from grpo_jax import train
+from grpo_jax.algorithm import loss as losses
+from grpo_jax.config import ConfigError
+from grpo_jax.config.user_code import load_estimator
+from grpo_jax.learner.batching import keep_completions
+from grpo_jax.learner.reference import Reference
+from grpo_jax.types import Completion, Prompt, RolloutGroup
+
+# One prompt with two completions, of two tokens and of one. log p_old - log p_ref: 1 and 2; -3.
+MASK = np.array([[0, 1, 1, 0], [0, 0, 1, 0]], np.float32)
+OLD = np.array([[0, -1, -1, 0], [0, 0, -4, 0]], np.float32)
+REF = np.array([[0, -2, -3, 0], [0, 0, -1, 0]], np.float32)
+REWARDS = np.array([[1.0, 0.0]], np.float32)
+
+
+def stages_for(kl_coef=0.5, estimator=None, **changes):
+    """What `train.py`'s functions read of the stages."""
+    algorithm = dataclasses.replace(ALGORITHM, kl_coef=kl_coef, **changes)
+    config = types.SimpleNamespace(algorithm=algorithm, completions_per_step=2)
+    reference = Reference({"w": np.zeros(2)}, algorithm, np.float32, None, kl_coef=kl_coef)
+    estimator = estimator or load_estimator(algorithm.adv_estimator)
+    return types.SimpleNamespace(config=config, reference=reference, estimator=estimator)
+
+
+def host_batch():
+    batch = make_batch(MASK, old=OLD, ref=REF, sampler=OLD - 1)
+    return batch.replace(**{f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)
+                            if getattr(batch, f.name) is not None})  # fmt: skip
+
+
+def groups(*reasons):
+    completions = tuple(Completion((1,), (0.0,), "", reason, 0) for reason in reasons)
+    return [RolloutGroup(Prompt("p", (1,), "", "", "", {}), completions)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # Rewards less half the KL: 1 - 3 / 2 = -0.5 and 0 + 3 / 2 = 1.5; their mean 0.5.
+        ("grpo_no_std", [[0, -1, -1, 0], [0, 0, 1, 0]]),
+        ("rloo", [[0, -2, -2, 0], [0, 0, 2, 0]]),
+        # Lengths 2 and 1: mean (2 * -0.5 + 1.5) / 3 = 1 / 6.
+        ("opo", [[0, -2 / 3, -2 / 3, 0], [0, 0, 4 / 3, 0]]),
+    ],
+)
+def test_a_penalty_in_the_reward_of_completions(name, expected):
+    stages = stages_for(adv_estimator=name, kl_in="reward", kl_estimator="k1")
+    batch, metrics = train.with_advantages(stages, host_batch(), REWARDS)
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-5)
+    assert metrics == {"kl/reward_penalty": pytest.approx((1.5 - 3) / 2)}  # means of the completions' tokens
+
+
+def test_a_penalty_in_the_reward_of_tokens():
+    """Returns: 1 - 0.5 - 1 = -0.5 and 1 - 1 = 0; 0 + 1.5. Mean 1/3, variance (25/36 + 1/9 + 49/36) / 2 = 13/12."""
+    stages = stages_for(adv_estimator="reinforce_plus_plus", kl_in="reward", kl_estimator="k1")
+    batch, _ = train.with_advantages(stages, host_batch(), REWARDS)
+    expected = np.array([[0, -5 / 6, -1 / 3, 0], [0, 0, 7 / 6, 0]]) / np.sqrt(13 / 12)
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-5)
+
+
+def test_the_penalty_takes_the_coefficient_as_it_is_now():
+    stages = stages_for(adv_estimator="grpo_no_std", kl_in="reward", kl_estimator="k1", kl_target=1.0)
+    stages.reference.kl_coef = 0.0
+    batch, _ = train.with_advantages(stages, host_batch(), REWARDS)
+    np.testing.assert_allclose(batch.advantages, [[0, 0.5, 0.5, 0], [0, 0, -0.5, 0]])
+    unpenalized, metrics = train.with_advantages(
+        stages_for(adv_estimator="grpo_no_std"), host_batch(), REWARDS
+    )
+    np.testing.assert_array_equal(unpenalized.advantages, batch.advantages)
+    assert metrics == {}
+
+
+def test_an_estimator_of_the_users_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def halved(rewards, lengths):\n    return rewards / 2 + lengths\n")
+    name = f"{path}:halved"
+    stages = stages_for(estimator=load_estimator(name), adv_estimator=name)
+    batch, _ = train.with_advantages(stages, host_batch(), REWARDS)
+    np.testing.assert_allclose(batch.advantages, [[0, 2.5, 2.5, 0], [0, 0, 1, 0]])
+
+
+def test_an_estimator_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    for name, complaint in (("absent.py:f", "no file"), (f"{tmp_path}/bad.py:f", "ZeroDivisionError")):
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            load_estimator(name)
+        assert caught.value.key == "algorithm.adv_estimator"
+
+
+# Truncated completions
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_truncated_completions_are_left_out_of_the_loss_and_its_denominators(mode):
+    stages = stages_for(mask_truncated=True)
+    batch, _ = train.with_advantages(stages, host_batch(), REWARDS)
+    masked = train.with_loss_terms(stages, batch, groups("stop", "length"))
+    np.testing.assert_array_equal(masked.completion_mask, [MASK[0], np.zeros(4)])
+    for name in ("advantages", "sampler_logprobs", "old_logprobs", "ref_logprobs"):
+        np.testing.assert_array_equal(getattr(masked, name), [getattr(batch, name)[0], np.zeros(4)], name)
+    np.testing.assert_array_equal(masked.tokens, batch.tokens)
+    # Two tokens of one completion are left: each weighs 1/2, in either mode.
+    weights = losses.loss_weights(masked.completion_mask, mode, 1)
+    np.testing.assert_array_equal(weights, MASK * [[0.5], [0]])
+    # The truncated one has taken part in the comparison: the first one's advantage is not 0.
+    assert masked.advantages[0, 1] > 0
+
+
+def test_truncated_completions_stay_unless_configured():
+    stages = stages_for()
+    assert train.with_loss_terms(stages, batch := host_batch(), groups("length", "length")) is batch
+
+
+def test_fields_that_are_not_there_are_not_masked():
+    batch = make_batch(MASK)
+    assert keep_completions(batch, np.array([True, False])).old_logprobs is None
+
+
+# The coefficient and the reference
+
+
+def test_an_adaptive_coefficient_stands_on_every_token_of_the_loss():
+    stages = stages_for(kl_target=0.1)
+    stages.reference.kl_coef = 0.125
+    batch = train.with_loss_terms(stages, host_batch(), groups("stop", "stop"))
+    np.testing.assert_array_equal(batch.kl_coef, np.full((2, 4), 0.125, np.float32))
+    in_reward = train.with_loss_terms(
+        stages_for(kl_target=0.1, kl_in="reward"), host_batch(), groups("stop", "stop")
+    )
+    assert in_reward.kl_coef is None and stages_for().reference.is_adaptive is False
+
+
+def test_the_coefficient_follows_the_kl_of_the_step():
+    stages = stages_for(kl_target=0.1, kl_horizon=10.0)
+    metrics = train.update_reference(stages, None, {"kl/mean": 7.0}, 1)
+    assert metrics == {"kl/coef": 0.5}  # the one of this step
+    assert stages.reference.kl_coef == pytest.approx(0.5 * (1 + 0.2 * 2 / 10))
+    train.update_reference(
+        stages, None, {"kl/mean": 7.0, "kl/reward_penalty": 0.095}, 2
+    )  # verl's, in the reward
+    assert stages.reference.kl_coef == pytest.approx(0.5 * 1.04 * (1 - 0.05 * 2 / 10))
+    fixed = stages_for()
+    assert train.update_reference(fixed, None, {"kl/mean": 7.0}, 1) == {} and fixed.reference.kl_coef == 0.5
+
+
+def test_the_reference_is_refreshed_every_n_steps():
+    stages = stages_for(ref_refresh_every=3)
+    refreshed = []
+    for done in range(1, 8):
+        policy = {"w": np.full(2, done, np.float32)}
+        refreshed.append(train.update_reference(stages, policy, {}, done)["kl/is_refreshed"])
+        policy["w"][:] = -1  # as the donated memory of the next update
+        np.testing.assert_array_equal(stages.reference.params["w"], np.full(2, done // 3 * 3))
+    assert refreshed == [0, 0, 1, 0, 0, 1, 0]
