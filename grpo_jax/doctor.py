@@ -61,19 +61,20 @@ def check_config(config: Config, path: Path) -> None:
 
     Raises: ConfigError: the first thing that is wrong.
     """
-    from grpo_jax.config.user_code import load_estimator
-    from grpo_jax.learner.batching import batch_table
+    from grpo_jax.algorithm import load_algorithm
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine
-    from grpo_jax.run.prepare import open_mesh, read_inputs
+    from grpo_jax.run.devices import open_mesh
+    from grpo_jax.run.inputs import read_inputs
+    from grpo_jax.run.summary import batch_table, table_lines
     from grpo_jax.run.workdir import Workdir
 
     workdir = Workdir(path)
     workdir.check(config)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
-    load_estimator(config.algorithm.adv_estimator)
+    load_algorithm(config)
     make_reward(config.reward, max_response_length=config.data.max_response_length).close()
     mesh = open_mesh(config)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
@@ -85,19 +86,18 @@ def check_config(config: Config, path: Path) -> None:
             ("vLLM", f"{config.rollout.gpu_memory_utilization:.0%} of the memory of each of its GPUs")
         )
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name.ljust(width)}  {value}")
+    print(*table_lines(rows), sep="\n")
 
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     """What `grpo_jax.plan` says in full."""
-    from grpo_jax.learner.memory import plan_memory, what_is_held
+    from grpo_jax.learner.memory import held_bytes
     from grpo_jax.model.transformer import num_params
-    from grpo_jax.plan import read_model
+    from grpo_jax.run.devices import plan_run
+    from grpo_jax.run.inputs import read_model_config
 
-    model = read_model(config)
-    plan, whole = plan_memory(config, model, mesh), what_is_held(config, model, num_params(model))
+    model = read_model_config(config)
+    plan, whole = plan_run(config, model, mesh), held_bytes(config, model, num_params(model))
     checkpoint = sum(size for part in whole for name, size in part.items() if name != "reference")
     rows = [
         ("parameters", f"{num_params(model):,}"),
@@ -115,9 +115,9 @@ def main() -> None:
         parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
         problems = check_packages()
         if parsed is not None:
-            from grpo_jax.run.prepare import share_gpus
+            from grpo_jax.run.devices import prepare_process
 
-            share_gpus(parsed[0].rollout)  # what JAX will have in the run
+            prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
         print("Devices")
         check_devices()
         if parsed is not None:

@@ -8,99 +8,12 @@ line a completion.
 """
 
 import contextlib
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grpo_jax.rewards.base import Reward
-from grpo_jax.rollout import RolloutEngine, SamplingParams
-from grpo_jax.run.metrics import CORRECT_REWARD
-from grpo_jax.types import Metrics, Prompt, RolloutGroup
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    groups: list[RolloutGroup]
-    rewards: np.ndarray
-    """[P, G] float32."""
-    correctness: np.ndarray
-    """[P, G] float32; what `metrics.CORRECT_REWARD` is held against."""
-    errors: tuple[str, ...]
-    """Of the reward function, where it may go on after one."""
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the completions that are correct."""
-        return float((self.correctness >= CORRECT_REWARD).mean())
-
-    def pass_at(self, k: int) -> float:
-        """Mean over prompts of the estimated chance that one of k completions is correct."""
-        samples = self.rewards.shape[1]
-        counts = (self.correctness >= CORRECT_REWARD).sum(axis=1)
-        return float(np.mean([pass_at_k(samples, int(c), k) for c in counts]))
-
-    def summary(self) -> Metrics:
-        """accuracy, num, and pass@k for k = 1, 2, 4, ... up to the number of samples, where there are several."""
-        samples = self.rewards.shape[1]
-        ks = [2**i for i in range(int(math.log2(samples)) + 1)] if samples > 1 else []
-        passes = {f"pass@{k}": self.pass_at(k) for k in ks}
-        return {"accuracy": self.accuracy, "num": len(self.rewards), **passes}
-
-    def records(self) -> list[dict[str, Any]]:
-        """One dictionary a completion, in order."""
-        return rollout_records(self.groups, self.rewards)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k out of n samples, c of them correct, is correct.
-
-    1 - C(n - c, k) / C(n, k), the unbiased estimate of arXiv:2107.03374 (1).
-    """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def evaluate(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    sampling: SamplingParams,
-    *,
-    seed: int,
-    progress: str,
-) -> Evaluation:
-    """Completes the prompts with the engine's present weights and scores the completions."""
-    groups = engine.generate(prompts, sampling, seed=seed, progress=progress)
-    result = reward.score(groups)
-    return Evaluation(groups, result.rewards, result.correctness, result.errors)
-
-
-def rollout_records(groups: Sequence[RolloutGroup], rewards: np.ndarray) -> list[dict[str, Any]]:
-    """What is written of completions to files: one dictionary each."""
-    return [
-        {
-            "prompt_id": group.prompt.prompt_id,
-            "prompt": group.prompt.text,
-            "ground_truth": group.prompt.ground_truth,
-            "completion": completion.text,
-            "reward": float(rewards[p, g]),
-            "num_tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "policy_version": completion.policy_version,
-        }
-        for p, group in enumerate(groups)
-        for g, completion in enumerate(group.completions)
-    ]
-
-
-def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+from grpo_jax.rollout import SamplingParams
 
 
 def main() -> None:
@@ -218,15 +131,16 @@ def _run(args: Any) -> None:
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import EngineError, check_engine, make_engine
-    from grpo_jax.run.prepare import check_tokenizer, share_gpus
+    from grpo_jax.rollout import EngineError, check_engine, make_engine, share_devices
+    from grpo_jax.rollout.evaluation import evaluate, write_jsonl
+    from grpo_jax.run.inputs import check_tokenizer
     from grpo_jax.run.workdir import start_logging
 
     section = _rollout_section(args)
     if section.engine == "vllm":
         start_logging()  # it takes a minute or two to start, and says so
     check_engine(section)
-    share_gpus(section)
+    share_devices(section)
     rows = read_rows([args.data], "--data")
     dtype = jnp.dtype(args.dtype)
     folder = inspect_folder(args.model, dtype=dtype, param_dtype=dtype)

@@ -13,10 +13,10 @@ from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.config.command_line import make_parser, one_line_errors
 from grpo_jax.config.config_file import load_saved_config
 from grpo_jax.model.hf import parse_hf_config, read_json, save_folder
-from grpo_jax.model.sharding import make_mesh
+from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
-from grpo_jax.run.checkpoint import abstract_like, find_checkpoint, load_for_export
-from grpo_jax.run.prepare import model_overrides
+from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
+from grpo_jax.run.inputs import model_overrides
 from grpo_jax.run.workdir import Workdir
 
 

@@ -7,10 +7,7 @@ is read, so that a plan can be made before anything is fetched or rented. `grpo_
 the real peak beside it.
 """
 
-import dataclasses
 import sys
-from pathlib import Path
-from typing import Any
 
 from grpo_jax.config import Config, ConfigError, nearest
 from grpo_jax.config.command_line import one_line_errors
@@ -81,33 +78,16 @@ def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
     return sharding.mesh_sizes(config.mesh, num_devices)
 
 
-def read_model(config: Config) -> Any:
-    """The `ModelConfig` of the run, with a fused attention kernel where the dtype allows one.
-
-    Raises: ConfigError: model.path holds no config.json that is understood.
-    """
-    import jax.numpy as jnp
-
-    from grpo_jax.model.hf import parse_hf_config, read_json
-    from grpo_jax.model.random_model import random_model_config
-    from grpo_jax.run.prepare import model_overrides
-
-    if config.model.path == "random":
-        model = random_model_config(config.random_model, **model_overrides(config))
-    else:
-        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), **model_overrides(config))
-    is_fused = config.model.attention != "plain" and jnp.dtype(model.dtype).itemsize == 2
-    return dataclasses.replace(model, attention="shapes" if is_fused else "plain")
-
-
 def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
-    from grpo_jax.learner.batching import micro_batch_shape
-    from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch, plan_memory
-    from grpo_jax.run.prepare import trainer_share
+    from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch
+    from grpo_jax.learner.packing import micro_batch_shape
+    from grpo_jax.rollout import push_bytes, trainer_share
+    from grpo_jax.run.devices import plan_run
+    from grpo_jax.run.inputs import read_model_config
 
-    model = read_model(config)
+    model = read_model_config(config)
     mesh = abstract_mesh(*sizes)
-    plan = plan_memory(config, model, mesh)
+    plan = plan_run(config, model, mesh)
     share = trainer_share(config.rollout)
     limit = share * memory
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
@@ -124,7 +104,7 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     print("The most in each phase, GB a device")
     for name, size in plan.phases.items():
         print(f"  {name:<18}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
-    most = largest_micro_batch(config, model, mesh, limit)
+    most = largest_micro_batch(config, model, mesh, limit, push_bytes=push_bytes(config.rollout))
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )

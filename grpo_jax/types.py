@@ -10,11 +10,15 @@ One convention holds everywhere: `logprobs[b, t]` is log p(`tokens[b, t]` | `tok
 is 0. Log-probabilities therefore line up with `tokens` and `completion_mask` without a shift.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 Params = Any
 """A pytree of parameter arrays."""
@@ -60,6 +64,77 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: tuple[Completion, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """The rewards of P groups of G completions (host); arrays are [P, G] float32, finite."""
+
+    rewards: np.ndarray
+    """What is trained on."""
+    unshaped: np.ndarray
+    """The same without the length penalty."""
+    correctness: np.ndarray
+    """Of the first function alone: a completion is correct from 1 on."""
+    parts: Mapping[str, np.ndarray]
+    """What each function gave, and the length penalty, by name; not yet weighted."""
+    errors: tuple[str, ...]
+    """One line for each completion whose function failed, and gave 0 therefore."""
+
+    @property
+    def has_spread(self) -> np.ndarray:
+        """[P] bool: the groups whose unshaped rewards differ. The others teach nothing about the answer."""
+        return self.unshaped.max(axis=1) != self.unshaped.min(axis=1)
+
+    @classmethod
+    def of_one(cls, rewards: np.ndarray, errors: tuple[str, ...]) -> RewardResult:
+        """The result of a single function."""
+        return cls(rewards, rewards, rewards, {}, errors)
+
+    def take(self, groups: Sequence[int]) -> RewardResult:
+        """Returns the rewards of some of the groups; the errors stay behind."""
+        index = list(groups)
+        return RewardResult(
+            self.rewards[index],
+            self.unshaped[index],
+            self.correctness[index],
+            {name: values[index] for name, values in self.parts.items()},
+            (),
+        )
+
+    @classmethod
+    def join(cls, results: Sequence[RewardResult]) -> RewardResult:
+        """Puts the groups of several results one after the other."""
+        return cls(
+            np.concatenate([r.rewards for r in results]),
+            np.concatenate([r.unshaped for r in results]),
+            np.concatenate([r.correctness for r in results]),
+            {name: np.concatenate([r.parts[name] for r in results]) for name in results[0].parts},
+            tuple(error for r in results for error in r.errors),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredBatch:
+    """The completions of a step with their rewards, and what was sampled for it but is not trained on (host)."""
+
+    groups: list[RolloutGroup]
+    rewards: RewardResult
+    dropped: ScoredBatch | None = None
+    """Groups whose rewards are all equal, which dynamic sampling leaves out; None where there are none."""
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    """With dynamic sampling, how many groups were sampled, kept and left out, by metric name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the reports (host)."""
+
+    rollouts: ScoredBatch
+    updates: list[Metrics]
+    """The metrics of each update, by name."""
+    metrics: Metrics
+    """The step's, by name."""
 
 
 @flax.struct.dataclass

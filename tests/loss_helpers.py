@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm import loss as losses
 from grpo_jax.config import AlgorithmSection
 from grpo_jax.types import TrainBatch
@@ -65,10 +66,15 @@ def make_batch(mask, *, advantages=None, sampler=None, old=None, ref=None):
     )
 
 
+def grpo_loss(logprobs, entropy, batch, weights, algorithm):
+    """`loss.grpo_loss` of a section, with the weights beside the batch."""
+    return losses.grpo_loss(logprobs, entropy, batch.replace(loss_weights=weights), Algorithm.of(algorithm))
+
+
 def loss_and_grad(logprobs, batch, weights, algorithm, entropy=None):
     """Returns the loss, its metrics by name, and its gradient with respect to `logprobs`."""
     entropy = jnp.zeros_like(array(logprobs)) if entropy is None else array(entropy)
-    loss = functools.partial(losses.grpo_loss, algorithm=algorithm)
+    loss = functools.partial(grpo_loss, algorithm=algorithm)
     (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(array(logprobs), entropy, batch, weights)
     return value, metrics.summary(), np.asarray(grad)
 

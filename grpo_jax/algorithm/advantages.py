@@ -1,10 +1,14 @@
 """Rewards to advantages: how much better a completion is than others.
 
-Rewards [P, G] and completion lengths [P, G] enter, advantages [P, G] leave; for an estimator of `PER_TOKEN`,
-rewards and advantages of tokens, [B, T]. Only array methods are used, so that numpy gives numpy (the training
-loop, on the host, in the precision of the rewards) and JAX gives JAX (under `jax.jit` as well).
+Rewards [P, G] and completion lengths [P, G] enter, advantages [P, G] leave; an estimator that is per token takes
+rewards and gives advantages of tokens, [B, T]. Only array methods are used, so that numpy gives numpy (the
+training loop, on the host, in the precision of the rewards) and JAX gives JAX (under `jax.jit` as well).
+
+A new estimator is a function here and a row of `ADVANTAGE_ESTIMATORS`; one of your own is
+`algorithm.adv_estimator`=FILE.py:NAME with the same arguments and result.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +17,24 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 
-Estimator = Callable[[Any, Any], Any]
-"""(rewards, lengths) -> advantages, all [P, G]; of `PER_TOKEN`: (token rewards, completion mask) -> advantages,
-all [B, T]."""
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageEstimator:
+    """A function from rewards to advantages, and what it takes."""
+
+    function: Callable[[Any, Any], Any]
+    """(rewards, lengths) -> advantages, all [P, G]; where `is_per_token`: (token_rewards, completion_mask) ->
+    advantages, all [B, T]."""
+    is_per_token: bool = False
+
+    def __call__(self, rewards: Any, lengths: Any) -> Any:
+        return self.function(rewards, lengths)
+
+
+def per_token(function: Callable[[Any, Any], Any]) -> AdvantageEstimator:
+    """Decorates an estimator of your own that takes rewards and gives advantages of tokens, [B, T]."""
+    return AdvantageEstimator(function, is_per_token=True)
+
 
 STD_EPSILON = 1e-6
 """Added to the spread of a group, as in verl; it decides only where rewards differ by less than that."""
@@ -165,43 +184,43 @@ def reinforce_plus_plus_advantages(token_rewards: Any, completion_mask: Any) -> 
     return (_whitened(returns, completion_mask) * completion_mask).astype(np.float32)
 
 
-ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
-    "grpo": grpo_advantages,
-    "grpo_no_std": grpo_no_std_advantages,
-    "rloo": rloo_advantages,
-    "rloo_std": rloo_std_advantages,
-    "opo": opo_advantages,
-    "reinforce_plus_plus": reinforce_plus_plus_advantages,
-    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline_advantages,
+ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
+    "grpo": AdvantageEstimator(grpo_advantages),
+    "grpo_no_std": AdvantageEstimator(grpo_no_std_advantages),
+    "rloo": AdvantageEstimator(rloo_advantages),
+    "rloo_std": AdvantageEstimator(rloo_std_advantages),
+    "opo": AdvantageEstimator(opo_advantages),
+    "reinforce_plus_plus": AdvantageEstimator(reinforce_plus_plus_advantages, is_per_token=True),
+    "reinforce_plus_plus_baseline": AdvantageEstimator(reinforce_plus_plus_baseline_advantages),
 }
-"""`algorithm.adv_estimator` -> function."""
-
-PER_TOKEN = frozenset({"reinforce_plus_plus"})
-"""Estimators of tokens. The others, and functions by path, are of completions."""
+"""`algorithm.adv_estimator` -> estimator."""
 
 
-def group_advantages(rewards: Array, lengths: Array, estimator: Estimator) -> Any:
-    """Applies an estimator of completions, and checks what goes in and what comes out.
+def group_advantages(rewards: Array, lengths: Array, function: Callable[[Any, Any], Any]) -> Any:
+    """Applies an estimator of completions, and checks its input and its output.
 
     Args:
         rewards: [P, G] floating point, one scalar a completion, G >= 2.
         lengths: [P, G] completion tokens, >= 1.
-        estimator: not one of `PER_TOKEN`.
+        function: (rewards, lengths) -> advantages [P, G].
 
     Returns:
         [P, G] float32; numpy for numpy, JAX for JAX.
 
     Raises:
-        ValueError: the rewards are no groups; the estimator returns another shape.
+        ValueError: the rewards are no groups; the function returns another shape.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [P, G] with G >= 2, have shape {rewards.shape}")
-    advantages = estimator(rewards, lengths)
-    if np.shape(advantages) != rewards.shape:
+    return _checked(function(rewards, lengths), rewards.shape).astype(np.float32)
+
+
+def _checked(advantages: Any, shape: tuple[int, ...]) -> Any:
+    if np.shape(advantages) != shape:
         raise ValueError(
-            f"algorithm.adv_estimator returned shape {np.shape(advantages)} for rewards of shape {rewards.shape}"
+            f"algorithm.adv_estimator returned shape {np.shape(advantages)} for rewards of shape {shape}"
         )
-    return advantages.astype(np.float32)
+    return advantages
 
 
 def token_rewards(rewards: np.ndarray, completion_mask: np.ndarray, penalties: Any) -> np.ndarray:
@@ -225,8 +244,7 @@ def estimate_advantages(
     rewards: np.ndarray,
     completion_mask: np.ndarray,
     penalties: np.ndarray | None,
-    name: str,
-    function: Estimator,
+    estimator: AdvantageEstimator,
 ) -> np.ndarray:
     """Advantages of a step, on the host.
 
@@ -234,34 +252,29 @@ def estimate_advantages(
         rewards: [P, G] float32.
         completion_mask: [B, T] float32 of 0 and 1, B = P * G rows in group order.
         penalties: [B, T] float32, the KL penalty of every token, or None.
-        name: `algorithm.adv_estimator`; says whether `function` is of tokens or of completions.
 
     Returns:
-        [P, G] float32, or [B, T] float32 from an estimator of `PER_TOKEN`. What is not finite stays: the update
+        [P, G] float32, or [B, T] float32 from an estimator that is per token. What is not finite stays: the update
         skips and counts it, and the run stops after too many.
 
     Raises:
         ValueError: as in `group_advantages`.
     """
-    if name in PER_TOKEN:
-        advantages = function(token_rewards(rewards, completion_mask, penalties), completion_mask)
+    if estimator.is_per_token:
+        placed = token_rewards(rewards, completion_mask, penalties)
+        advantages = _checked(estimator(placed, completion_mask), placed.shape)
     else:
         if penalties is not None:
             rewards = rewards - penalties.sum(axis=1).reshape(rewards.shape)
         lengths = completion_mask.sum(axis=1).reshape(rewards.shape)
-        advantages = group_advantages(rewards, lengths, function)
+        advantages = group_advantages(rewards, lengths, estimator)
     return np.asarray(advantages, np.float32)
 
 
-def has_spread(rewards: Array) -> Any:
-    """Returns which groups have any spread of rewards: [P] bool for [P, G]. The others teach nothing."""
-    return rewards.max(axis=1) != rewards.min(axis=1)
-
-
 def frac_zero_std(rewards: Array) -> Any:
-    """Returns the fraction of groups without any spread: metric frac_reward_zero_std.
+    """Returns the fraction of groups whose rewards are all equal: metric frac_reward_zero_std.
 
     Args:    rewards: [P, G].
     Returns: scalar from 0 to 1.
     """
-    return 1 - has_spread(rewards).mean()
+    return 1 - (rewards.max(axis=1) != rewards.min(axis=1)).mean()

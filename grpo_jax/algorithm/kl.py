@@ -1,7 +1,7 @@
 """The KL divergence from the reference: estimators, the penalty in the reward, the adaptive coefficient.
 
 Estimators of KL(p || p_ref) are of tokens sampled from p (joschu.net/blog/kl-approx.html).
-All take and return [B, T] float32.
+All take and return [B, T] or [R, T] float32.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,9 @@ K3_BOUND = 10.0
 ADAPTIVE_BOUND = 0.2
 """The relative error that the adaptive coefficient answers to, at most: arXiv:1909.08593 (section 2.2)."""
 
-Estimator = Callable[[jax.Array, jax.Array], jax.Array]
-"""(logprobs, ref_logprobs) -> KL of each token."""
+KLEstimator = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logprobs, ref_logprobs) -> KL of each token; all [R, T] float32, 0 outside the completions. One of your own is
+`algorithm.kl_estimator`=FILE.py:NAME."""
 
 
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -43,7 +44,7 @@ def kl_abs(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     return jnp.abs(logprobs - ref_logprobs)
 
 
-def straight_through(estimator: Estimator) -> Estimator:
+def straight_through(estimator: KLEstimator) -> KLEstimator:
     """The value of `estimator` with the gradient of k2: on average the KL's, as the value's own is not."""
 
     def estimate(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -54,7 +55,7 @@ def straight_through(estimator: Estimator) -> Estimator:
     return estimate
 
 
-KL_ESTIMATORS: dict[str, Estimator] = {
+KL_ESTIMATORS: dict[str, KLEstimator] = {
     "k1": kl_k1,
     "k2": kl_k2,
     "k3": kl_k3,
@@ -67,14 +68,14 @@ KL_ESTIMATORS: dict[str, Estimator] = {
 
 
 def kl_of_tokens(
-    logprobs: jax.Array, ref_logprobs: jax.Array, completion_mask: jax.Array, estimator: str
+    logprobs: jax.Array, ref_logprobs: jax.Array, completion_mask: jax.Array, estimator: KLEstimator
 ) -> jax.Array:
     """The KL of each completion token, 0 elsewhere, whatever the log-probabilities are there; all [B, T] float32.
 
     Times the coefficient it is the penalty in the reward (`algorithm.kl_in` = "reward"), with the old
     log-probabilities as those of the policy: arXiv:1909.08593 (2), as verl does.
     """
-    kl = KL_ESTIMATORS[estimator](
+    kl = estimator(
         where_completion(logprobs, completion_mask), where_completion(ref_logprobs, completion_mask)
     )
     return kl * completion_mask

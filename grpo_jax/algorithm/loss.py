@@ -1,36 +1,40 @@
-"""The mathematics of one update: policy loss, KL, entropy, aggregation.
+"""The loss of one update: policy loss, KL, entropy, aggregation, and the metrics that go with them.
 
-Log-probabilities enter, never models, so that four numbers make a test; a scalar to differentiate leaves,
-with the metrics of the update. The aggregated loss is
+Log-probabilities enter, never models, so that four numbers make a test. A scalar to differentiate leaves, with the
+metrics of the update. The aggregated loss is
 
     L = sum_rt w[r, t] * (c[r, t] * policy_loss[r, t] + kl_coef * KL[r, t] - entropy_coef * entropy[r, t])
 
-where `loss_weights` takes w from the mask of the whole mini-batch, the policy loss is one of `policy_losses.py`,
+where `loss_weights` makes w from the mask of the whole mini-batch, the policy loss is one of `policy_losses.py`,
 KL one of `kl.py`, and c is 1 or, to correct the difference between sampler and trainer, `corrections.correction`.
-Denominators live in w alone; hence the losses of micro-batches, their gradients and their metrics add up to
-those of the mini-batch.
+Only w has denominators, so the losses of micro-batches, their gradients and their metrics add up to those of the
+mini-batch.
 
-A row may hold several sequences, one after the other, which `segment_ids` number; only `loss_weights` wants one
+A row may hold several sequences, one after the other, numbered by `segment_ids`; only `loss_weights` wants one
 completion a row. Columns outside the completions (prompt, padding, rows of padding) may hold anything, NaN and
 -inf included: inputs are replaced there before any arithmetic, since 0 * NaN = NaN, forward and backward.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm.corrections import correction
-from grpo_jax.algorithm.kl import KL_ESTIMATORS
-from grpo_jax.algorithm.policy_losses import POLICY_LOSSES, PolicyTokens
+from grpo_jax.algorithm.policy_losses import PolicyTokens
 from grpo_jax.algorithm.ratios import log_ratio, where_completion
 from grpo_jax.config import AlgorithmSection
 from grpo_jax.types import Metrics, TrainBatch
 
-FIRST_UPDATE = "first_update:"
-"""Begins the name of a metric that later updates of a step cannot measure, the policy having moved. Merging
-the updates (`metrics.merge_updates`) takes the value of the first one and drops the prefix."""
+MISMATCH_MEANS = ("training/rollout_probs_diff_mean", "training/token_mult_prob_error")
+MISMATCH_MAX = "training/rollout_probs_diff_max"
+SUMMED = ("actor/skipped_updates",)
+MAXIMA = (MISMATCH_MAX, "rollout_corr/is_weight_max")
+"""How the metrics of several updates become those of a step: sums, maxima, and means for all others."""
 
 
 @flax.struct.dataclass
@@ -90,27 +94,21 @@ def loss_weights(completion_mask: jax.Array, mode: str, norm: float) -> jax.Arra
 
 
 def grpo_loss(
-    logprobs: jax.Array,
-    entropy: jax.Array,
-    batch: TrainBatch,
-    weights: jax.Array,
-    algorithm: AlgorithmSection,
+    logprobs: jax.Array, entropy: jax.Array, batch: TrainBatch, algorithm: Algorithm
 ) -> tuple[jax.Array, LossMetrics]:
-    """The loss of a (micro-)batch of completions, as in the head of this module.
+    """The loss of a (micro-)batch of completions, by the equation at the head of this module.
 
     Args:
         logprobs: [R, T] float32, of the policy that is differentiated.
         entropy: [R, T] float32, of its distribution at each token.
-        batch: `old_logprobs` None means that the policy has not moved since: they are `logprobs`.
-            `ref_logprobs` None means that there is no KL term; `kl_coef` None, that its coefficient is the
-            configuration's.
-        weights: [R, T] float32, this batch's rows of the mini-batch's `loss_weights`.
-        algorithm: the `algorithm` section of the configuration.
+        batch: with `loss_weights`, those of the whole mini-batch. `old_logprobs` None: the policy has not moved
+            since, so they are `logprobs`. `ref_logprobs` None: no KL term. `kl_coef` None: its coefficient is
+            `algorithm.kl_coef`.
 
     Returns:
-        The loss, float32 scalar, and the metrics; together the arguments of `jax.grad(..., has_aux=True)`.
+        The loss, float32 scalar, and the metrics: the result that `jax.grad(..., has_aux=True)` wants.
     """
-    mask, segment_ids = batch.completion_mask, batch.segment_ids
+    section, mask, segment_ids = algorithm.section, batch.completion_mask, batch.segment_ids
     logprobs = where_completion(logprobs, mask)
     entropy = where_completion(entropy, mask)
     if batch.old_logprobs is None:
@@ -121,67 +119,82 @@ def grpo_loss(
     advantages = where_completion(batch.advantages, mask)
 
     tokens = PolicyTokens(logprobs, old_logprobs, advantages, mask, segment_ids)
-    per_token, clipped, clipped_lower = POLICY_LOSSES[algorithm.policy_loss](tokens, algorithm)
+    per_token, clipped, clipped_lower = algorithm.policy_loss(tokens, section)
     values = {
         "actor/entropy": entropy,
         "actor/pg_clipfrac": clipped,
         "actor/pg_clipfrac_lower": clipped_lower,
         "actor/ppo_kl": -log_ratio(logprobs, old_logprobs),
     }
-    if algorithm.old_logprobs == "sampler":  # then only the first update still finds the policy that sampled
-        mismatch, largest = _sampler_mismatch(jax.lax.stop_gradient(logprobs), sampler_logprobs, FIRST_UPDATE)
-    else:
-        mismatch, largest = _sampler_mismatch(old_logprobs, sampler_logprobs)
-    factor, corrected, maxima = correction(old_logprobs, sampler_logprobs, mask, segment_ids, algorithm)
+    trainer_logprobs = jax.lax.stop_gradient(logprobs) if section.old_logprobs == "sampler" else old_logprobs
+    mismatch, largest = _sampler_mismatch(trainer_logprobs, sampler_logprobs)
+    factor, corrected, maxima = correction(old_logprobs, sampler_logprobs, mask, segment_ids, section)
     values, largest = values | mismatch | corrected, largest | maxima
     per_token *= factor
     if batch.ref_logprobs is not None:
-        kl = KL_ESTIMATORS[algorithm.kl_estimator](logprobs, where_completion(batch.ref_logprobs, mask))
+        kl = algorithm.kl(logprobs, where_completion(batch.ref_logprobs, mask))
         values["kl/mean"] = kl
-        if algorithm.kl_in == "loss":
-            per_token += _kl_coef(batch, algorithm) * kl
-    if algorithm.entropy_coef:
-        per_token -= algorithm.entropy_coef * entropy
-    loss = jnp.sum(weights * per_token)
+        if section.kl_in == "loss":
+            per_token += _kl_coef(batch, section) * kl
+    if section.entropy_coef:
+        per_token -= section.entropy_coef * entropy
+    loss = jnp.sum(batch.loss_weights * per_token)
     sums = {name: jnp.sum(value * mask) for name, value in values.items()}
     return loss, LossMetrics(loss=loss, tokens=jnp.sum(mask), token_sums=sums, token_maxima=largest)
 
 
-def _kl_coef(batch: TrainBatch, algorithm: AlgorithmSection) -> jax.Array | float:
-    """The coefficient of the KL: an array where it changes from step to step, which then compiles nothing anew."""
+def _kl_coef(batch: TrainBatch, section: AlgorithmSection) -> jax.Array | float:
+    """The coefficient of the KL:
+
+    an array where it changes from step to step, so that nothing is compiled again.
+    """
     if batch.kl_coef is None:
-        return algorithm.kl_coef
+        return section.kl_coef
     return where_completion(batch.kl_coef, batch.completion_mask)
 
 
 def _sampler_mismatch(
-    trainer_logprobs: jax.Array, sampler_logprobs: jax.Array, prefix: str = ""
+    trainer_logprobs: jax.Array, sampler_logprobs: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """How far the trainer's probabilities are from those that the engine sampled with.
 
     The differences of probabilities are verl's metrics. exp |log p_trainer - log p_sampler|, 1 where both
     agree, is NeMo-RL's (docs.nvidia.com/nemo/rl, "Add New Models").
 
-    Args:    both [B, T] float32, equal outside the completion; `prefix` begins each name.
-    Returns: [B, T] float32 arrays by metric name, and maxima by metric name.
+    Args:    both [R, T] float32, equal outside the completions.
+    Returns: [R, T] float32 arrays by metric name, and maxima by metric name.
     """
     difference = jnp.abs(jnp.exp(trainer_logprobs) - jnp.exp(sampler_logprobs))
-    values = {
-        f"{prefix}training/rollout_probs_diff_mean": difference,
-        f"{prefix}training/token_mult_prob_error": jnp.exp(jnp.abs(trainer_logprobs - sampler_logprobs)),
-    }
-    return values, {f"{prefix}training/rollout_probs_diff_max": jnp.max(difference)}
+    error = jnp.exp(jnp.abs(trainer_logprobs - sampler_logprobs))
+    means = dict(zip(MISMATCH_MEANS, (difference, error), strict=True))
+    return means, {MISMATCH_MAX: jnp.max(difference)}
 
 
-def nll_loss(
-    logprobs: jax.Array, entropy: jax.Array, batch: TrainBatch, weights: jax.Array
-) -> tuple[jax.Array, LossMetrics]:
-    """Negative log-likelihood, for supervised fine-tuning: L = -sum_bt w[b, t] * logprobs[b, t].
+def merge_updates(updates: Sequence[Metrics], section: AlgorithmSection) -> Metrics:
+    """The metrics of several updates as those of one step: means, `SUMMED`, and the largest of `MAXIMA`.
+
+    Where the sampler's log-probabilities are the old ones, only the first update meets the policy that sampled:
+    the mismatch of sampler and trainer is the first update's.
+    """
+    first_alone = (*MISMATCH_MEANS, MISMATCH_MAX) if section.old_logprobs == "sampler" else ()
+    merged: Metrics = {}
+    for name in updates[0]:
+        values = np.array([float(update[name]) for update in updates])
+        if name in first_alone:
+            merged[name] = float(values[0])
+        else:
+            combine = np.sum if name in SUMMED else np.max if name in MAXIMA else np.mean
+            merged[name] = float(combine(values))
+    return merged
+
+
+def nll_loss(logprobs: jax.Array, entropy: jax.Array, batch: TrainBatch) -> tuple[jax.Array, LossMetrics]:
+    """Negative log-likelihood, for supervised fine-tuning: L = -sum_rt w[r, t] * logprobs[r, t].
 
     Args:    as `grpo_loss`, so that one update step serves both; `entropy` is only reported.
     Returns: as `grpo_loss`.
     """
     mask = batch.completion_mask
-    loss = -jnp.sum(weights * where_completion(logprobs, mask))
+    loss = -jnp.sum(batch.loss_weights * where_completion(logprobs, mask))
     sums = {"actor/entropy": jnp.sum(where_completion(entropy, mask))}
     return loss, LossMetrics(loss=loss, tokens=jnp.sum(mask), token_sums=sums, token_maxima={})

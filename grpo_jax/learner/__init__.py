@@ -1,0 +1,36 @@
+"""What a step computes on the trainer's devices: scores, advantages, updates, the reference. Pure of files and
+clocks.
+
+The factory of the optimizer stands here: the one place that asks whether `optim.offload` is set.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import AbstractMesh, Mesh
+
+    from grpo_jax.config import OptimSection
+    from grpo_jax.learner.optimizer import Optimizer
+    from grpo_jax.model.config import ModelConfig
+
+
+def optimizer_class(section: OptimSection) -> type[Optimizer]:
+    """The class of the configured optimizer, for what can be known of it without a device."""
+    from grpo_jax.learner.offload import HostOptimizer
+    from grpo_jax.learner.optimizer import DeviceOptimizer
+
+    chosen: Any = HostOptimizer if section.offload else DeviceOptimizer
+    return chosen
+
+
+def make_optimizer(
+    section: OptimSection, model: ModelConfig, mesh: Mesh | AbstractMesh, num_updates: int
+) -> Optimizer:
+    """The configured optimizer. Args: num_updates: of the whole run, for the schedule of the learning rate."""
+    from grpo_jax.learner.optimizer import make_adamw, make_schedule
+
+    schedule = make_schedule(section, num_updates)
+    make: Any = optimizer_class(section)
+    return make(make_adamw(section, schedule), schedule, model, mesh)

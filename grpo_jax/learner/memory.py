@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.config import Config
-from grpo_jax.learner.batching import micro_batch_shape
-from grpo_jax.learner.update import at_rest, token_scores
+from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.packing import micro_batch_shape
+from grpo_jax.learner.update import token_scores
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
-
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +44,21 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
-    """Counts the memory of one device of a mesh. Args: model: with the attention kernel that the run will use."""
+def plan_memory(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, push_bytes: int = 0
+) -> MemoryPlan:
+    """Counts the memory of one device of a mesh.
+
+    Args:
+        model: with the attention kernel that the run will use.
+        push_bytes: what giving weights to the engine takes on a device; 0: nothing.
+    """
     if model.attention != "plain":
         model = dataclasses.replace(model, attention="shapes")
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
     parameters = sum(jax.tree.leaves(sizes))
-    held, host = what_is_held(config, model, parameters)
+    held, host = held_bytes(config, model, parameters)
     base = sum(held.values())
     computed = jnp.dtype(model.dtype).itemsize
 
@@ -70,38 +76,23 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     gradients = parameters * computed
     head_gradient = words * model.hidden_size * 4
     backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
-    optimizer = sums
-    if config.optim.offload:
-        # A parameter's state and what is made of it are there; the sums of those before it are not any more.
-        brought = sum(size for name, size in host.items() if name != "reference") + held["parameters"]
-        parts = sorted(jax.tree.leaves(sizes))
-        optimizer = max(
-            sums // parameters * sum(parts[i:]) + brought // parameters * part for i, part in enumerate(parts)
-        )
+    optimizer = optimizer_class(config.optim).step_bytes(config.optim, model, jax.tree.leaves(sizes))
     phases = {
         "update": base + cast + sums + gradients + kept + backward,
         "optimizer": base + cast + optimizer,
     }
     if config.uses_reference or config.needs_old_logprobs:
         phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)
-    if config.rollout.engine == "vllm":
-        phases["weight sync"] = base + 4 * config.rollout.bucket_mb * MIB
+    if push_bytes:
+        phases["weight sync"] = base + push_bytes
     return MemoryPlan(held, phases, {name: size * mesh.size for name, size in host.items()})
 
 
-def what_is_held(
-    config: Config, model: ModelConfig, parameters: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes from step to step of so many parameters, on the device and on the host, by name."""
-    itemsize = lambda dtype: jnp.dtype(dtype).itemsize
-    stored = itemsize(at_rest(model, config.optim).param_dtype)
-    held, host = {"parameters": parameters * stored}, {}
-    if stored != itemsize(model.param_dtype):
-        host["master parameters"] = parameters * itemsize(model.param_dtype)
-    moments = 2 * parameters * itemsize(config.optim.moments_dtype)
-    (host if config.optim.offload else held)["Adam's moments"] = moments
+def held_bytes(config: Config, model: ModelConfig, num_params: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that so many parameters take from step to step, on the device and on the host, by name."""
+    held, host = optimizer_class(config.optim).held_bytes(config.optim, model, num_params)
     if config.uses_reference:
-        reference = parameters * itemsize(model.dtype)
+        reference = num_params * jnp.dtype(model.dtype).itemsize
         (host if config.algorithm.ref_offload else held)["reference"] = reference
     return held, host
 
@@ -125,14 +116,17 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
 
 
-def largest_micro_batch(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float) -> int:
-    """Most rows of full length that a data shard can hold at once; 0 if one is too many already."""
+def largest_micro_batch(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float, *, push_bytes: int = 0
+) -> int:
+    """The most rows of full length that a data shard can hold at once within `limit` bytes; 0: not even one."""
 
     def fits(rows: int) -> bool:
         actor = dataclasses.replace(
             config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
         )
-        return plan_memory(dataclasses.replace(config, actor=actor), model, mesh).peak <= limit
+        planned = plan_memory(dataclasses.replace(config, actor=actor), model, mesh, push_bytes=push_bytes)
+        return planned.peak <= limit
 
     shards = num_batch_shards(mesh)
     most = -(-config.completions_per_update // shards)

@@ -1,26 +1,28 @@
-"""Optimizer state and reference in the host's memory: what `optim.offload` and `algorithm.ref_offload` do.
+"""Optimizer state and reference in the host's memory: `optim.offload` and `algorithm.ref_offload`.
 
-With `optim.offload`, a device holds the parameters in the dtype of the computation from step to step, and nothing
-else. What they are rounded from (the masters) and Adam's moments lie in pinned memory of the host. An update
-brings over the state of one parameter, all layers of it, changes it on the device, and puts it back before the
-next one comes: the device needs room for the largest, and every byte of the state crosses the bus twice.
+With `optim.offload`, a device holds only the parameters from step to step, in the dtype of the computation. The
+parameters in `model.param_dtype` (the masters) and Adam's moments lie in pinned memory of the host. An update
+copies
+the state of one parameter, all its layers, to the device, changes it there, and copies it back before the next
+one: the device needs room for the largest only, and every byte of the state crosses the bus twice.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from grpo_jax.model.sharding import replicated
+from grpo_jax.config import OptimSection
+from grpo_jax.learner.compiling import compile_ahead
+from grpo_jax.learner.optimizer import Apply, Judge, Schedule, abstract_state, first_step
+from grpo_jax.model.sharding import abstract_like, replicated
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
-from grpo_jax.types import Params
+from grpo_jax.types import Metrics, Params, TrainState
 
 HOST = "pinned_host"
 
@@ -30,9 +32,9 @@ class LeafState:
     """The optimizer's state of one parameter."""
 
     master: Any
-    """The parameter in `ModelConfig.param_dtype`; None where it is in that dtype itself."""
+    """The parameter in `ModelConfig.param_dtype`; None where the device holds it in that dtype."""
     inner: Any
-    """The optax state of an optimizer with this parameter alone."""
+    """The optax state of an optimizer of this parameter alone."""
 
 
 def on_host(shardings: Any) -> Any:
@@ -40,112 +42,183 @@ def on_host(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
 
 
+def on_device(shardings: Any) -> Any:
+    """The same split, in the devices' memory."""
+    return jax.tree.map(lambda s: s.with_memory_kind("device"), shardings)
+
+
 def to_host(tree: Any, shardings: Any, dtype: Any) -> Any:
     """Copies to the host, an array at a time. Args: shardings: on devices; dtype: to cast to before."""
-    one = lambda x, there: jax.block_until_ready(jax.device_put(x.astype(dtype), there))
-    return jax.tree.map(one, tree, on_host(shardings))
+    copy = lambda x, target: jax.block_until_ready(jax.device_put(x.astype(dtype), target))
+    return jax.tree.map(copy, tree, on_host(shardings))
 
 
-def rounded(config: ModelConfig) -> ModelConfig:
-    """The model with parameters as the devices hold them: in the dtype of the computation, if that is narrower."""
-    is_narrower = jnp.dtype(config.dtype).itemsize < jnp.dtype(config.param_dtype).itemsize
-    return dataclasses.replace(config, param_dtype=config.dtype) if is_narrower else config
+class HostOptimizer:
+    """Masters and moments on the host, streamed through the devices a parameter at a time."""
+
+    is_on_host = True
+
+    def __init__(
+        self,
+        adamw: optax.GradientTransformation,
+        schedule: Schedule,
+        model: ModelConfig,
+        mesh: Mesh | AbstractMesh,
+    ):
+        self.schedule = schedule
+        self._adamw, self._model, self._mesh = adamw, model, mesh
+
+    @staticmethod
+    def at_rest(model: ModelConfig) -> ModelConfig:
+        """See `Optimizer`: in the dtype of the computation, if that is narrower."""
+        is_narrower = jnp.dtype(model.dtype).itemsize < jnp.dtype(model.param_dtype).itemsize
+        return dataclasses.replace(model, param_dtype=model.dtype) if is_narrower else model
+
+    @staticmethod
+    def held_bytes(
+        section: OptimSection, model: ModelConfig, num_params: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """See `Optimizer`."""
+        held = num_params * jnp.dtype(HostOptimizer.at_rest(model).param_dtype).itemsize
+        masters = num_params * jnp.dtype(model.param_dtype).itemsize
+        moments = 2 * num_params * jnp.dtype(section.moments_dtype).itemsize
+        on_the_host = {"master parameters": masters} if masters != held else {}
+        return {"parameters": held}, on_the_host | {"Adam's moments": moments}
+
+    @staticmethod
+    def step_bytes(section: OptimSection, model: ModelConfig, leaf_sizes: list[int]) -> int:
+        """See `Optimizer`:
+
+        a parameter's state and its new value, and the gradients that have not had their turn.
+        """
+        held, host = HostOptimizer.held_bytes(section, model, 1)
+        state = held["parameters"] + sum(host.values())
+        gradient = jnp.dtype(section.accumulator_dtype).itemsize
+        sizes = sorted(leaf_sizes)
+        return max(gradient * sum(sizes[i:]) + state * size for i, size in enumerate(sizes))
+
+    def _init_leaf(self, param: jax.Array) -> LeafState:
+        """The state of one parameter at step 0."""
+        master = None if param.dtype == self._model.param_dtype else param.astype(self._model.param_dtype)
+        return LeafState(master, self._adamw.init(param if master is None else master))
+
+    def _abstract_leaves(self) -> Any:
+        """Shape and dtype of every leaf of the state."""
+        params = abstract_params(self.at_rest(self._model))[0]
+        return jax.eval_shape(lambda params: jax.tree.map(self._init_leaf, params), params)
+
+    def shardings(self) -> TrainState:
+        """See `Optimizer`: the state is in the host's memory, except for the counts of updates."""
+
+        def of_leaf(param: Any, state: LeafState, sharding: Any) -> LeafState:
+            place = lambda x: (
+                sharding.with_memory_kind(HOST) if x.shape == param.shape else replicated(self._mesh)
+            )
+            return jax.tree.map(place, state)
+
+        params = param_shardings(self._model, self._mesh)
+        moments = jax.tree.map(of_leaf, abstract_params(self._model)[0], self._abstract_leaves(), params)
+        return TrainState(step=replicated(self._mesh), params=params, opt_state=moments)  # type: ignore[arg-type]
+
+    def abstract_state(self) -> TrainState:
+        """See `Optimizer`."""
+        params = abstract_params(self.at_rest(self._model))[0]
+        return abstract_state(params, self._abstract_leaves(), self.shardings())
+
+    def init_state(self, params: Params) -> TrainState:
+        """See `Optimizer`; made and put away a parameter at a time."""
+
+        def make(param: jax.Array, target: LeafState) -> LeafState:
+            state = jax.jit(self._init_leaf, out_shardings=on_device(target))(param)
+            return jax.block_until_ready(jax.device_put(state, target))
+
+        opt_state = jax.tree.map(make, params, self.shardings().opt_state)
+        return TrainState(step=first_step(self._mesh), params=params, opt_state=opt_state)
+
+    def make_apply(self, judge: Judge) -> Apply:
+        """See `Optimizer`. Waits for the device."""
+        return _StreamedApply(jax.jit(judge), self._leaf_updates())
+
+    def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
+        """See `Optimizer`: one small program a parameter."""
+        assert isinstance(apply, _StreamedApply)
+        apply.compile(self.abstract_state(), total)
+        return {}
+
+    def _leaf_updates(self) -> Any:
+        """A `_LeafUpdate` for every parameter."""
+        shardings = self.shardings()
+        make = lambda param, state: _LeafUpdate(self._adamw, param, state)
+        return jax.tree.map(make, shardings.params, shardings.opt_state)
 
 
-def leaf_state(optimizer: optax.GradientTransformation, master_dtype: Any, param: jax.Array) -> LeafState:
-    """The state of one parameter at step 0."""
-    master = None if param.dtype == master_dtype else param.astype(master_dtype)
-    return LeafState(master, optimizer.init(param if master is None else master))
+class _StreamedApply:
+    """The optimizer's step: the smallest parameter of a device first.
 
-
-def abstract_offloaded(config: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
-    """Shape and dtype of every leaf of the offloaded state."""
-    make = functools.partial(leaf_state, optimizer, config.param_dtype)
-    return jax.eval_shape(lambda params: jax.tree.map(make, params), abstract_params(rounded(config))[0])
-
-
-def offloaded_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """`NamedSharding` of every leaf of the offloaded state: in the host's memory but for the counts of updates."""
-
-    def one(param: Any, state: LeafState, sharding: Any) -> LeafState:
-        is_alike = lambda x: x.shape == param.shape
-        place = lambda x: sharding.with_memory_kind(HOST) if is_alike(x) else replicated(mesh)
-        return jax.tree.map(place, state)
-
-    shapes = abstract_params(config)[0]
-    return jax.tree.map(one, shapes, abstract_offloaded(config, optimizer), param_shardings(config, mesh))
-
-
-def on_device(there: LeafState) -> LeafState:
-    """The shardings of a parameter's state while it is changed."""
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), there)
-
-
-def init_offloaded(params: Params, config: ModelConfig, optimizer: Any, mesh: Mesh) -> Any:
-    """The state to begin with, made and put away a parameter at a time."""
-    make = functools.partial(leaf_state, optimizer, config.param_dtype)
-
-    def one(param: jax.Array, there: LeafState) -> LeafState:
-        made = jax.jit(make, out_shardings=on_device(there))(param)
-        return jax.block_until_ready(jax.device_put(made, there))
-
-    return jax.tree.map(one, params, offloaded_shardings(config, optimizer, mesh))
-
-
-def make_streamed_update(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[..., tuple[Params, Any]]:
-    """Returns `update(params, state, grads, scale, is_finite) -> (params, state)`; it takes the first three over.
-
-    The gradients are multiplied by `scale`; without `is_finite`, nothing changes. The smallest parameter of a
-    device comes first, and each gradient is given back: when the largest states come, no others are left.
+    Each gradient is given back when its parameter is done: when the largest states come, no other gradients are
+        left.
     """
-    make = functools.partial(_update_of_one, optimizer)
-    there = offloaded_shardings(config, optimizer, mesh)
-    steps = jax.tree.map(make, param_shardings(config, mesh), there)
 
-    def update(
-        params: Params, state: Any, grads: Params, scale: jax.Array, is_finite: jax.Array
-    ) -> tuple[Params, Any]:
-        tree: Any = jax.tree.structure(params)
-        each = list(zip(*map(tree.flatten_up_to, (steps, params, state, grads)), strict=True))
+    def __init__(self, judge: Any, updates: Any):
+        """Args: judge: jitted; updates: a `_LeafUpdate` for each parameter."""
+        self._judge, self._updates = judge, updates
+
+    def __call__(self, state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
+        scale, is_finite, metrics = self._judge(total, state.step)
+        tree: Any = jax.tree.structure(state.params)
+        leaves = (self._updates, state.params, state.opt_state, total[0])
+        each = list(zip(*map(tree.flatten_up_to, leaves), strict=True))
         new: dict[int, tuple[jax.Array, LeafState]] = {}
         size = lambda param: math.prod(param.sharding.shard_shape(param.shape))
         for i in sorted(range(len(each)), key=lambda i: size(each[i][1])):
-            step, param, leaf, grad = each[i]
-            new[i] = step(param, leaf, grad, scale, is_finite)
+            update, param, leaf, grad = each[i]
+            new[i] = update(param, leaf, grad, scale, is_finite)
             grad.delete()
         take = lambda part: tree.unflatten([new[i][part] for i in range(len(each))])
-        return take(0), take(1)
+        return TrainState(state.step + is_finite, take(0), take(1)), metrics
 
-    return update
+    def compile(self, state: TrainState, total: Any) -> None:
+        """Compiles every program for abstract arguments."""
+        (scale, is_finite, _), _ = compile_ahead(self._judge, total, state.step)
+        tree: Any = jax.tree.structure(state.params)
+        leaves = (self._updates, state.params, state.opt_state, total[0])
+        for update, *rest in zip(*map(tree.flatten_up_to, leaves), strict=True):
+            update.compile(*rest, scale, is_finite)
 
 
-def _update_of_one(
-    optimizer: optax.GradientTransformation, sharding: Any, there: LeafState
-) -> Callable[..., tuple[jax.Array, LeafState]]:
-    """The update of one parameter. Args: sharding: of the parameter; there: of its state on the host."""
-    here = on_device(there)
+class _LeafUpdate:
+    """The update of one parameter: `update(param, state, grad, scale, is_finite) -> (param, state)`.
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(sharding, here))
-    def change(
-        param: jax.Array, state: LeafState, grad: jax.Array, scale: jax.Array, is_finite: jax.Array
+    The gradient is multiplied by `scale`; without `is_finite`, nothing changes. Takes the first two arguments
+    over.
+    """
+
+    def __init__(self, optimizer: optax.GradientTransformation, param: Any, state: LeafState):
+        """Args: param, state: the shardings of the parameter, and of its state on the host."""
+        self._optimizer, self._on_host, self._on_device = optimizer, state, on_device(state)
+        outputs = (param, self._on_device)
+        self._change = jax.jit(self._changed, donate_argnums=(0, 1), out_shardings=outputs)
+
+    def _changed(
+        self, param: jax.Array, state: LeafState, grad: jax.Array, scale: jax.Array, is_finite: jax.Array
     ) -> tuple[jax.Array, LeafState]:
         old = param if state.master is None else state.master
-        updates, inner = optimizer.update(grad.astype(jnp.float32) * scale, state.inner, old)
+        updates, inner = self._optimizer.update(grad.astype(jnp.float32) * scale, state.inner, old)
         master = optax.apply_updates(old, updates)
         new = LeafState(None if state.master is None else master, inner)
         keep = lambda new, old: jnp.where(is_finite, new, old)
         return keep(master.astype(param.dtype), param), jax.tree.map(keep, new, state)
 
-    def step(param: jax.Array, state: LeafState, *rest: jax.Array) -> tuple[jax.Array, LeafState]:
-        brought = jax.block_until_ready(jax.device_put(state, here))
-        # Its place on the host is given back before the new state asks for one of the same size.
+    def __call__(self, param: jax.Array, state: LeafState, *rest: jax.Array) -> tuple[jax.Array, LeafState]:
+        brought = jax.block_until_ready(jax.device_put(state, self._on_device))
+        # Its memory on the host is given back before the new state asks for as much.
         for old in jax.tree.leaves(state):
             if old.sharding.memory_kind == HOST:
                 old.delete()
-        param, changed = change(param, brought, *rest)
+        param, changed = self._change(param, brought, *rest)
         # Waiting keeps the states of several parameters from being on the device at once.
-        return param, jax.block_until_ready(jax.device_put(changed, there))
+        return param, jax.block_until_ready(jax.device_put(changed, self._on_host))
 
-    return step
+    def compile(self, param: Any, state: LeafState, *rest: Any) -> None:
+        """Compiles for abstract arguments."""
+        compile_ahead(self._change, param, abstract_like(state, self._on_device), *rest)

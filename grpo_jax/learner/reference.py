@@ -1,52 +1,68 @@
-"""The reference model and the coefficient of the KL: what of them may change from step to step.
+"""The reference model and the coefficient of the KL, both of which may change from step to step.
 
-Both are part of a checkpoint where they do change, so that a run goes on with the very same bits.
+Where they do, they are part of a checkpoint, so that a run goes on with the very same bits.
 """
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from grpo_jax.algorithm.kl import adapted_kl_coef
 from grpo_jax.config import AlgorithmSection
-from grpo_jax.learner.offload import to_host
-from grpo_jax.learner.update import copy_params
+from grpo_jax.learner.offload import on_host, to_host
+from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.sharding import abstract_like
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import Params
 
 
-def make_reference_params(params: Params, section: AlgorithmSection, dtype: Any, shardings: Any) -> Params:
-    """The policy as it is now, in `dtype`, where references are kept. Args: shardings: on devices."""
-    return to_host(params, shardings, dtype) if section.ref_offload else copy_params(params, dtype)
-
-
 class Reference:
-    """Holds the reference parameters, and `kl_coef` as it is now."""
+    """The frozen parameters that the KL is measured from, in the dtype of the computation, and the KL's
+    coefficient.
+    """
 
-    def __init__(
-        self, params: Params, section: AlgorithmSection, dtype: Any, shardings: Any, *, kl_coef: float
-    ):
-        """Args: params: None without a KL term; dtype: of refreshed parameters; shardings: of parameters on
-        devices; kl_coef: the present one."""
-        self.params, self.kl_coef = params, kl_coef
-        self._section, self._dtype, self._shardings = section, dtype, shardings
-
-    def on_device(self) -> Params:
-        """The parameters to score with, brought over where they are kept on the host."""
-        return jax.device_put(self.params, self._shardings) if self._section.ref_offload else self.params
+    def __init__(self, section: AlgorithmSection, model: ModelConfig, mesh: Mesh):
+        self.kl_coef = section.kl_coef
+        self.params: Params = None
+        """None without a KL term."""
+        self._section, self._model = section, model
+        self._shardings = param_shardings(model, mesh)
 
     @property
     def is_refreshed(self) -> bool:
-        """Whether the parameters change, and have to be saved therefore."""
+        """Whether the parameters change during the run and have to be saved."""
         return self._section.ref_refresh_every > 0
 
     @property
     def is_adaptive(self) -> bool:
+        """Whether the coefficient changes during the run."""
         return self._section.kl_target > 0
 
-    def adapt(self, kl: float, num_completions: int) -> None:
-        """Changes the coefficient of the next step.
+    def copy_from(self, policy: Params) -> None:
+        """Makes a copy of the policy's parameters the reference."""
+        self.params = None  # frees the old ones before the new ones are made
+        if self._section.ref_offload:
+            self.params = to_host(policy, self._shardings, self._model.dtype)
+        else:
+            cast = lambda x: jnp.array(x, self._model.dtype, copy=True)
+            copy = lambda params: jax.tree.map(cast, params)
+            self.params = jax.jit(copy, out_shardings=self._shardings)(policy)
 
-        Args: kl: nats a token, of this step.
+    def abstract(self) -> Params:
+        """Shape, dtype and sharding of the parameters as they are kept."""
+        cast = lambda x: jax.ShapeDtypeStruct(x.shape, self._model.dtype)
+        shapes = jax.tree.map(cast, abstract_params(self._model)[0])
+        shardings = on_host(self._shardings) if self._section.ref_offload else self._shardings
+        return abstract_like(shapes, shardings)
+
+    def on_device(self) -> Params:
+        """The parameters to score with, copied to the devices where they are kept on the host."""
+        return jax.device_put(self.params, self._shardings) if self._section.ref_offload else self.params
+
+    def adapt(self, kl: float, num_completions: int) -> None:
+        """Changes the coefficient for the next step, where it is adaptive.
+
+        Args: kl: nats a token, of this step; num_completions: of this step.
         """
         section = self._section
         if self.is_adaptive:
@@ -58,10 +74,9 @@ class Reference:
                 num_completions=num_completions,
             )
 
-    def refresh(self, params: Params, steps_done: int) -> bool:
-        """Makes the policy the reference where that is due after so many steps; returns whether it did."""
+    def refresh(self, policy: Params, steps_done: int) -> bool:
+        """Makes the policy the reference where that is due after so many steps; returns whether it was."""
         if not self.is_refreshed or steps_done % self._section.ref_refresh_every:
             return False
-        self.params = None  # before the new ones come
-        self.params = make_reference_params(params, self._section, self._dtype, self._shardings)
+        self.copy_from(policy)
         return True

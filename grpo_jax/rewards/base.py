@@ -1,13 +1,15 @@
 """What a reward is: the function that a user writes, and the object that scores a step's completions."""
 
 import abc
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from grpo_jax.types import Completion, Prompt, RolloutGroup
+from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup
+
+CORRECT_REWARD = 1.0
+"""A completion counts as correct, in `accuracy`, from this reward of the first function on."""
 
 
 class RewardFunction(Protocol):
@@ -22,49 +24,6 @@ class RewardFunction(Protocol):
 
 class RewardError(RuntimeError):
     """A reward function failed; the message names the prompt, the completion and what happened."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardResult:
-    """The rewards of some groups; arrays are [P, G] float32, finite."""
-
-    rewards: np.ndarray
-    """What is trained on."""
-    unshaped: np.ndarray
-    """The same without the length penalty."""
-    correctness: np.ndarray
-    """Of the first function alone: a completion is correct from 1 on."""
-    parts: Mapping[str, np.ndarray]
-    """What each function gave, and the length penalty, by name; not yet weighted."""
-    errors: tuple[str, ...]
-    """One line for each completion whose function failed, and gave 0 therefore."""
-
-    @classmethod
-    def of_one(cls, rewards: np.ndarray, errors: tuple[str, ...]) -> "RewardResult":
-        """The result of a single function."""
-        return cls(rewards, rewards, rewards, {}, errors)
-
-    def take(self, groups: Sequence[int]) -> "RewardResult":
-        """Returns the rewards of some of the groups; the errors stay behind."""
-        index = list(groups)
-        return RewardResult(
-            self.rewards[index],
-            self.unshaped[index],
-            self.correctness[index],
-            {name: values[index] for name, values in self.parts.items()},
-            (),
-        )
-
-    @classmethod
-    def join(cls, results: Sequence["RewardResult"]) -> "RewardResult":
-        """Puts the groups of several results one after the other."""
-        return cls(
-            np.concatenate([r.rewards for r in results]),
-            np.concatenate([r.unshaped for r in results]),
-            np.concatenate([r.correctness for r in results]),
-            {name: np.concatenate([r.parts[name] for r in results]) for name in results[0].parts},
-            tuple(error for r in results for error in r.errors),
-        )
 
 
 class Reward(abc.ABC):

@@ -7,18 +7,13 @@ by ("ok", value), a float from FUNCTION and a string from any other, or by ("err
 Standard library only: a worker should be there in a tenth of a second, and never touch an accelerator.
 """
 
-import importlib
-import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from grpo_jax.config import nearest
+from grpo_jax.config.user_code import check_function, describe, load_module
 
 FLOAT32_MAX = 3.4028234e38
 
@@ -52,28 +47,6 @@ def main(fd: int, module_name: str, function_name: str) -> None:
             connection.send(("error", f"returned {error}"))
 
 
-def load_module(name: str) -> ModuleType:
-    """Imports a module by its dotted name or by the path of its file."""
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    path = Path(name)
-    sys.path.append(str(path.parent))  # last: what lies beside the file can be imported, but hides nothing
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py has both
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def check_function(module: ModuleType, name: str) -> None:
-    """Raises AttributeError or TypeError if `module` has no function `name`."""
-    if not hasattr(module, name):
-        raise AttributeError(f"there is no {name!r} in it{nearest(name, vars(module))}")
-    if not callable(getattr(module, name)):
-        raise TypeError(f"{name!r} is not a function")
-
-
 def as_score(value: Any) -> float:
     """Returns a reward function's result as a float that float32 can hold.
 
@@ -95,14 +68,6 @@ def as_score(value: Any) -> float:
     if not abs(score) <= FLOAT32_MAX:
         raise ValueError(f"{score}, which is not a finite float32")
     return score
-
-
-def describe(error: BaseException, module_name: str) -> str:
-    """Returns type, message and the last line of the user's file that took part, on one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == module_name]
-    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 if __name__ == "__main__":

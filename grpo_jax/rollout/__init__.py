@@ -76,3 +76,22 @@ def make_engine(
     from grpo_jax.rollout.local import LocalEngine
 
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
+
+
+def share_devices(section: RolloutSection) -> None:
+    """tmp"""
+
+
+def push_bytes(section: RolloutSection) -> int:
+    """tmp"""
+    return 4 * section.bucket_mb * 2**20 if section.engine == "vllm" else 0
+
+
+def shares_parameters(section: RolloutSection) -> bool:
+    """tmp"""
+    return section.engine == "local"
+
+
+def trainer_share(section: RolloutSection) -> float:
+    """tmp"""
+    return 0.75

@@ -1,10 +1,15 @@
-"""What the trainer asks of a rollout engine. Imports nothing heavy: the engine's own processes read it too."""
+"""The rollout engine as the trainer sees it, and how completions are drawn.
+
+Imports nothing heavy: the engine's own processes, perhaps without JAX, import this file too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
@@ -13,6 +18,18 @@ if TYPE_CHECKING:
 
 class EngineError(RuntimeError):
     """The rollout engine cannot go on; the message says why and what may help."""
+
+
+def derive_seed(seed: int, number: int, purpose: str) -> int:
+    """A seed below 2**31 for each number (of a step, or of a batch) and purpose."""
+    words = [seed, number, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """A text for a message: on one line, and cut to `limit` characters."""
+    text = " ".join(text.split()) or "(empty)"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,32 +69,32 @@ class RolloutEngine(Protocol):
     def load_weights(self, params: Params, version: int) -> None:
         """Takes the policy's parameters; later completions are stamped with `version`.
 
-        The arrays must stay alive until the next call, except while rollouts that were submitted are not asked
-        for: an engine that has to be restarted gets them again.
+        The arrays must be alive whenever rollouts are awaited: a restarted engine is sent them again.
         """
 
     def submit(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
     ) -> Callable[[], list[RolloutGroup]]:
-        """Begins to complete each prompt `sampling.num_samples` times, where the engine can do so by itself.
+        """Starts to complete each prompt `sampling.num_samples` times; may leave the work to the returned
+        function.
 
         Args:
             seed: the same weights, prompts and seed give the same completions.
             progress: label of a progress bar; "" shows none.
 
         Returns:
-            A function that waits for the groups and returns them in the order of `prompts`; to be called once.
+            A function that waits for the groups and returns them in the order of `prompts`. Call it once.
         """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
     ) -> list[RolloutGroup]:
-        """`submit`, and waits."""
+        """Submits the prompts and waits for their groups."""
 
     def sleep(self) -> None:
-        """Gives up what memory the engine can do without until the next `load_weights`.
+        """Frees the memory that the engine does not need until the next `load_weights`, where it can.
 
-        Waits for an engine that is still starting, if it would give up anything.
+        Waits for an engine that is still starting, if it has memory to free.
         """
 
     def close(self) -> None:

@@ -1,29 +1,26 @@
 """Dynamic sampling: prompts are sampled until the batch is full of groups that can teach something.
 
 DAPO, arXiv:2503.14476 (11): a group whose rewards are all equal has no advantage and no gradient, so it is left
-out and another prompt takes its place. What enters are rounds, each a batch of scored groups; what leaves is a
-batch of the configured size. Groups with spread that did not fit any more wait for the next step.
+out and another prompt takes its place. Rounds of scored groups enter, a batch of the configured size leaves.
+Groups with spread that did not fit into the batch are kept for the next step.
 
-Whether rewards differ is asked of them without the length penalty: completions that are all wrong and of different
-length have nothing to say about the answer.
+The length penalty does not count as spread: completions that are all wrong and of different length say nothing
+about the answer.
 """
 
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from grpo_jax.algorithm.advantages import has_spread
-from grpo_jax.rewards.base import RewardResult
-from grpo_jax.types import Completion, Metrics, Prompt, RolloutGroup
+from grpo_jax.rollout.base import one_line
+from grpo_jax.rollout.batches import Position
+from grpo_jax.types import Completion, Metrics, Prompt, RewardResult, RolloutGroup, ScoredBatch
 
 logger = logging.getLogger(__name__)
-
-Scored = tuple[list[RolloutGroup], RewardResult]
-"""Groups and their rewards."""
 
 
 class NoSpreadError(RuntimeError):
@@ -37,32 +34,41 @@ class _ScoredGroup:
     """Of this one group."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DynamicBatch:
-    """What a step trains on, and what became of the rest."""
+class Rounds(Protocol):
+    """What rounds are taken from: `batches.Ahead`."""
 
-    groups: list[RolloutGroup]
-    rewards: RewardResult
-    dropped: Scored
-    """Groups without spread, which nothing is trained on."""
-    metrics: Metrics
-    """The numbers of groups, as dynamic/NAME."""
+    def take_round(self) -> ScoredBatch:
+        """Samples and scores the next batch of prompts."""
+
+    def release_engine(self) -> None:
+        """Nothing more is sampled before the engine has new weights."""
+
+    def state(self) -> Position:
+        """The position after the round that was taken last."""
+
+    def restore(self, position: Position) -> None:
+        """Goes to such a position."""
 
 
-class DynamicSampling:
-    """Fills batches; holds the groups that are left over from one step to the next."""
+class Dynamic:
+    """Fills batches from rounds; keeps the groups that are left over for the next step."""
 
-    def __init__(self, next_round: Callable[[], Scored], *, num_groups: int, max_rounds: int):
+    def __init__(self, rounds: Rounds, prompts: Sequence[Prompt], *, num_groups: int, max_rounds: int):
         """
         Args:
-            next_round: samples and scores a round of groups of other prompts.
+            prompts: all of the training data, among which `restore` finds those of the groups that were kept.
             num_groups: P, groups of a batch.
             max_rounds: of one step, at least 1.
         """
-        self._next_round, self._num_groups, self._max_rounds = next_round, num_groups, max_rounds
+        self._rounds, self._prompts, self._num_groups, self._max_rounds = (
+            rounds,
+            prompts,
+            num_groups,
+            max_rounds,
+        )
         self._surplus: list[_ScoredGroup] = []
 
-    def take(self) -> DynamicBatch:
+    def take(self) -> ScoredBatch:
         """Returns P groups: those left over first, then those of as many rounds as it takes.
 
         Where the rounds are used up before the batch is full, groups without spread fill it, which add nothing to
@@ -73,59 +79,67 @@ class DynamicSampling:
         """
         kept, num_carried = self._surplus, len(self._surplus)
         dropped: list[_ScoredGroup] = []
-        errors: tuple[str, ...] = ()
-        rounds, num_sampled, reward_sum = 0, 0, 0.0
-        while len(kept) < self._num_groups and rounds < self._max_rounds:
-            groups, rewards = self._next_round()
-            spread = has_spread(rewards.unshaped)
-            scored = [_ScoredGroup(group, rewards.take([i])) for i, group in enumerate(groups)]
+        rounds: list[ScoredBatch] = []
+        while len(kept) < self._num_groups and len(rounds) < self._max_rounds:
+            sampled = self._rounds.take_round()
+            scored = [_ScoredGroup(g, sampled.rewards.take([i])) for i, g in enumerate(sampled.groups)]
+            spread = sampled.rewards.has_spread
             kept = [*kept, *itertools.compress(scored, spread)]
             dropped += itertools.compress(scored, ~spread)
-            rounds, num_sampled, errors = rounds + 1, num_sampled + len(groups), errors + rewards.errors
-            reward_sum += float(rewards.rewards.mean()) * len(groups)
+            rounds.append(sampled)
+        self._rounds.release_engine()
         if not kept:
-            raise NoSpreadError(_explain(dropped, rounds))
+            raise NoSpreadError(_explain(dropped, len(rounds)))
         num_missing = max(0, self._num_groups - len(kept))
         if num_missing:
             logger.warning(
                 "WARNING: %d rounds gave %d of %d groups with any spread of rewards; %d without fill the batch.",
-                rounds, len(kept), self._num_groups, num_missing,
+                len(rounds), len(kept), self._num_groups, num_missing,
             )  # fmt: skip
-        filling, dropped = dropped[:num_missing], dropped[num_missing:]
         batch, self._surplus = kept[: self._num_groups], kept[self._num_groups :]
-        groups, rewards = _joined([*batch, *filling])
+        metrics = self._metrics(rounds, num_carried, len(dropped), num_missing)
+        joined = _joined([*batch, *dropped[:num_missing]])
+        errors = tuple(error for sampled in rounds for error in sampled.rewards.errors)
+        rewards = dataclasses.replace(joined.rewards, errors=errors)
+        rest = dropped[num_missing:]
+        return ScoredBatch(joined.groups, rewards, _joined(rest) if rest else None, metrics)
+
+    def _metrics(
+        self, rounds: Sequence[ScoredBatch], num_carried: int, num_flat: int, num_missing: int
+    ) -> Metrics:
+        """The numbers of groups.
+
+        Args: num_flat: without spread; num_missing: of them, those that fill the batch.
+        """
         metrics: Metrics = {
-            "dynamic/num_rounds": rounds,
+            "dynamic/num_rounds": len(rounds),
             "dynamic/num_carried": num_carried,
-            "dynamic/num_sampled": num_sampled,
-            "dynamic/num_no_spread": len(dropped) + num_missing,
+            "dynamic/num_sampled": sum(len(sampled.groups) for sampled in rounds),
+            "dynamic/num_no_spread": num_flat,
             "dynamic/num_filled": num_missing,
             "dynamic/num_kept": len(self._surplus),
         }
-        if num_sampled:
-            metrics["dynamic/reward_mean"] = reward_sum / num_sampled
-        rewards = dataclasses.replace(rewards, errors=errors)
-        return DynamicBatch(groups, rewards, _joined(dropped), metrics)
+        if rounds:
+            total = sum(float(sampled.rewards.rewards.mean()) * len(sampled.groups) for sampled in rounds)
+            metrics["dynamic/reward_mean"] = total / metrics["dynamic/num_sampled"]
+        return metrics
 
-    def state(self) -> list[dict[str, Any]]:
-        """The groups left over, as JSON can hold them: later weights would not sample them again."""
-        return [_to_json(scored) for scored in self._surplus]
+    def state(self) -> Position:
+        """See `batches.RolloutBatches.state`. Holds the groups left over: later weights would sample others."""
+        return dataclasses.replace(
+            self._rounds.state(), surplus=[_to_json(scored) for scored in self._surplus]
+        )
 
-    def restore(self, state: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Takes back what `state` returned.
-
-        Args: prompts: of the training data, among them those of the groups.
-        """
-        if state:
-            by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in prompts}
-            self._surplus = [_from_json(entry, by_id) for entry in state]
+    def restore(self, position: Position) -> None:
+        """See `batches.RolloutBatches.restore`."""
+        self._rounds.restore(position)
+        if position.surplus:
+            by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}
+            self._surplus = [_from_json(entry, by_id) for entry in position.surplus]
 
 
-def _joined(scored: Sequence[_ScoredGroup]) -> Scored:
-    if not scored:
-        empty = np.zeros((0, 0), np.float32)
-        return [], RewardResult(empty, empty, empty, {}, ())
-    return [s.group for s in scored], RewardResult.join([s.rewards for s in scored])
+def _joined(scored: Sequence[_ScoredGroup]) -> ScoredBatch:
+    return ScoredBatch([s.group for s in scored], RewardResult.join([s.rewards for s in scored]))
 
 
 def _explain(dropped: Sequence[_ScoredGroup], rounds: int) -> str:
@@ -136,18 +150,13 @@ def _explain(dropped: Sequence[_ScoredGroup], rounds: int) -> str:
     ]
     for scored in dropped[:2]:
         prompt, completions = scored.group.prompt, scored.group.completions
-        lines.append(f"  prompt:       {_one_line(prompt.text)}")
-        lines.append(f"  ground truth: {_one_line(prompt.ground_truth)}")
+        lines.append(f"  prompt:       {one_line(prompt.text)}")
+        lines.append(f"  ground truth: {one_line(prompt.ground_truth)}")
         lines += [
-            f"  reward {reward:g}: {_one_line(completion.text)}"
+            f"  reward {reward:g}: {one_line(completion.text)}"
             for completion, reward in zip(completions[:2], scored.rewards.unshaped[0], strict=False)
         ]
     return "\n".join(lines)
-
-
-def _one_line(text: str, limit: int = 200) -> str:
-    text = " ".join(text.split()) or "(empty)"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _to_json(scored: _ScoredGroup) -> dict[str, Any]:

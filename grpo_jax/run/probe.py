@@ -72,7 +72,7 @@ class Probe:
     def _differences(self, prompts: Sequence[Prompt], engine: RolloutEngine, params: Params) -> np.ndarray:
         """|log p_trainer - log p_engine| of each token of the completions, [number of tokens] float32."""
         groups = engine.generate(prompts, self.sampling, seed=PROBE_SEED)
-        batch = make_train_batch(groups, pad_id=self.pad_id, max_length=None)
+        batch = make_train_batch(groups, pad_id=self.pad_id)
         mask = np.asarray(batch.completion_mask) > 0
         return np.abs(self.score(params, batch) - np.asarray(batch.sampler_logprobs))[mask]
 

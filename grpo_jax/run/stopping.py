@@ -1,20 +1,18 @@
-"""What keeps a run from failing silently or losing work: signals, failures, updates and rewards gone wrong."""
+"""How a run stops, or warns: signals, failures, updates that are not finite, rewards without any spread."""
 
 import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.config import ConfigError, TrainerSection
 from grpo_jax.rewards.base import Reward
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.metrics import Timers
-from grpo_jax.types import Metrics, RolloutGroup
+from grpo_jax.types import ScoredBatch, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +40,15 @@ class RunWatch:
         """True once too many updates in a row were not finite."""
         return self._most_skipped >= self._section.max_nonfinite_updates
 
-    def look(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, updates: Sequence[Metrics]) -> None:
+    def note(self, result: StepResult) -> None:
         """Takes note of one step, and warns when rewards have taught nothing for some steps."""
-        for update in updates:
+        for update in result.updates:
             self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
             self._most_skipped = max(self._most_skipped, self._skipped)
-        self._flat_steps = self._flat_steps + 1 if frac_zero_std(rewards) == 1 else 0
+        is_flat = frac_zero_std(result.rollouts.rewards.rewards) == 1
+        self._flat_steps = self._flat_steps + 1 if is_flat else 0
         if self._flat_steps and self._flat_steps % self._section.flat_reward_steps == 0:
-            self._warn_of_flat_rewards(groups, rewards)
+            self._warn_of_flat_rewards(result.rollouts)
 
     def stop_if_lost(self) -> None:
         """Raises: TrainingStopped: too many updates in a row were not finite."""
@@ -59,8 +58,9 @@ class RunWatch:
                 "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
             )
 
-    def _warn_of_flat_rewards(self, groups: Sequence[RolloutGroup], rewards: np.ndarray) -> None:
-        group, reward = groups[0], float(rewards[0, 0])
+    def _warn_of_flat_rewards(self, rollouts: ScoredBatch) -> None:
+        group, rewards = rollouts.groups[0], rollouts.rewards.rewards
+        reward = float(rewards[0, 0])
         completion = group.completions[0]
         logger.warning(
             "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average), "

@@ -1,13 +1,16 @@
-"""What a run leaves for a person to read: the learning curve, and a summary of before and after."""
+"""Summaries for a person: batch sizes at the start of a run, report and learning curve at its end."""
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import Config
-from grpo_jax.run.metrics import read_metrics
+from grpo_jax.learner.packing import micro_batch_shape
+from grpo_jax.rollout.base import one_line
 from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.writer import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +77,8 @@ def _print_problems(workdir: Workdir, first: int, last: int, num_samples: int) -
     pairs = sorted(zip(before, after, strict=False), key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
     for old, new in pairs[:NUM_PROBLEMS]:
         logger.info("\n  %s  (answer: %s)", _question(old["prompt"]), old["ground_truth"])
-        logger.info("    before: %s", _one_line(old["completion"]))
-        logger.info("    after:  %s", _one_line(new["completion"]))
+        logger.info("    before: %s", one_line(old["completion"]))
+        logger.info("    after:  %s", one_line(new["completion"]))
     logger.info("")
 
 
@@ -88,9 +91,39 @@ def _question(prompt: str) -> str:
     """The prompt without the chat template's markers, on one line."""
     for marker in ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"):
         prompt = prompt.replace(marker, "")
-    return _one_line(prompt)
+    return one_line(prompt)
 
 
-def _one_line(text: str, limit: int = 200) -> str:
-    text = " ".join(text.split()) or "(empty)"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -> list[tuple[str, str]]:
+    """The batch sizes that follow from the configuration, to be printed at the start: (name, value) rows."""
+    data, actor = config.data, config.actor
+    num_completions = config.completions_per_update
+    rows, length = micro_batch_shape(config, num_completions, num_data_shards)
+    most = -(-num_completions // rows)
+    num_steps = config.trainer.total_epochs * steps_per_epoch
+    if config.trainer.num_steps:
+        num_steps = min(num_steps, config.trainer.num_steps)
+    most_tokens = config.completions_per_step * (data.max_prompt_length + data.max_response_length)
+    return [
+        ("prompts per step", f"{data.train_batch_size:,}"),
+        ("completions per step", f"{config.completions_per_step:,} ({config.algorithm.group_size} a prompt)"),
+        (
+            "updates per step",
+            f"{config.updates_per_step} (mini-batches: {actor.num_minibatches}, passes: {actor.num_epochs})",
+        ),
+        ("completions per update", f"{num_completions:,}"),
+        (
+            "micro-batches per update",
+            f"at most {most}, of {rows // num_data_shards} packed rows of {length:,} tokens on each of "
+            f"{num_data_shards} data shards",
+        ),
+        ("tokens per step, at most", f"{most_tokens:,}"),
+        ("steps per epoch", f"{steps_per_epoch:,}"),
+        ("steps in all", f"{num_steps:,}"),
+    ]
+
+
+def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Two columns, (name, value) a line."""
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name.ljust(width)}  {value}" for name, value in rows]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_helpers import ALGORITHM, array, loss_and_grad, make_batch
+from loss_helpers import ALGORITHM, array, grpo_loss, loss_and_grad, make_batch
 
 from grpo_jax.algorithm import corrections
 from grpo_jax.algorithm import loss as losses
@@ -94,7 +94,7 @@ def policy_gradient(**changes):
 
     def loss(x):
         logprobs = jnp.where(is_a == 1, jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x))
-        return losses.grpo_loss(logprobs, jnp.zeros((16, 2)), batch, weights, algorithm)[0]
+        return grpo_loss(logprobs, jnp.zeros((16, 2)), batch, weights, algorithm)[0]
 
     return -jax.grad(loss)(0.0)
 

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import math
 
 import jax
@@ -11,6 +10,7 @@ from loss_helpers import (
     GOLDEN,
     array,
     assert_equals_golden,
+    grpo_loss,
     loss_and_grad,
     make_batch,
     random_batch,
@@ -19,7 +19,6 @@ from loss_helpers import (
 from grpo_jax import config
 from grpo_jax.algorithm import corrections, kl, policy_losses, ratios
 from grpo_jax.algorithm import loss as losses
-from grpo_jax.run.metrics import merge_updates
 
 PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
 MODES = config.CHOICES["algorithm.loss_agg"]
@@ -125,7 +124,7 @@ def test_the_entropy_bonus_reaches_the_entropy():
     batch = make_batch(MASK, advantages=ADVANTAGES)
     weights = losses.loss_weights(array(MASK), "seq-mean-token-mean", 1)
     algorithm = dataclasses.replace(ALGORITHM, entropy_coef=0.01)
-    grad = jax.grad(lambda h: losses.grpo_loss(array(LOGPROBS), h, batch, weights, algorithm)[0])(array(MASK))
+    grad = jax.grad(lambda h: grpo_loss(array(LOGPROBS), h, batch, weights, algorithm)[0])(array(MASK))
     np.testing.assert_allclose(grad, [[0, -0.0025, -0.0025, 0], [0, 0, -0.005, 0]], rtol=1e-6)
 
 
@@ -250,7 +249,7 @@ def test_the_correction_makes_the_gradient_that_of_the_policy(rollout_is, thresh
 
     def loss(x):
         logprobs = jnp.where(is_a == 1, jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x))
-        return losses.grpo_loss(logprobs, jnp.zeros((4, 1)), batch, weights, algorithm)[0]
+        return grpo_loss(logprobs, jnp.zeros((4, 1)), batch, weights, algorithm)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(0.0), expected, rtol=1e-6)
 
@@ -265,20 +264,26 @@ def test_against_the_sampler_the_trainer_is_still_measured():
     value, metrics, grad = loss_and_grad(logprobs, batch, weights, algorithm)
     np.testing.assert_allclose(value, (-1.2 - 0.5 + 2) / 3, rtol=1e-5)  # 1.25 is clipped to 1.2
     np.testing.assert_allclose(grad, [[0, 0, -0.5 / 3, 0], [0, 0, 2 / 3, 0]], rtol=1e-5)
-    merged = merge_updates([metrics])
+    merged = losses.merge_updates([metrics], algorithm)
     assert merged["training/rollout_probs_diff_mean"] == pytest.approx((0.1 + 0.25 + 0) / 3, rel=1e-5)
     assert merged["training/rollout_probs_diff_max"] == pytest.approx(0.25, rel=1e-5)
     assert merged["training/token_mult_prob_error"] == pytest.approx((1.25 + 2 + 1) / 3, rel=1e-5)
     # Later updates have moved the policy away from the one that sampled: the first one's numbers count.
     # Others are means over the updates: of log(p_old / p), 1 more in the second, 0.5 more.
     _, later, _ = loss_and_grad(logprobs - 1.0, batch, weights, algorithm)
-    both = merge_updates([metrics, later])
+    both = losses.merge_updates([metrics, later], algorithm)
     for name in (name for name in merged if name.startswith("training/")):
         assert both[name] == merged[name]
     np.testing.assert_allclose(both["actor/ppo_kl"], merged["actor/ppo_kl"] + 0.5, rtol=1e-5)
     # Against the trainer's own, all updates compare the same old ones, each on its mini-batch: their mean.
     names = loss_and_grad(logprobs, batch, weights, ALGORITHM)[1]
-    assert set(names) == set(merged) and not any(name.startswith(losses.FIRST_UPDATE) for name in names)
+    assert set(names) == set(merged) == set(metrics)
+    means = losses.merge_updates([metrics, later], ALGORITHM)
+    for name in ("training/rollout_probs_diff_mean", "training/token_mult_prob_error"):
+        assert means[name] == pytest.approx((metrics[name] + later[name]) / 2)
+    assert means["training/rollout_probs_diff_max"] == pytest.approx(
+        max(metrics["training/rollout_probs_diff_max"], later["training/rollout_probs_diff_max"])
+    )
 
 
 def test_nll_loss_by_hand():
@@ -287,7 +292,7 @@ def test_nll_loss_by_hand():
     weights = losses.loss_weights(array(MASK), "seq-mean-token-mean", 1)
     entropy = array([[9, 1, 2, 9], [9, 9, 6, 9]])
     nll = jax.value_and_grad(losses.nll_loss, has_aux=True)
-    (value, metrics), grad = nll(logprobs, entropy, batch, weights)
+    (value, metrics), grad = nll(logprobs, entropy, batch.replace(loss_weights=weights))
     assert value == metrics.summary()["actor/loss"] == (3 / 2 + 6) / 2
     assert metrics.summary()["actor/entropy"] == metrics.tokens == 3
     np.testing.assert_array_equal(grad, [[0, -0.25, -0.25, 0], [0, 0, -0.5, 0]])
@@ -297,7 +302,7 @@ def test_kl_of_tokens_by_hand():
     old = [[5.0, -1.0, -2.0, np.nan], [5.0, -np.inf, -4.0, 5.0], [np.nan] * 4]  # the last row is padding
     ref = [[1.0, -1.5, -1.0, 3.0], [np.nan, 0.0, -1.0, 0.0], [0.0] * 4]
     mask = [*MASK, [0] * 4]
-    of_tokens = functools.partial(kl.kl_of_tokens, array(old), array(ref), array(mask))
+    of_tokens = lambda name: kl.kl_of_tokens(array(old), array(ref), array(mask), kl.KL_ESTIMATORS[name])
     # log p - log p_ref: 0.5 and -1 in the first completion, -3 in the second
     np.testing.assert_allclose(of_tokens("k1"), [[0, 0.5, -1, 0], [0, 0, -3, 0], [0] * 4])
     np.testing.assert_allclose(of_tokens("abs"), [[0, 0.5, 1, 0], [0, 0, 3, 0], [0] * 4])
@@ -329,9 +334,9 @@ def surrogate_and_grad(logprob, advantage, **clips):
     """One token, old log-probability 0. Returns (loss, clipped, dual_clipped, gradient) as numbers."""
 
     def loss(logprobs):
-        value, *flags = policy_losses.clipped_surrogate(
-            logprobs, array([[0.0]]), array([[advantage]]), **clips
-        )
+        one = jnp.ones((1, 1))
+        tokens = policy_losses.PolicyTokens(logprobs, array([[0.0]]), array([[advantage]]), one, one)
+        value, *flags = policy_losses.clipped_surrogate(tokens, dataclasses.replace(ALGORITHM, **clips))
         return value.sum(), flags
 
     (value, flags), grad = jax.value_and_grad(loss, has_aux=True)(array([[logprob]]))
@@ -422,13 +427,13 @@ def test_micro_batches_add_up_to_the_whole_batch(mode):
     weights = losses.loss_weights(batch.completion_mask, mode, 5.0)
     whole_loss, whole_metrics, whole_grad = loss_and_grad(logprobs, batch, weights, FULL, entropy)
 
-    _, shape = losses.grpo_loss(logprobs, entropy, batch, weights, FULL)
+    _, shape = grpo_loss(logprobs, entropy, batch, weights, FULL)
     metrics, loss, grads = jax.tree.map(jnp.zeros_like, shape), 0.0, []
     for start in (0, 2, 4):
         rows = slice(start, start + 2)
         part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
         args = (logprobs[rows], entropy[rows], part, weights[rows], FULL)
-        (value, more), grad = jax.value_and_grad(losses.grpo_loss, has_aux=True)(*args)
+        (value, more), grad = jax.value_and_grad(grpo_loss, has_aux=True)(*args)
         loss, metrics, grads = loss + value, metrics.merge(more), [*grads, grad]
     np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
     np.testing.assert_allclose(np.concatenate(grads), whole_grad, rtol=1e-5)
@@ -482,7 +487,7 @@ def test_columns_outside_the_completion_may_hold_anything(garbage, kl_estimator)
     names = ("old_logprobs", "ref_logprobs", "sampler_logprobs", "advantages")
     spoilt = dataclasses.replace(batch, **{name: spoil(getattr(batch, name)) for name in names})
     args = (spoil(logprobs), spoil(entropy), spoilt, weights, algorithm)
-    (value, metrics), grads = jax.value_and_grad(losses.grpo_loss, argnums=(0, 1), has_aux=True)(*args)
+    (value, metrics), grads = jax.value_and_grad(grpo_loss, argnums=(0, 1), has_aux=True)(*args)
     assert value == expected
     assert metrics.summary() == expected_metrics
     np.testing.assert_array_equal(grads[0], expected_grad)
@@ -490,7 +495,7 @@ def test_columns_outside_the_completion_may_hold_anything(garbage, kl_estimator)
         assert np.isfinite(grad).all()
         assert not np.asarray(grad)[np.asarray(batch.completion_mask) == 0].any()
     nll = jax.value_and_grad(losses.nll_loss, has_aux=True)
-    (value, metrics), nll_grad = nll(spoil(logprobs), spoil(entropy), spoilt, weights)
+    (value, metrics), nll_grad = nll(spoil(logprobs), spoil(entropy), spoilt.replace(loss_weights=weights))
     assert np.isfinite(value) and np.isfinite(metrics.summary()["actor/entropy"])
     np.testing.assert_array_equal(nll_grad, -weights)
 
@@ -514,7 +519,7 @@ def test_jit_equals_no_jit():
 
     def loss(logprobs, entropy, batch):
         weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
-        value, metrics = losses.grpo_loss(logprobs, entropy, batch, weights, FULL)
+        value, metrics = grpo_loss(logprobs, entropy, batch, weights, FULL)
         return value, metrics.summary()
 
     step = jax.value_and_grad(loss, has_aux=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from grpo_jax.run.prepare import make_room_on_host, trainer_share
 
 from grpo_jax import plan
 from grpo_jax.config import ConfigError, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model.transformer import ModelConfig, num_params
-from grpo_jax.run.prepare import make_room_on_host, trainer_share
 
 ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,232 @@
+"""One step's arithmetic on the trainer's devices, and the objects that it needs.
+
+Host batches and rewards enter, a new train state and metrics leave. In order:
+
+1. old and reference log-probabilities, where the rewards hold a KL penalty and so need them first
+   (docs/decisions/0006);
+2. rewards to advantages;
+3. mini-batches, packed and placed on the devices; the log-probabilities that are still missing;
+4. the updates;
+5. the coefficient of the KL and the reference, where they change.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.algorithm.advantages import estimate_advantages
+from grpo_jax.algorithm.kl import kl_of_tokens
+from grpo_jax.algorithm.loss import grpo_loss, merge_updates
+from grpo_jax.config import Config
+from grpo_jax.learner import make_optimizer
+from grpo_jax.learner.batching import (
+    add_advantages,
+    add_loss_weights,
+    keep_completions,
+    make_sft_batch,
+    split_minibatches,
+)
+from grpo_jax.learner.packing import micro_batch_shape
+from grpo_jax.learner.reference import Reference
+from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
+from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.sharding import num_batch_shards
+from grpo_jax.types import Metrics, Params, ScoredBatch, TrainBatch, TrainState
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Measures the phase of the given name."""
+
+
+class Learner:
+    """The policy's optimizer, the jitted steps, and the reference. The train state travels beside it."""
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        model: ModelConfig,
+        mesh: Mesh,
+        *,
+        num_steps: int,
+        timer: Timer,
+    ):
+        """Args: num_steps: GRPO steps of the whole run, for the schedule of the learning rate."""
+        self.model, self.mesh = model, mesh
+        self.optimizer = make_optimizer(config.optim, model, mesh, num_steps * config.updates_per_step)
+        self.reference = Reference(config.algorithm, model, mesh)
+        self._config, self._algorithm, self._timer = config, algorithm, timer
+        self._shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
+        head: dict[str, Any] = dict(
+            temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
+        )
+        self._score = make_score_step(model, mesh, **head)
+        loss = functools.partial(grpo_loss, algorithm=algorithm)
+        self._update = make_update_step(model, mesh, self.optimizer, loss, optim=config.optim, **head)
+
+    def init(self, params: Params) -> TrainState:
+        """A train state at step 0; the reference is a copy of its parameters. Takes `params` over."""
+        if self._config.uses_reference:
+            self.reference.copy_from(params)
+        return self.optimizer.init_state(params)
+
+    def params(self, state: TrainState) -> Params:
+        """The policy's parameters as the devices hold them: for engines, folders, the reference."""
+        return state.params
+
+    def score(self, params: Params, batch: TrainBatch) -> np.ndarray:
+        """Log-probabilities of a host batch, [B, T] float32, on the host and 0 outside the completions."""
+        return score_rows(self._score, params, batch, self._shape, self.mesh)
+
+    def learn(
+        self, state: TrainState, batch: TrainBatch, rollouts: ScoredBatch, step: int
+    ) -> tuple[TrainState, list[Metrics], Metrics]:
+        """All that is computed of the rollouts of step number `step`, counted from 0.
+
+        Args:    batch: the rollouts as `make_train_batch` lays them out, advantages 0.
+        Returns: the new train state, the metrics of each update, and the metrics of the step.
+        """
+        batch = self.with_penalty_logprobs(batch, self.params(state))
+        batch, penalty = self.with_advantages(batch, rollouts.rewards.rewards)
+        batch = self.with_loss_terms(batch, rollouts)
+        state, updates = self._run_updates(state, batch, step)
+        metrics = merge_updates(updates, self._config.algorithm) | penalty
+        return state, updates, metrics | self.move_reference(self.params(state), metrics, step + 1)
+
+    def with_penalty_logprobs(self, batch: TrainBatch, params: Params) -> TrainBatch:
+        """Adds the old and the reference log-probabilities where the rewards hold a KL penalty."""
+        if self._config.algorithm.kl_in != "reward":
+            return batch
+        old: Any = batch.sampler_logprobs
+        if self._config.needs_old_logprobs:
+            with self._timer("old_log_prob"):
+                old = self.score(self._update.cast(params), batch)
+        with self._timer("ref"):
+            ref: Any = self.score(self.reference.on_device(), batch)
+        return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
+
+    def with_advantages(self, batch: TrainBatch, rewards: np.ndarray) -> tuple[TrainBatch, Metrics]:
+        """Adds the advantages, after taking the KL penalty off the rewards where configured; and its metric.
+
+        Args: rewards: [P, G] float32.
+        """
+        mask, penalties, metrics = np.asarray(batch.completion_mask), None, {}
+        if self._config.algorithm.kl_in == "reward":
+            old: Any = batch.old_logprobs
+            kl = np.asarray(kl_of_tokens(old, batch.ref_logprobs, batch.completion_mask, self._algorithm.kl))
+            penalties = np.float32(self.reference.kl_coef) * kl
+            metrics["kl/reward_penalty"] = float((kl.sum(axis=1) / mask.sum(axis=1)).mean())
+        advantages = estimate_advantages(rewards, mask, penalties, self._algorithm.estimator)
+        return add_advantages(batch, advantages), metrics
+
+    def with_loss_terms(self, batch: TrainBatch, rollouts: ScoredBatch) -> TrainBatch:
+        """Takes truncated completions out of the loss, and adds the KL's coefficient, where configured."""
+        if self._config.algorithm.mask_truncated:
+            completions = [c for group in rollouts.groups for c in group.completions]
+            batch = keep_completions(batch, np.array([c.finish_reason != "length" for c in completions]))
+        return self._with_kl_coef(batch)
+
+    def _with_kl_coef(self, batch: TrainBatch) -> TrainBatch:
+        if not self.reference.is_adaptive or self._config.algorithm.kl_in != "loss":
+            return batch
+        # On every token: the scalar has to follow its rows wherever they are placed or packed.
+        coef: Any = np.full(batch.tokens.shape, self.reference.kl_coef, np.float32)
+        return dataclasses.replace(batch, kl_coef=coef)
+
+    def move_reference(self, params: Params, metrics: Metrics, steps_done: int) -> Metrics:
+        """Adapts the KL's coefficient and refreshes the reference, where configured; returns their metrics."""
+        reference = self.reference
+        changed: Metrics = {}
+        if reference.is_adaptive:
+            changed["kl/coef"] = reference.kl_coef
+            kl = metrics["kl/reward_penalty"] if "kl/reward_penalty" in metrics else metrics["kl/mean"]
+            reference.adapt(kl, self._config.completions_per_step)
+        if reference.is_refreshed:
+            changed["kl/is_refreshed"] = int(reference.refresh(params, steps_done))
+        return changed
+
+    # ---- updates ----
+
+    def _missing_logprobs(self, batch: TrainBatch) -> list[tuple[str, str]]:
+        """(phase, field) of the log-probabilities that have to be computed before the updates.
+
+        With one update a step, old and current log-probabilities are the same; the sampler's came with the
+        completions.
+        """
+        missing = []
+        if self._config.needs_old_logprobs and batch.old_logprobs is None:
+            missing.append(("old_log_prob", "old_logprobs"))
+        if self._config.uses_reference and batch.ref_logprobs is None:
+            missing.append(("ref", "ref_logprobs"))
+        return missing
+
+    def _run_updates(
+        self, state: TrainState, batch: TrainBatch, step: int
+    ) -> tuple[TrainState, list[Metrics]]:
+        """One optimizer step a mini-batch, `num_epochs` times over the same mini-batches.
+
+        All work is dispatched first and then awaited in order, so that the devices stay busy and the timers see
+        each phase.
+        """
+        actor, seed = self._config.actor, (self._config.trainer.seed, step)
+        missing = self._missing_logprobs(batch)
+        minibatches = split_minibatches(batch, actor.num_minibatches, seed=seed)
+        placed = [self._place(minibatch) for minibatch in minibatches]
+        for phase, field in missing:
+            with self._timer(phase):
+                placed = self._add_logprobs(field, state, placed)
+        metrics = []
+        with self._timer("update_actor"):
+            for _ in range(actor.num_epochs):
+                for minibatch in placed:
+                    state, update_metrics = self._update(state, minibatch)
+                    metrics.append(update_metrics)
+        for phase, field in missing:
+            with self._timer(phase):
+                jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
+        with self._timer("update_actor"):
+            return state, jax.device_get(metrics)
+
+    def _place(self, minibatch: TrainBatch) -> list[TrainBatch]:
+        """The micro-batches of a mini-batch, on the devices."""
+        algorithm = self._config.algorithm
+        if algorithm.old_logprobs == "sampler":
+            minibatch = dataclasses.replace(minibatch, old_logprobs=minibatch.sampler_logprobs)
+        minibatch = add_loss_weights(minibatch, algorithm.loss_agg, self._config.loss_norm)
+        return to_micro_batches(minibatch, self._shape, self.mesh)[0]
+
+    def _add_logprobs(
+        self, field: str, state: TrainState, placed: Sequence[Sequence[TrainBatch]]
+    ) -> list[list[TrainBatch]]:
+        """Puts the policy's or the reference's log-probabilities into a field of every micro-batch."""
+        # Nothing outside this function holds these parameters: they must not stay in memory during the updates.
+        is_old = field == "old_logprobs"
+        params = self._update.cast(self.params(state)) if is_old else self.reference.on_device()
+        score = lambda micro: dataclasses.replace(micro, **{field: self._score(params, micro)})
+        return [[score(micro) for micro in minibatch] for minibatch in placed]
+
+    # ---- before the first step ----
+
+    def compile(self) -> dict[str, int]:
+        """Compiles all programs of a step from shapes alone: nothing is computed, no parameters are needed.
+
+        Returns: phase -> bytes that its largest program takes on one device, its arguments included. Phases whose
+            programs are many and small are left out.
+        """
+        example: Any = self._with_kl_coef(make_sft_batch([([0], [0])], pad_id=0))
+        if self._config.algorithm.kl_in == "reward":
+            zeros = np.zeros(example.tokens.shape, np.float32)
+            example = dataclasses.replace(example, old_logprobs=zeros, ref_logprobs=zeros)
+        missing = self._missing_logprobs(example)
+        [micro] = self._place(example)
+        params = self._update.compile_cast(self.optimizer.abstract_state().params)
+        if missing or self._config.algorithm.kl_in == "reward":
+            logprobs = self._score.compile(params, micro)
+            micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
+        return self._update.compile(self.optimizer, params, micro)

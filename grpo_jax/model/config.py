@@ -1,0 +1,1 @@
+from grpo_jax.model.transformer import ModelConfig as ModelConfig

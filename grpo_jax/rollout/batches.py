@@ -1,0 +1,123 @@
+"""Scored batches of rollouts in the order of the steps, sampled up to `max_lag` steps ahead."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grpo_jax.rollout.base import derive_seed
+from grpo_jax.types import RolloutGroup, ScoredBatch
+
+if TYPE_CHECKING:
+    from grpo_jax.data.prompts import PromptIterator
+    from grpo_jax.rewards.base import Reward
+    from grpo_jax.rollout.base import RolloutEngine, SamplingParams
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Measures the phase of the given name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where the batches of a run stand, as JSON can hold it."""
+
+    prompt_iterator: Mapping[str, Any]
+    num_rollout_batches: int
+    """Batches of prompts taken in the whole run, interruptions or not. The next one's seed follows from it."""
+    surplus: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Groups that dynamic sampling keeps for the next step."""
+
+
+class RolloutBatches(Protocol):
+    """What the training loop takes its batches from."""
+
+    def take(self) -> ScoredBatch:
+        """Waits for the batch of the next step."""
+
+    def state(self) -> Position:
+        """The position after the batch that was taken last."""
+
+    def restore(self, position: Position) -> None:
+        """Goes to a position that `state` returned, before the first batch is taken."""
+
+
+class Ahead:
+    """Prompts, completions and rewards of each step; with `max_lag`, sampled while earlier steps are trained.
+
+    With `max_lag` 0 each batch is sampled when it is taken, with the newest weights. With k, batch s + k is asked
+    for
+    as soon as batch s has come back: it is sampled while the trainer works on batch s, with weights at most k
+    steps old.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptIterator,
+        engine: RolloutEngine,
+        reward: Reward,
+        timer: Timer,
+        *,
+        sampling: SamplingParams,
+        seed: int,
+        max_lag: int,
+        num_batches: int,
+    ):
+        """Args: seed: of the run; num_batches: beyond so many batches nothing is asked for ahead."""
+        self._prompts, self._engine, self._reward, self._timer = prompts, engine, reward, timer
+        self._sampling, self._seed = sampling, seed
+        self._max_lag, self._num_batches = max_lag, num_batches
+        self._num_asked = self._num_taken = 0
+        self._pending: collections.deque[tuple[Callable[[], list[RolloutGroup]], Mapping[str, Any]]]
+        self._pending = collections.deque()
+        self._prompt_state: Mapping[str, Any] = prompts.state()
+
+    def take(self) -> ScoredBatch:
+        """See `RolloutBatches.take`. The engine may give up its memory afterwards."""
+        with self._timer("gen"):
+            groups = self._wait()
+            self.release_engine()
+        return self._scored(groups)
+
+    def take_round(self) -> ScoredBatch:
+        """As `take`, but the engine stays ready for another round."""
+        with self._timer("gen"):
+            groups = self._wait()
+        return self._scored(groups)
+
+    def release_engine(self) -> None:
+        """Lets the engine give up its memory until it gets new weights."""
+        self._engine.sleep()
+
+    def state(self) -> Position:
+        """See `RolloutBatches.state`. Batches that are under way are asked for again after a restore."""
+        return Position(dict(self._prompt_state), self._num_taken)
+
+    def restore(self, position: Position) -> None:
+        """See `RolloutBatches.restore`."""
+        self._prompts.restore(position.prompt_iterator)
+        self._prompt_state = self._prompts.state()
+        self._num_asked = self._num_taken = position.num_rollout_batches
+
+    def _scored(self, groups: list[RolloutGroup]) -> ScoredBatch:
+        with self._timer("reward"):
+            return ScoredBatch(groups, self._reward.score(groups))
+
+    def _wait(self) -> list[RolloutGroup]:
+        if not self._pending:
+            self._ask()
+        wait, self._prompt_state = self._pending.popleft()
+        groups = wait()
+        self._num_taken += 1
+        while len(self._pending) < self._max_lag and self._num_asked < self._num_batches:
+            self._ask()
+        return groups
+
+    def _ask(self) -> None:
+        prompts = next(self._prompts)
+        seed = derive_seed(self._seed, self._num_asked, "rollout")
+        wait = self._engine.submit(prompts, self._sampling, seed=seed, progress="rollouts")
+        self._pending.append((wait, self._prompts.state()))
+        self._num_asked += 1

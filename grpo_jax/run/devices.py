@@ -1,0 +1,115 @@
+"""The environment of the trainer's process, and the mesh of its devices, made in the one right order."""
+
+import logging
+import math
+import os
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from grpo_jax.config import Config, ConfigError, RolloutSection, TrainerSection
+from grpo_jax.learner.memory import MemoryPlan, held_bytes, plan_memory
+from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.sharding import make_mesh
+from grpo_jax.model.transformer import num_params
+from grpo_jax.rollout import check_devices, push_bytes, share_devices
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+JAX_HOST_LIMIT_GIB = 64
+HOST_SLACK = 0.06
+"""Of pinned memory: what lies idle between arrays of different sizes."""
+STAGING_GIB = 2
+"""Pinned memory that JAX copies through."""
+
+
+def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSection | None) -> Mesh:
+    """Prepares the process for the run, and returns the mesh of its devices. Nothing may have touched them before.
+
+    Args:
+        model: None: a random one, still to be made, which is small.
+        engine: the engine that shares the devices; None: there is none.
+
+    Raises: ConfigError: the mesh or the engine does not fit the devices, or they cannot compute what is
+             configured.
+    """
+    prepare_process(config, model, engine=engine)
+    mesh = open_mesh(config)
+    if engine is not None:
+        check_devices(engine, mesh)
+    _keep_compiled(config.trainer)
+    return mesh
+
+
+def prepare_process(config: Config, model: ModelConfig | None, *, engine: RolloutSection | None) -> None:
+    """Sets what JAX reads from the environment when it first touches a device. Args: as `open_devices`."""
+    _set_determinism(config.trainer)
+    if engine is not None:
+        share_devices(engine)
+    make_room_on_host(config, model)
+
+
+def open_mesh(config: Config) -> Mesh:
+    """The mesh of the run's devices.
+
+    Raises: ConfigError: it does not fit them, or they cannot compute what is configured.
+    """
+    mesh = make_mesh(config.mesh)
+    if mesh.shape["tensor"] > 1 and config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        rule = "needs mesh.tensor=1 on CPUs: XLA's compiler for them fails at sums of bfloat16 over that axis"
+        raise ConfigError("model.dtype", "bfloat16", rule)
+    return mesh
+
+
+def _set_determinism(section: TrainerSection) -> None:
+    """Makes XLA's GPU compiler choose kernels that always give the same bits.
+
+    Otherwise it times several kernels and takes the fastest, which differs from run to run and may add in any
+    order.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if section.deterministic and "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def _keep_compiled(section: TrainerSection) -> None:
+    """Has JAX keep compiled programs for accelerators on disk, for the next run with the same shapes.
+
+    A cache that the user has set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its very
+    model
+    and compile quickly: they are not kept.
+    """
+    if (
+        section.compile_cache
+        and not jax.config.values["jax_compilation_cache_dir"]
+        and jax.default_backend() != "cpu"
+    ):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
+
+
+def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
+    """Lets JAX pin as much of the host's memory as `optim.offload` and `algorithm.ref_offload` need.
+
+    JAX's own limit is 64 GB. Its pool grows by doubling, up to the limit, so the limit is set to what is needed.
+
+    Args: model: None: a random one, which is small.
+    """
+    copy_bytes = 0 if model is None else sum(held_bytes(config, model, num_params(model))[1].values())
+    if not copy_bytes:
+        return
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = copy_bytes * max(1, config.mesh.data)
+    if needed > host_bytes:
+        text = "optim.offload and algorithm.ref_offload take %.0f GB of the host's memory, which has %.0f GB"
+        logger.warning(text, needed / 1e9, host_bytes / 1e9)
+    limit = math.ceil(needed * (1 + HOST_SLACK) / GIB) + STAGING_GIB
+    if config.mesh.data == -1:  # as many copies as devices, which nobody has counted yet
+        limit = host_bytes // GIB
+    if limit > JAX_HOST_LIMIT_GIB:
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
+
+
+def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
+    """The memory of a run, what its engine's weights take on the way included."""
+    return plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))

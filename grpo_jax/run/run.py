@@ -1,0 +1,389 @@
+"""A training run around its steps: it opens, reports, validates, saves and closes.
+
+`open_run` checks every input, opens the devices and starts the engine, in that order. `Run.begin` loads or
+restores the train state; `Run.after_step` does what is due after a step. The arithmetic of a step is the
+`Learner`'s.
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.algorithm import Algorithm, load_algorithm
+from grpo_jax.config import Config
+from grpo_jax.data.prompts import PromptIterator
+from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.learner import Learner
+from grpo_jax.model.hf import copy_side_files, load_params, save_folder
+from grpo_jax.model.sharding import num_batch_shards
+from grpo_jax.model.transformer import num_params
+from grpo_jax.rewards import make_reward
+from grpo_jax.rewards.base import Reward
+from grpo_jax.rollout import check_engine, eval_sampling, make_engine, rollout_sampling, shares_parameters
+from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
+from grpo_jax.rollout.dynamic import Dynamic
+from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
+from grpo_jax.run import summary
+from grpo_jax.run.checkpoint import Checkpointer, Progress
+from grpo_jax.run.devices import open_devices, plan_run
+from grpo_jax.run.inputs import Inputs, make_model, read_inputs
+from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
+from grpo_jax.run.probe import make_probe
+from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
+from grpo_jax.run.workdir import Workdir, start_logging
+from grpo_jax.run.writer import MetricsWriter
+from grpo_jax.types import Metrics, StepResult, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_run(config: Config, path: Path) -> Iterator["Run"]:
+    """The run of a configuration in the workdir `path`; closes what it has opened.
+
+    Raises:
+        ConfigError: something about the configuration or its files is wrong; nothing was written.
+        SystemExit: 1 after a failure, 130 after Ctrl-C; a checkpoint is left in both cases.
+    """
+    workdir = Workdir(path)
+    workdir.check(config)
+    start_logging()
+    # Until the steps begin, where both wait for the end of a step, SIGTERM is Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    check_engine(config.rollout)
+    inputs = read_inputs(config, workdir)
+    algorithm = load_algorithm(config)
+    limit = config.data.max_response_length
+    with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
+        mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+        workdir.open(config)
+        run = Run(config, algorithm, workdir, inputs, reward, mesh, resources)
+        with reported_failure(run.timers, run.checkpointer), jax.set_mesh(mesh):
+            run.start()
+            yield run
+
+
+class Run:
+    """What surrounds the steps of one training run. Make it with `open_run`."""
+
+    rollouts: RolloutBatches
+    learner: Learner
+
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        workdir: Workdir,
+        inputs: Inputs,
+        reward: Reward,
+        mesh: Mesh,
+        resources: contextlib.ExitStack,
+    ):
+        """Args: resources: closes, after the run, what the run opens."""
+        self.config, self.timers = config, Timers()
+        self.pad_id = inputs.tokenizer.pad_token_id or 0
+        self.checkpointer = Checkpointer(
+            workdir.checkpoints,
+            config.checkpoint.max_to_keep,
+            is_offloaded=optimizer_class(config.optim).is_on_host,
+        )
+        resources.callback(self.checkpointer.close)
+        self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
+        self._mesh, self._resources = mesh, resources
+        self._prompts = PromptIterator(
+            inputs.train_prompts,
+            batch_size=config.data.train_batch_size,
+            seed=config.trainer.seed,
+            shuffle=config.data.shuffle,
+        )
+        self.steps_per_epoch = self._prompts.steps_per_epoch
+        num_steps = config.trainer.total_epochs * self.steps_per_epoch
+        self.num_steps = min(num_steps, config.trainer.num_steps or num_steps)
+
+    # ---- opening ----
+
+    def start(self) -> None:
+        """Makes the model's folder if there is none yet, starts the engine, and builds what the steps need."""
+        config = self.config
+        self.folder = make_model(config, self._inputs, self._workdir, self._mesh)
+        self.engine = make_engine(
+            config.rollout,
+            folder=self.folder,
+            mesh=self._mesh,
+            tokenizer=self._inputs.tokenizer,
+            max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+        )
+        self._resources.callback(self.engine.close)
+        # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
+        self.engine.sleep()
+        self.learner = Learner(
+            config,
+            self._algorithm,
+            self.folder.config,
+            self._mesh,
+            num_steps=self.num_steps,
+            timer=self.timers,
+        )
+        self.rollouts = self._make_rollouts()
+        self._memory_plan = plan_run(config, self.folder.config, self._mesh)
+        self._probe = None if shares_parameters(config.rollout) else self._make_probe()
+
+    def _make_rollouts(self) -> RolloutBatches:
+        config, rounds = self.config, self.config.algorithm.dynamic_sampling_rounds
+        ahead = Ahead(
+            self._prompts,
+            self.engine,
+            self._reward,
+            self.timers,
+            sampling=rollout_sampling(config),
+            seed=config.trainer.seed,
+            max_lag=config.rollout.max_lag,
+            # How many batches dynamic sampling will take is not known before: the last steps may ask in vain.
+            num_batches=sys.maxsize if rounds else self.num_steps,
+        )
+        if not rounds:
+            return ahead
+        num_groups = config.data.train_batch_size
+        return Dynamic(ahead, self._inputs.train_prompts, num_groups=num_groups, max_rounds=rounds)
+
+    def _make_probe(self) -> Any:
+        return make_probe(
+            self._inputs.train_prompts,
+            rollout_sampling(self.config),
+            self.learner.score,
+            threshold=self.config.rollout.probe_threshold,
+            pad_id=self.pad_id,
+        )
+
+    def begin(self) -> TrainState:
+        """The train state to begin with, new or restored; programs compiled, weights with the engine.
+
+        With a checkpoint, the run goes on after its step.
+        """
+        self.first_step = self.checkpointer.latest_step or 0
+        is_new = self.checkpointer.latest_step is None
+        state = self._new_state() if is_new else self._restored_state()
+        self._workdir.record(self.config)
+        self._check_memory(self.learner.compile())
+        self.give_weights(state, version=self.first_step, is_first=True)
+        last_step = None if is_new else self.first_step
+        self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
+        self._resources.callback(self._writer.close)
+        self._print_plan(is_resumed=not is_new)
+        if is_new and self.config.eval.before_training:
+            metrics = self._validate(step=0)
+            logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
+            self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
+        self._watch = RunWatch(self.config.trainer, self._reward)
+        return state
+
+    def _new_state(self) -> TrainState:
+        self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
+        copy_side_files(self.folder.path, self._workdir.model_files)
+        return self.learner.init(self._load_params())
+
+    def _restored_state(self) -> TrainState:
+        reference, optimizer = self.learner.reference, self.learner.optimizer
+        if self.config.uses_reference and not reference.is_refreshed:
+            reference.copy_from(self._load_params())
+        state, progress, saved_reference = self.checkpointer.restore(
+            optimizer.abstract_state(), reference.abstract() if reference.is_refreshed else None
+        )
+        if reference.is_refreshed:
+            reference.params = saved_reference
+        reference.kl_coef = progress.kl_coef
+        position = Position(progress.prompt_iterator, progress.num_rollout_batches, progress.surplus)
+        self.rollouts.restore(position)
+        return state
+
+    def _load_params(self) -> Any:
+        return load_params(self.folder, self.learner.optimizer.at_rest(self.folder.config), self._mesh)
+
+    def _check_memory(self, phases: dict[str, int]) -> None:
+        """Raises: MemoryError: a program needs more memory than the device gives to JAX."""
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        for phase, size in phases.items():
+            if limit and size > limit:
+                raise MemoryError(
+                    f"the program of phase {phase} needs {size / 1e9:.1f} GB of a device that gives JAX "
+                    f"{limit / 1e9:.1f} GB; python -m grpo_jax.plan says what takes less"
+                )
+
+    # ---- steps ----
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left, counted from 0.
+
+        Ctrl-C and SIGTERM wait for the end of a step.
+        """
+        with stop_on_signal() as self._stop:
+            yield from range(self.first_step, self.num_steps)
+
+    def give_weights(self, state: TrainState, version: int, *, is_first: bool = False) -> None:
+        """Gives the engine the policy's parameters, and compares the log-probabilities of both where that is due.
+
+        Raises: WeightSyncError: the weights did not arrive, or the engine computes something else with them.
+        """
+        params = self.learner.params(state)
+        with self.timers("update_weights"):
+            self.engine.load_weights(params, version=version)
+        every = self.config.rollout.probe_every
+        if self._probe is not None and (is_first or (every and version % every == 0)):
+            with self.timers("probe"):
+                self._probe(self.engine, params)
+
+    def after_step(self, state: TrainState, result: StepResult, step: int) -> None:
+        """Validates, saves and reports as far as that is due after step number `step`; stops where asked to.
+
+        Raises:
+            TrainingStopped: too many updates in a row were not finite.
+            SystemExit: 130 after Ctrl-C or SIGTERM.
+        """
+        done, rollouts, config = step + 1, result.rollouts, self.config
+        metrics = rollout_metrics(rollouts, step) | result.metrics
+        metrics |= {"training/global_step": done, "training/epoch": step // self.steps_per_epoch + 1}
+        for error in rollouts.rewards.errors:
+            _log_reward_error(error)
+        if self._is_due(done, config.eval.every_steps, config.eval.every_epochs):
+            metrics |= self._validate(step=done)
+        timings = self.timers.collect()
+        lengths = sequence_lengths(rollouts.groups)
+        metrics |= timings | performance_metrics(self.folder.config, lengths, self._mesh.size, timings)
+        metrics["perf/memory_planned_gb"] = self._memory_plan.peak / 1e9
+        self._watch.note(result)
+        is_stopping = (
+            self._stop.requested
+        )  # read once: a request that comes while saving is for the next step
+        # While updates are skipped, the checkpoint from before the trouble is the good one.
+        must_save = (is_stopping or done == self.num_steps) and not self._watch.is_lost
+        if self._watch.is_healthy or must_save:
+            self._save(state, done, is_stopping=is_stopping)
+        self._report(result, metrics | self.timers.collect(), done)
+        self._watch.stop_if_lost()
+        if is_stopping and done < self.num_steps:
+            self.checkpointer.wait()
+            logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
+            raise SystemExit(130)
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint and prints the report of the whole run."""
+        self.checkpointer.wait()
+        epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
+        model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
+        summary.print_report(self.config, self._workdir, model)
+
+    def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
+        """True after each `every_steps` steps and `every_epochs` epochs (0:
+
+        never); at the end if either is set.
+        """
+        every = every_epochs * self.steps_per_epoch
+        at_end = done == self.num_steps and bool(every_steps or every)
+        return at_end or bool(every_steps and done % every_steps == 0) or bool(every and done % every == 0)
+
+    def _validate(self, *, step: int) -> Metrics:
+        config = self.config
+        with self.timers("testing"):
+            result = evaluate(
+                self.engine,
+                self._inputs.val_prompts,
+                self._reward,
+                eval_sampling(config),
+                seed=derive_seed(config.trainer.seed, step, "validation"),
+                progress="validation",
+            )
+        records = result.records()
+        write_jsonl(self._workdir.validation / f"step-{step:06d}.jsonl", records)
+        self._writer.write_text("val/completions", self._samples(records), step=step)
+        for error in result.errors:
+            _log_reward_error(error)
+        numbers = {name: value for name, value in result.summary().items() if name != "num"}
+        return {
+            f"val/{name}": value for name, value in (numbers | {"num_errors": len(result.errors)}).items()
+        }
+
+    def _save(self, state: TrainState, done: int, *, is_stopping: bool) -> None:
+        """Writes the Hugging Face folder and the checkpoint that are due after `done` steps."""
+        section, per_epoch, is_last = self.config.checkpoint, self.steps_per_epoch, done == self.num_steps
+        with self.timers("save_checkpoint"):
+            every = section.hf_every_epochs * per_epoch
+            if is_last or (every and done % every == 0):
+                is_epoch = done % per_epoch == 0
+                save_folder(
+                    self._workdir.epoch_model(done // per_epoch) if is_epoch else self._workdir.final_model,
+                    self.learner.params(state),
+                    self.folder.config,
+                    files_from=self._workdir.model_files,
+                    dtype=self.folder.dtype,
+                )
+            if is_stopping or is_last or self._is_due(done, section.every_steps, section.every_epochs):
+                reference = self.learner.reference
+                saved_reference = reference.params if reference.is_refreshed else None
+                self.checkpointer.save(state, self._progress(done), saved_reference)
+
+    def _progress(self, done: int) -> Progress:
+        position = self.rollouts.state()
+        return Progress(
+            global_step=done,
+            policy_version=done,
+            seed=self.config.trainer.seed,
+            prompt_iterator=dict(position.prompt_iterator),
+            hf_dtype=self.folder.dtype,
+            num_rollout_batches=position.num_rollout_batches,
+            surplus=position.surplus,
+            kl_coef=self.learner.reference.kl_coef,
+        )
+
+    # ---- reports ----
+
+    def _report(self, result: StepResult, metrics: Metrics, done: int) -> None:
+        rollouts, per_epoch, writer = result.rollouts, self.steps_per_epoch, self._writer
+        epoch, step_of_epoch = (done - 1) // per_epoch + 1, (done - 1) % per_epoch + 1
+        writer.write(metrics, step=done, epoch=epoch)
+        writer.console(metrics, epoch=epoch, step=step_of_epoch, steps_per_epoch=per_epoch)
+        records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
+        writer.write_text("rollouts", self._samples(records), step=done)
+        if self.config.logging.save_rollouts:
+            if (dropped := rollouts.dropped) is not None:
+                left_out = rollout_records(dropped.groups, dropped.rewards.rewards)
+                records += [record | {"is_dropped": True} for record in left_out]
+            write_jsonl(self._workdir.rollouts / f"step-{done:06d}.jsonl", records)
+
+    def _samples(self, records: Sequence[dict[str, Any]]) -> list[str]:
+        """The first completions as texts."""
+        show = lambda r: (
+            f"{r['prompt']}{r['completion']}\n[reward {r['reward']:g}, ground truth {r['ground_truth']}]"
+        )
+        return [show(record) for record in records[: self.config.logging.num_text_samples]]
+
+    def _print_plan(self, *, is_resumed: bool) -> None:
+        mesh, model = self._mesh, self.folder.config
+        shards = num_batch_shards(mesh)
+        per_epoch = self.steps_per_epoch
+        rows = [
+            ("model", f"{self.folder.path} ({num_params(model):,} parameters)"),
+            ("devices", f"{mesh.size} x {jax.devices()[0].device_kind}"),
+            *summary.batch_table(self.config, num_data_shards=shards, steps_per_epoch=per_epoch),
+            ("workdir", str(self._workdir.path)),
+        ]
+        for line in summary.table_lines(rows):
+            logger.info(line)
+        if is_resumed and self.first_step >= self.num_steps:
+            logger.info(
+                "This run is finished: all of its %d steps are done, and nothing is trained.", self.first_step
+            )
+            logger.info("To go on with it, raise trainer.total_epochs or trainer.num_steps.")
+        elif is_resumed:
+            logger.info("Going on after step %d of %d.", self.first_step, self.num_steps)
+
+
+def _log_reward_error(error: str) -> None:
+    logger.warning("reward error, counted as 0: %s", error)
