@@ -65,7 +65,7 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.learner.batching import batch_table
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import check_engine
+    from grpo_jax.rollout import check_engine, memory_rows
     from grpo_jax.run.prepare import open_mesh, read_inputs
     from grpo_jax.run.workdir import Workdir
 
@@ -80,10 +80,7 @@ def check_config(config: Config, path: Path) -> None:
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     rows += _memory_rows(config, mesh)
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    if config.rollout.engine == "vllm":
-        rows.append(
-            ("vLLM", f"{config.rollout.gpu_memory_utilization:.0%} of the memory of each of its GPUs")
-        )
+    rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -95,9 +92,11 @@ def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     from grpo_jax.learner.memory import plan_memory, what_is_held
     from grpo_jax.model.transformer import num_params
     from grpo_jax.plan import read_model
+    from grpo_jax.rollout import push_bytes
 
     model = read_model(config)
-    plan, whole = plan_memory(config, model, mesh), what_is_held(config, model, num_params(model))
+    plan = plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))
+    whole = what_is_held(config, model, num_params(model))
     checkpoint = sum(size for part in whole for name, size in part.items() if name != "reference")
     rows = [
         ("parameters", f"{num_params(model):,}"),
@@ -115,9 +114,9 @@ def main() -> None:
         parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
         problems = check_packages()
         if parsed is not None:
-            from grpo_jax.run.prepare import share_gpus
+            from grpo_jax.rollout import share_devices
 
-            share_gpus(parsed[0].rollout)  # what JAX will have in the run
+            share_devices(parsed[0].rollout)  # what JAX will have in the run
         print("Devices")
         check_devices()
         if parsed is not None:

@@ -218,15 +218,15 @@ def _run(args: Any) -> None:
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import EngineError, check_engine, make_engine
-    from grpo_jax.run.prepare import check_tokenizer, share_gpus
+    from grpo_jax.rollout import EngineError, check_engine, make_engine, share_devices, shares_parameters
+    from grpo_jax.run.prepare import check_tokenizer
     from grpo_jax.run.workdir import start_logging
 
     section = _rollout_section(args)
-    if section.engine == "vllm":
-        start_logging()  # it takes a minute or two to start, and says so
+    if not shares_parameters(section):
+        start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     check_engine(section)
-    share_gpus(section)
+    share_devices(section)
     rows = read_rows([args.data], "--data")
     dtype = jnp.dtype(args.dtype)
     folder = inspect_folder(args.model, dtype=dtype, param_dtype=dtype)

@@ -103,11 +103,12 @@ def read_model(config: Config) -> Any:
 def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
     from grpo_jax.learner.batching import micro_batch_shape
     from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch, plan_memory
-    from grpo_jax.run.prepare import trainer_share
+    from grpo_jax.rollout import push_bytes, trainer_share
 
     model = read_model(config)
     mesh = abstract_mesh(*sizes)
-    plan = plan_memory(config, model, mesh)
+    push = push_bytes(config.rollout)
+    plan = plan_memory(config, model, mesh, push_bytes=push)
     share = trainer_share(config.rollout)
     limit = share * memory
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
@@ -124,7 +125,7 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
     print("The most in each phase, GB a device")
     for name, size in plan.phases.items():
         print(f"  {name:<18}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
-    most = largest_micro_batch(config, model, mesh, limit)
+    most = largest_micro_batch(config, model, mesh, limit, push_bytes=push)
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )
@@ -135,14 +136,14 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
 
 def ways_to_save(config: Config) -> list[str]:
     """What takes less memory and is not set yet, the cheapest first."""
-    is_shared = config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
+    from grpo_jax.rollout import memory_savers
+
     ways = {
         "optim.offload=True": not config.optim.offload,
         "algorithm.ref_offload=True": config.uses_reference and not config.algorithm.ref_offload,
         "model.remat=full": config.model.remat != "full",
         "more devices in mesh.fsdp": True,
-        "rollout.sleep=True": is_shared and not config.rollout.sleep,
-        "rollout.placement=separate": is_shared,
+        **dict.fromkeys(memory_savers(config.rollout), True),
         "optim.accumulator_dtype=bfloat16": config.optim.accumulator_dtype != "bfloat16",
     }
     return [way for way, is_open in ways.items() if is_open]

@@ -49,7 +49,7 @@ from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
 from grpo_jax.rewards.base import RewardResult
-from grpo_jax.rollout import check_devices, check_engine, eval_sampling
+from grpo_jax.rollout import check_devices, check_engine, eval_sampling, share_devices
 from grpo_jax.rollout.dynamic import Scored
 from grpo_jax.run import summary as report
 from grpo_jax.run.checkpoint import Checkpointer, Progress
@@ -61,7 +61,6 @@ from grpo_jax.run.prepare import (
     open_mesh,
     read_inputs,
     set_determinism,
-    share_gpus,
 )
 from grpo_jax.run.stages import Stages, build_stages, derive_seed, give_weights, start_engine
 from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
@@ -261,7 +260,7 @@ def train(config: Config, path: Path) -> None:
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     set_determinism(config.trainer)
-    share_gpus(config.rollout)
+    share_devices(config.rollout)
     make_room_on_host(config, inputs.model_config)
     estimator = load_estimator(config.algorithm.adv_estimator)
     limit = config.data.max_response_length

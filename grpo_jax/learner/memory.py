@@ -21,8 +21,6 @@ from grpo_jax.learner.update import at_rest, token_scores
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
 
-MIB = 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
@@ -45,8 +43,15 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
-    """Counts the memory of one device of a mesh. Args: model: with the attention kernel that the run will use."""
+def plan_memory(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, push_bytes: int = 0
+) -> MemoryPlan:
+    """Counts the memory of one device of a mesh.
+
+    Args:
+        model: with the attention kernel that the run will use.
+        push_bytes: what a push of weights to the rollout engine takes on the device; 0: nothing is pushed.
+    """
     if model.attention != "plain":
         model = dataclasses.replace(model, attention="shapes")
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
@@ -84,8 +89,8 @@ def plan_memory(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -
     }
     if config.uses_reference or config.needs_old_logprobs:
         phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)
-    if config.rollout.engine == "vllm":
-        phases["weight sync"] = base + 4 * config.rollout.bucket_mb * MIB
+    if push_bytes:
+        phases["weight sync"] = base + push_bytes
     return MemoryPlan(held, phases, {name: size * mesh.size for name, size in host.items()})
 
 
@@ -125,14 +130,22 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
 
 
-def largest_micro_batch(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float) -> int:
-    """Most rows of full length that a data shard can hold at once; 0 if one is too many already."""
+def largest_micro_batch(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float, *, push_bytes: int = 0
+) -> int:
+    """Most rows of full length that a data shard can hold at once; 0 if one is too many already.
+
+    Args:
+        limit: bytes of a device that may be taken.
+        push_bytes: see `plan_memory`.
+    """
 
     def fits(rows: int) -> bool:
         actor = dataclasses.replace(
             config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
         )
-        return plan_memory(dataclasses.replace(config, actor=actor), model, mesh).peak <= limit
+        changed = dataclasses.replace(config, actor=actor)
+        return plan_memory(changed, model, mesh, push_bytes=push_bytes).peak <= limit
 
     shards = num_batch_shards(mesh)
     most = -(-config.completions_per_update // shards)

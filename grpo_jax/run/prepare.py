@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import sft
-from grpo_jax.config import Config, ConfigError, RolloutSection, TrainerSection
+from grpo_jax.config import Config, ConfigError, TrainerSection
 from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
@@ -36,9 +36,6 @@ HOST_SLACK = 0.06
 """Of pinned memory: what lies idle between arrays of different sizes."""
 STAGING_GIB = 2
 """Pinned memory that JAX copies through."""
-
-CONTEXT_SHARE = 0.07
-"""Of a GPU's memory: CUDA contexts, kernels and buffers for weights under way, which no pool counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,40 +92,10 @@ def keep_compiled(section: TrainerSection) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
 
 
-def share_gpus(section: RolloutSection) -> None:
-    """Leaves vLLM its GPUs, or its part of their memory; before any device is touched.
-
-    It is set in the environment, where JAX looks for it; what the user set there stays.
-    """
-    if section.engine == "local":
-        return
-    if section.placement == "separate":
-        if not section.ray_address:  # the nodes of a cluster have GPUs of their own
-            from grpo_jax.rollout.vllm.cluster import split_gpus
-
-            ours, theirs = split_gpus(section)
-            if theirs:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ours)
-        return
-    if section.sleep:
-        # Both want most of the memory, one after the other: JAX must not keep what it does not need.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{trainer_share(section):.3f}")
-
-
-def trainer_share(section: RolloutSection) -> float:
-    """The part of a GPU's memory that JAX may take in the run; its own default where no engine is beside it."""
-    if section.engine == "local" or section.placement == "separate":
-        return 0.75
-    left = 1 if section.sleep else 1 - section.gpu_memory_utilization
-    return max(0.05, left - CONTEXT_SHARE)
-
-
 def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
     """Lets JAX pin as much of the host's memory as `optim.offload` and `algorithm.ref_offload` need.
 
-    Its own limit is 64 GB; as `share_gpus`, before any device is touched. The pool grows by doubling, up to the
+    Its own limit is 64 GB. To be called before any device is touched. The pool grows by doubling, up to the
     limit, so that more than what is needed would be taken from the other processes of the host.
 
     Args: model: None: a random one, which is small.

@@ -33,7 +33,7 @@ from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
 from grpo_jax.rewards.base import Reward
-from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
+from grpo_jax.rollout import RolloutEngine, make_engine, push_bytes, rollout_sampling, shares_parameters
 from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.rollout.dynamic import DynamicSampling, Scored
 from grpo_jax.run.checkpoint import Checkpointer, Progress, abstract_like
@@ -174,7 +174,7 @@ def build_stages(
         reference=Reference(
             ref_params, config.algorithm, model.dtype, param_shardings(model, mesh), kl_coef=kl_coef
         ),
-        memory_plan=plan_memory(config, model, mesh),
+        memory_plan=plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout)),
         timers=timers,
         num_steps=num_steps,
     )
@@ -227,7 +227,7 @@ def make_dynamic(config: Config, rollouts: RolloutsAhead, reward: Reward, timers
 def _make_probe(
     config: Config, inputs: Inputs, score: Score, shape: tuple[int, int], mesh: Mesh
 ) -> Probe | None:
-    if config.rollout.engine == "local":  # the trainer's own parameters and functions
+    if shares_parameters(config.rollout):
         return None
     return make_probe(
         inputs.train_prompts,
