@@ -119,14 +119,14 @@ def theirs(args: Any) -> None:
 
 def ours(args: Any) -> None:
     from grpo_jax.config import MeshSection
-    from grpo_jax.run.prepare import share_gpus
+    from grpo_jax.rollout import share_devices
 
     section = dataclasses.replace(
         common.gsm8k().rollout,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
     )
-    share_gpus(section)
+    share_devices(section)
     import jax
 
     from grpo_jax.model.sharding import make_mesh

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--placement", default="colocated", choices=("colocated", "separate"))
     args = parser.parse_args()
     from grpo_jax.config import MeshSection
-    from grpo_jax.run.prepare import share_gpus
+    from grpo_jax.rollout import share_devices
 
     section = dataclasses.replace(
         common.gsm8k().rollout,
@@ -42,7 +42,7 @@ def main() -> None:
         placement=args.placement,
         max_num_seqs=64,
     )
-    share_gpus(section)
+    share_devices(section)
     import jax
 
     from grpo_jax.model.sharding import make_mesh
@@ -100,11 +100,11 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
     import jax
     import ray
 
-    from grpo_jax.rollout.vllm import engine as vllm_engine
+    from grpo_jax.rollout.vllm import push
 
     device = jax.local_devices()[0]
     in_use = lambda: (device.memory_stats() or {}).get("bytes_in_use", 0)
-    seen, pack = [before := in_use()], vllm_engine.pack_buckets
+    seen, pack = [before := in_use()], push.pack_buckets
 
     def watched(*args: Any) -> Any:
         for packed in pack(*args):
@@ -113,10 +113,10 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
 
     actor = engine._replicas[0].actor
     ray.get(actor.memory_peak.remote())
-    vllm_engine.pack_buckets = watched
+    push.pack_buckets = watched
     engine.load_weights(params, version=1)
-    vllm_engine.pack_buckets = pack
-    slots = getattr(engine._sender, "_slot_bytes", 0) * 2
+    push.pack_buckets = pack
+    slots = getattr(engine._pusher._sender, "_slot_bytes", 0) * 2
     return {"slots": slots, "JAX": max(seen) - before, "engine": ray.get(actor.memory_peak.remote())}
 
 

@@ -64,7 +64,7 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.algorithm import load_algorithm
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import check_engine
+    from grpo_jax.rollout import check_engine, memory_rows
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
     from grpo_jax.run.summary import batch_table, table_lines
@@ -81,10 +81,7 @@ def check_config(config: Config, path: Path) -> None:
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     rows += _memory_rows(config, mesh)
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-    if config.rollout.engine == "vllm":
-        rows.append(
-            ("vLLM", f"{config.rollout.gpu_memory_utilization:.0%} of the memory of each of its GPUs")
-        )
+    rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     print(*table_lines(rows), sep="\n")
 

@@ -131,14 +131,14 @@ def _run(args: Any) -> None:
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import EngineError, check_engine, make_engine, share_devices
+    from grpo_jax.rollout import EngineError, check_engine, make_engine, share_devices, shares_parameters
     from grpo_jax.rollout.evaluation import evaluate, write_jsonl
     from grpo_jax.run.inputs import check_tokenizer
     from grpo_jax.run.workdir import start_logging
 
     section = _rollout_section(args)
-    if section.engine == "vllm":
-        start_logging()  # it takes a minute or two to start, and says so
+    if not shares_parameters(section):
+        start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     check_engine(section)
     share_devices(section)
     rows = read_rows([args.data], "--data")

@@ -115,14 +115,14 @@ def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None
 
 def ways_to_save(config: Config) -> list[str]:
     """What takes less memory and is not set yet, the cheapest first."""
-    is_shared = config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
+    from grpo_jax.rollout import memory_savers
+
     ways = {
         "optim.offload=True": not config.optim.offload,
         "algorithm.ref_offload=True": config.uses_reference and not config.algorithm.ref_offload,
         "model.remat=full": config.model.remat != "full",
         "more devices in mesh.fsdp": True,
-        "rollout.sleep=True": is_shared and not config.rollout.sleep,
-        "rollout.placement=separate": is_shared,
+        **dict.fromkeys(memory_savers(config.rollout), True),
         "optim.accumulator_dtype=bfloat16": config.optim.accumulator_dtype != "bfloat16",
     }
     return [way for way, is_open in ways.items() if is_open]

@@ -51,7 +51,7 @@ def plan_memory(
 
     Args:
         model: with the attention kernel that the run will use.
-        push_bytes: what giving weights to the engine takes on a device; 0: nothing.
+        push_bytes: what a push of weights to the rollout engine takes on the device; 0: nothing is pushed.
     """
     if model.attention != "plain":
         model = dataclasses.replace(model, attention="shapes")
@@ -119,14 +119,19 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
 def largest_micro_batch(
     config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, limit: float, *, push_bytes: int = 0
 ) -> int:
-    """The most rows of full length that a data shard can hold at once within `limit` bytes; 0: not even one."""
+    """Most rows of full length that a data shard can hold at once; 0 if one is too many already.
+
+    Args:
+        limit: bytes of a device that may be taken.
+        push_bytes: see `plan_memory`.
+    """
 
     def fits(rows: int) -> bool:
         actor = dataclasses.replace(
             config.actor, micro_batch_size_per_device=rows, micro_batch_tokens_per_device=0
         )
-        planned = plan_memory(dataclasses.replace(config, actor=actor), model, mesh, push_bytes=push_bytes)
-        return planned.peak <= limit
+        changed = dataclasses.replace(config, actor=actor)
+        return plan_memory(changed, model, mesh, push_bytes=push_bytes).peak <= limit
 
     shards = num_batch_shards(mesh)
     most = -(-config.completions_per_update // shards)

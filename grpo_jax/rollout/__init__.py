@@ -1,11 +1,15 @@
 """Rollout engines: where completions come from.
 
-The engine's own processes import this file on their way to `vllm_server.py`, perhaps in an environment without
-JAX: it must stay as light as it is.
+An engine is a module or a folder of this package. `make_engine` and the functions above it look up the module that
+`rollout.engine` names and call its function of the same name; nothing else in the package asks for that name. So
+a new engine is a new file with these functions, and one line in `ENGINES`.
+
+The processes of an engine import this file too, perhaps in an environment without JAX. It must stay light.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from grpo_jax.model.hf import ModelFolder
 
 __all__ = [
+    "ENGINES",
     "EngineError",
     "RolloutEngine",
     "SamplingParams",
@@ -24,74 +29,104 @@ __all__ = [
     "check_engine",
     "eval_sampling",
     "make_engine",
+    "memory_rows",
+    "memory_savers",
+    "push_bytes",
     "rollout_sampling",
+    "share_devices",
+    "shares_parameters",
+    "trainer_share",
 ]
+
+ENGINES = {"local": "grpo_jax.rollout.local", "vllm": "grpo_jax.rollout.vllm"}
+"""`rollout.engine` -> the module with the functions of that engine."""
+
+
+def _engine(section: RolloutSection) -> Any:
+    return importlib.import_module(ENGINES[section.engine])
+
+
+# Before any device is touched
 
 
 def check_engine(section: RolloutSection) -> None:
-    """Checks, before any device is touched, that the engine `section.engine` can be had here.
+    """Checks that the engine can run on this machine.
 
-    Raises: ConfigError: what it needs is missing, or of a version that does not work.
+    Raises:
+        ConfigError: something that it needs is missing, or has a version that does not work.
     """
-    if section.engine == "vllm":
-        from grpo_jax.rollout.vllm.check import find_vllm
+    _engine(section).check_engine(section)
 
-        find_vllm(section)
+
+def share_devices(section: RolloutSection) -> None:
+    """Sets environment variables so that JAX leaves the engine its GPUs, or its part of their memory.
+
+    A memory fraction or an allocator that the user has set stays.
+
+    Raises:
+        ConfigError: no GPU would be left for the trainer.
+    """
+    _engine(section).share_devices(section)
+
+
+# For plans of memory; no device is needed
+
+
+def trainer_share(section: RolloutSection) -> float:
+    """The part of a GPU's memory, between 0 and 1, that JAX may take in a run with this engine."""
+    return _engine(section).trainer_share(section)
+
+
+def push_bytes(section: RolloutSection) -> int:
+    """Bytes that a push of weights takes on each of the trainer's devices, beside the parameters."""
+    return _engine(section).push_bytes(section)
+
+
+def shares_parameters(section: RolloutSection) -> bool:
+    """True where the engine computes with the trainer's own arrays: there is nothing to push or to compare."""
+    return _engine(section).shares_parameters(section)
+
+
+def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
+    """What the engine takes of its devices' memory, as (name, text) rows of a table."""
+    return _engine(section).memory_rows(section)
+
+
+def memory_savers(section: RolloutSection) -> list[str]:
+    """Settings of the engine that leave the trainer more memory and are not set yet, as KEY=VALUE."""
+    return _engine(section).memory_savers(section)
+
+
+# On the devices
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
     """Checks, before anything is computed, that the engine fits the trainer's devices.
 
-    Raises: ConfigError: weights cannot travel as asked for, or more GPUs are asked for than there are.
+    Raises:
+        ConfigError: `rollout.weight_sync` cannot work between them, or more GPUs are asked for than there are.
     """
-    if section.engine == "vllm":
-        from grpo_jax.rollout.vllm.engine import plan_engines
-
-        plan_engines(section, mesh)
+    _engine(section).check_devices(section, mesh)
 
 
 def make_engine(
     section: RolloutSection, *, folder: ModelFolder, mesh: Mesh, tokenizer: Any, max_model_len: int
 ) -> RolloutEngine:
-    """The engine that `section.engine` names. It may still be starting when this returns.
+    """Makes the engine. It may still be starting when this returns.
 
     Args:
-        folder: of the model; its EOS ids stop completions, and so does the tokenizer's.
+        section: the `rollout` section of the configuration.
+        folder: of the model. Its EOS ids stop completions; so do `rollout.stop_token_ids` and the tokenizer's EOS.
+        mesh: the trainer's.
         tokenizer: decodes completions.
         max_model_len: tokens of the longest prompt and completion together.
     """
     stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
-    stop_token_ids = tuple(sorted(stops))
-    if section.engine == "vllm":
-        from grpo_jax.rollout.vllm.engine import VllmEngine
-
-        return VllmEngine(
-            section,
-            folder=folder,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            stop_token_ids=stop_token_ids,
-            max_model_len=max_model_len,
-        )
-    from grpo_jax.rollout.local import LocalEngine
-
-    return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
-
-
-def share_devices(section: RolloutSection) -> None:
-    """tmp"""
-
-
-def push_bytes(section: RolloutSection) -> int:
-    """tmp"""
-    return 4 * section.bucket_mb * 2**20 if section.engine == "vllm" else 0
-
-
-def shares_parameters(section: RolloutSection) -> bool:
-    """tmp"""
-    return section.engine == "local"
-
-
-def trainer_share(section: RolloutSection) -> float:
-    """tmp"""
-    return 0.75
+    return _engine(section).make_engine(
+        section,
+        folder=folder,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        stop_token_ids=tuple(sorted(stops)),
+        max_model_len=max_model_len,
+    )

@@ -16,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from grpo_jax.config import RolloutSection
 from grpo_jax.learner.batching import bucket_length
+from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
 from grpo_jax.model.transformer import (
     Cache,
@@ -26,10 +28,66 @@ from grpo_jax.model.transformer import (
     init_cache,
     split_layers,
 )
-from grpo_jax.rollout.base import SamplingParams
+from grpo_jax.rollout.base import RolloutEngine, SamplingParams
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
 
 logger = logging.getLogger(__name__)
+
+JAX_SHARE = 0.75
+"""Of a GPU's memory: what JAX takes by default."""
+
+
+# What `grpo_jax.rollout` calls. The engine has no devices and no parameters of its own, so little is to be done.
+
+
+def check_engine(section: RolloutSection) -> None:
+    """See `rollout.check_engine`. Always there."""
+
+
+def share_devices(section: RolloutSection) -> None:
+    """See `rollout.share_devices`."""
+
+
+def trainer_share(section: RolloutSection) -> float:
+    """See `rollout.trainer_share`."""
+    return JAX_SHARE
+
+
+def push_bytes(section: RolloutSection) -> int:
+    """See `rollout.push_bytes`. Nothing is pushed."""
+    return 0
+
+
+def shares_parameters(section: RolloutSection) -> bool:
+    """See `rollout.shares_parameters`."""
+    return True
+
+
+def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
+    """See `rollout.memory_rows`."""
+    return []
+
+
+def memory_savers(section: RolloutSection) -> list[str]:
+    """See `rollout.memory_savers`."""
+    return []
+
+
+def check_devices(section: RolloutSection, mesh: Mesh) -> None:
+    """See `rollout.check_devices`. The devices are the trainer's."""
+
+
+def make_engine(
+    section: RolloutSection,
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+    tokenizer: Any,
+    stop_token_ids: tuple[int, ...],
+    max_model_len: int,
+) -> RolloutEngine:
+    """See `rollout.make_engine`. A cache is made for each batch, so `max_model_len` does not matter."""
+    return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
 
 
 class LocalEngine:

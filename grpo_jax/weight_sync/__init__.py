@@ -1,7 +1,7 @@
-"""How new weights reach the rollout engine: three transports behind one protocol.
+"""How new weights reach the rollout engines: three transports behind one protocol.
 
-`ipc` (an engine on the trainer's GPU), `nccl` (on other GPUs), `host` (through the host's memory). Imported by the
-engine's workers too: it must stay light.
+`ipc` (engines on the trainer's GPUs), `nccl` (on other GPUs), `host` (through the host's memory). The engines'
+workers import this file too, perhaps in an environment without JAX. It must stay light.
 """
 
 from __future__ import annotations
@@ -10,32 +10,39 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_jax.config import ConfigError
-from grpo_jax.weight_sync.wire import Layout, WeightSyncError
+from grpo_jax.weight_sync.wire import Destination, Layout, WeightSyncError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from grpo_jax.config import RolloutSection
 
-__all__ = ["Sender", "WeightSyncError", "choose_transport", "make_sender"]
+__all__ = ["Destination", "Sender", "WeightSyncError", "choose_transport", "make_sender"]
 
 
 class Sender(Protocol):
-    """The trainer's end of a transport. Made anew when an engine was replaced."""
+    """The trainer's end of a transport. Where an engine is replaced, a new one is made.
 
-    def link(self, first_reader: int) -> dict[str, Any]:
-        """What the workers of a replica, numbered from `first_reader` on, need to open their end."""
+    Its functions are called in the order in which they stand. `reset` and `send` make a push, and are called for
+    each. A `check` is called while a function waits; it raises an error where waiting has become useless.
+    """
 
-    def connected(self) -> None:
-        """All workers have opened their end."""
+    def links(self) -> list[dict[str, Any] | None]:
+        """For each engine, what its workers need to open their end.
 
-    def reset(self) -> None:
-        """Before each push, and before the workers are told of it."""
+        None: the buckets will be relayed to it. Its actor opens a mailbox for its workers.
+        """
+
+    def connect(self, check: Callable[[], None]) -> None:
+        """Joins the workers while they open their end, where the transport needs that."""
+
+    def reset(self, check: Callable[[], None]) -> None:
+        """Prepares for a push. All workers have opened their end, and none has been told of the push yet."""
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        """Sends flat device arrays; returns when their last bytes are out of the trainer's hands.
+        """Sends the buckets, flat arrays that every device of the trainer holds whole.
 
-        Args: check: called while waiting; raises where waiting has no more sense.
+        Returns when they may be deleted. Takes the next bucket when it has let go of the one before.
         """
 
     def close(self) -> None:
@@ -43,10 +50,13 @@ class Sender(Protocol):
 
 
 def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bool) -> str:
-    """The transport that `rollout.weight_sync` names, or the one that fits.
+    """Returns the transport that `rollout.weight_sync` names; for "auto", the fastest that works.
 
-    Args:   trainer: JAX's name of the trainer's back end.
-    Raises: ConfigError: the named one cannot work here.
+    Args:
+        trainer: JAX's name of the trainer's back end, as "gpu".
+
+    Raises:
+        ConfigError: the named one cannot work between trainer and engines.
     """
     if section.weight_sync == "host":
         return "host"
@@ -61,30 +71,23 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
     return section.weight_sync
 
 
-def make_sender(
-    transport: str,
-    layout: Layout,
-    mesh: Mesh,
-    *,
-    num_local: int,
-    num_workers: int,
-    relays: Sequence[Callable[[int, Any], Any]],
-) -> Any:
-    """The trainer's end of a transport.
+def make_sender(transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination]) -> Sender:
+    """Makes the trainer's end of a transport.
 
     Args:
-        num_local: engine workers on this host; num_workers: everywhere.
-        relays: for `host`, see `HostSender`.
+        transport: "ipc", "nccl" or "host".
+        mesh: of the trainer's devices.
+        destinations: one for each engine.
     """
     devices = list(mesh.devices.flat)
     if transport == "ipc":
         from grpo_jax.weight_sync.ipc import IpcSender
 
-        return IpcSender(layout, [device.local_hardware_id for device in devices], num_local)
+        return IpcSender(layout, [device.local_hardware_id for device in devices], destinations)
     if transport == "nccl":
         from grpo_jax.weight_sync.nccl import NcclSender
 
-        return NcclSender(num_workers, devices[0])
+        return NcclSender(destinations, devices[0])
     from grpo_jax.weight_sync.host import HostSender
 
-    return HostSender(layout, num_local, relays)
+    return HostSender(layout, destinations)

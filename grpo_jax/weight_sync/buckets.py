@@ -1,12 +1,12 @@
-"""Flax parameters -> Hugging Face tensors, a bucket at a time: pure, jitted, the same for every transport.
+"""From Flax parameters to Hugging Face tensors, a bucket at a time. Pure, jitted, the same for every transport.
 
-A push never makes a second model. It runs through *buckets* of at most `bucket_bytes`: flat arrays of the
-engine's dtype in which whole tensors lie one after another, in checkpoint layout (layers taken out of their
-stack, kernels [outputs, inputs]), whatever mesh the parameters are spread over. Only embedding and output head,
-which can be larger than a bucket, are cut into runs of rows.
+A push never makes a second model. It goes through *buckets* of at most `bucket_bytes`: flat arrays of the model's
+dtype, with whole tensors one after another in checkpoint layout (layers taken out of their stack, kernels
+[outputs, inputs]). They do not depend on the mesh that holds the parameters. Only embedding and output head, which
+can be larger than a bucket, are cut into runs of rows.
 
-Every layer has the same tensors, so buckets that differ only in their first layer, or in their first row, run
-the same compiled program (`BucketProgram`).
+All layers have the same tensors, so buckets that differ only in their first layer or first row run the same
+compiled program (`BucketProgram`).
 """
 
 import dataclasses
@@ -27,21 +27,22 @@ from grpo_jax.types import Params
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
 
 HEAD_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tied to the vocabulary, and the only ones that are cut into rows."""
+"""Those with a row for each token of the vocabulary: the only ones that are cut into rows."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One tensor, or some rows of one, of a bucket, relative to the bucket's first layer and first row."""
+class RelativePiece:
+    """A tensor of a bucket, or a run of its rows, relative to the bucket's first layer and first row."""
 
     spec: TensorSpec
     layer: int | None
-    """Counted from the bucket's first layer; None where the parameter is not stacked."""
+    """Counted from the bucket's first layer; None: the parameter is not stacked."""
     num_rows: int | None
-    """Rows from the bucket's first row on; None: the whole tensor."""
+    """Counted from the bucket's first row; None: the whole tensor."""
 
 
-BucketProgram = tuple[Part, ...]
+BucketProgram = tuple[RelativePiece, ...]
+"""What is put one after the other into a bucket. Buckets with equal programs share a compiled function."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Bucket:
     first_layer: int
     first_row: int
     pieces: tuple[Piece, ...]
-    """What lies where, as the receiver is told."""
+    """What lies where in the bucket, for the receiver."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +59,21 @@ class PushPlan:
     """How the parameters of one model travel. Made once a run."""
 
     buckets: tuple[Bucket, ...]
-    dtype: Any
+    dtype: np.dtype
+    """Of the buckets, and of the engine's weights."""
     layout: Layout
 
 
-def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPlan:
-    """Plans the buckets of a model.
+def make_push_plan(config: ModelConfig, bucket_bytes: int) -> PushPlan:
+    """Plans the buckets of a model, in its dtype of computation.
 
     Args:
-        dtype: of the engine's weights.
         bucket_bytes: the most that one bucket may take; a tensor that is larger and cannot be cut travels alone.
     """
     params = abstract_params(config)[0]
     shapes = {spec.name: _whole_shape(params, spec) for spec in tensor_specs(config)}
-    itemsize = np.dtype(dtype).itemsize
+    dtype = np.dtype(config.dtype)
+    itemsize = dtype.itemsize
     size = lambda spec: _padded_bytes(math.prod(shapes[spec.name]) * itemsize)
     stacked = [spec for spec in tensor_specs(config) if spec.is_stacked]
     single = [spec for spec in tensor_specs(config) if not spec.is_stacked and spec.name not in HEAD_TENSORS]
@@ -80,7 +82,7 @@ def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPl
     for spec in heads:
         programs += _row_programs(spec, shapes[spec.name], itemsize, bucket_bytes)
     programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
-    programs.append((tuple(Part(spec, None, None) for spec in single), 0, 0))
+    programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
     buckets = tuple(
         Bucket(program, layer, row, _pieces(program, layer, row, shapes, itemsize))
         for program, layer, row in programs
@@ -92,28 +94,28 @@ def make_push_plan(config: ModelConfig, dtype: Any, bucket_bytes: int) -> PushPl
             [spec.name.format(i) for i in range(config.num_layers)] if spec.is_stacked else [spec.name]
         )
     }
-    layout = Layout(str(np.dtype(dtype)), tensors, tuple(bucket.pieces for bucket in buckets))
+    layout = Layout(str(dtype), tensors, tuple(bucket.pieces for bucket in buckets))
     return PushPlan(buckets, dtype, layout)
 
 
 def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[Bucket, jax.Array, jax.Array]]:
-    """Yields each bucket with its bytes and its checksums. One at a time: two would take twice the memory.
+    """Yields each bucket with its bytes and its checksums, one at a time: two would take twice the memory.
 
-    Returns:
+    Yields:
         (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh; blocks
         [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a tensor.
     """
     sharding = replicated(mesh)
     for bucket in plan.buckets:
-        where = np.int32(bucket.first_layer), np.int32(bucket.first_row)
+        start = np.int32(bucket.first_layer), np.int32(bucket.first_row)
         yield (
             bucket,
-            *_pack(params, *where, program=bucket.program, dtype=np.dtype(plan.dtype), sharding=sharding),
+            *_pack_bucket(params, *start, program=bucket.program, dtype=plan.dtype, sharding=sharding),
         )
 
 
 @functools.partial(jax.jit, static_argnames=("program", "dtype", "sharding"))
-def _pack(
+def _pack_bucket(
     params: Params,
     first_layer: Any,
     first_row: Any,
@@ -122,15 +124,15 @@ def _pack(
     dtype: Any,
     sharding: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    parts = []
-    for part in program:
-        x = hf_tensor(params, part.spec, None if part.layer is None else first_layer + part.layer)
-        if part.num_rows is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, first_row, part.num_rows, axis=0)
+    tensors = []
+    for piece in program:
+        x = hf_tensor(params, piece.spec, None if piece.layer is None else first_layer + piece.layer)
+        if piece.num_rows is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, first_row, piece.num_rows, axis=0)
         x = x.astype(dtype).reshape(-1)
         padding = _padded_bytes(x.size * dtype.itemsize) // dtype.itemsize - x.size
-        parts.append(jnp.pad(x, (0, padding)))
-    flat = jax.lax.with_sharding_constraint(jnp.concatenate(parts), sharding)
+        tensors.append(jnp.pad(x, (0, padding)))
+    flat = jax.lax.with_sharding_constraint(jnp.concatenate(tensors), sharding)
     with jax.named_scope("checksum"):
         words = jax.lax.bitcast_convert_type(flat.reshape(-1, 4 // dtype.itemsize), jnp.uint32)
         blocks = jnp.sum(words.reshape(-1, BLOCK_WORDS) * WORD_WEIGHTS[None], axis=1, dtype=jnp.uint32)
@@ -138,7 +140,7 @@ def _pack(
 
 
 def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -> jax.Array:
-    """One parameter as the Hugging Face tensor it is stored as: layer taken out, [outputs, inputs]."""
+    """Returns a parameter as the Hugging Face tensor that it is stored as: one layer of it, [outputs, inputs]."""
     leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
     if spec.is_stacked:
         leaf = jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False)
@@ -158,31 +160,34 @@ def _padded_bytes(size: int) -> int:
 def _row_programs(
     spec: TensorSpec, shape: tuple[int, ...], itemsize: int, bucket_bytes: int
 ) -> list[tuple[BucketProgram, int, int]]:
-    """Cuts a [V, D] tensor into runs of rows, as equal as can be so that they share one program."""
+    """Cuts a [V, D] tensor into runs of rows, of equal length where possible so that they share a program."""
     row_bytes = math.prod(shape[1:]) * itemsize
     most = max(1, (bucket_bytes - BLOCK_BYTES) // row_bytes)
     rows = -(-shape[0] // -(-shape[0] // most))
     return [
-        ((Part(spec, None, min(rows, shape[0] - start)),), 0, start) for start in range(0, shape[0], rows)
+        ((RelativePiece(spec, None, min(rows, shape[0] - start)),), 0, start)
+        for start in range(0, shape[0], rows)
     ]
 
 
 def _layer_programs(
     specs: Sequence[TensorSpec], size: Any, num_layers: int, bucket_bytes: int
 ) -> list[tuple[BucketProgram, int, int]]:
-    """Several layers in one bucket where they fit, or one layer in several buckets where it does not."""
+    """Puts several layers into one bucket where they fit, or one layer into several buckets where it does not."""
     groups: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if groups[-1] and sum(map(size, groups[-1])) + size(spec) > bucket_bytes:
             groups.append([])
         groups[-1].append(spec)
     if len(groups) > 1:
-        split = [tuple(Part(spec, 0, None) for spec in group) for group in groups]
+        split = [tuple(RelativePiece(spec, 0, None) for spec in group) for group in groups]
         return [(program, layer, 0) for layer in range(num_layers) for program in split]
     step = min(num_layers, bucket_bytes // sum(map(size, specs)))
     return [
         (
-            tuple(Part(spec, i, None) for i in range(min(step, num_layers - layer)) for spec in specs),
+            tuple(
+                RelativePiece(spec, i, None) for i in range(min(step, num_layers - layer)) for spec in specs
+            ),
             layer,
             0,
         )
@@ -194,10 +199,10 @@ def _pieces(
     program: BucketProgram, layer: int, row: int, shapes: dict[str, tuple[int, ...]], itemsize: int
 ) -> tuple[Piece, ...]:
     pieces, offset = [], 0
-    for part in program:
-        shape = shapes[part.spec.name]
-        name = part.spec.name if part.layer is None else part.spec.name.format(layer + part.layer)
-        start, num_rows = (0, shape[0]) if part.num_rows is None else (row, part.num_rows)
+    for piece in program:
+        shape = shapes[piece.spec.name]
+        name = piece.spec.name if piece.layer is None else piece.spec.name.format(layer + piece.layer)
+        start, num_rows = (0, shape[0]) if piece.num_rows is None else (row, piece.num_rows)
         num_bytes = num_rows * math.prod(shape[1:]) * itemsize
         pieces.append(Piece(name, start, num_rows, offset, num_bytes))
         offset += _padded_bytes(num_bytes)

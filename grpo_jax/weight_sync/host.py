@@ -1,8 +1,8 @@
 """Both ends of the transport through the host's memory: for trainers on a CPU or a TPU, and between hosts.
 
-On the trainer's own host a bucket is copied into a slot of shared memory, and every worker there reads it. To
-engines on other hosts a bucket goes through Ray's object store, which moves it once a host; the engine's actor
-puts it into a mailbox of its own host, where its workers read it as they would the trainer's.
+On the trainer's own host a bucket is copied into a slot of shared memory, and every worker on that host reads it.
+To engines on other hosts a bucket is relayed: Ray's object store moves it once to each host, and the engine's
+actor puts it into a mailbox of its own host, which its workers read as they would read the trainer's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.weight_sync.wire import Layout, Mailbox, bucket_size
+from grpo_jax.weight_sync.wire import Destination, Layout, Mailbox, bucket_size, first_workers
 
 NUM_SLOTS = 2
 
@@ -18,36 +18,40 @@ NUM_SLOTS = 2
 class HostSender:
     """The trainer's end."""
 
-    def __init__(self, layout: Layout, num_readers: int, relays: Sequence[Callable[[int, Any], Any]] = ()):
-        """Args:
-        num_readers: workers on this host.
-        relays: one for each engine elsewhere: (number, bucket) -> handle of a call, `ray.get` waits for it.
-        """
-        self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, layout.bucket_bytes) if num_readers else None
-        self._relays = relays
+    def __init__(self, layout: Layout, destinations: Sequence[Destination]):
+        local = [destination for destination in destinations if destination.is_local]
+        num_readers = sum(destination.num_workers for destination in local)
+        self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, layout.bucket_bytes) if local else None
+        self._destinations, self._local = destinations, local
+        self._remote = [destination for destination in destinations if not destination.is_local]
 
-    def link(self, first_reader: int) -> dict[str, Any]:
-        """What the workers of a replica on this host need to open this end."""
-        assert self._mailbox is not None
-        return {"mailbox": self._mailbox.address, "first_reader": first_reader}
+    def links(self) -> list[dict[str, Any] | None]:
+        """See `Sender.links`."""
+        address = self._mailbox.address if self._mailbox is not None else {}
+        readers = iter(first_workers(self._local))
+        return [
+            {"mailbox": address, "first_reader": next(readers)} if destination.is_local else None
+            for destination in self._destinations
+        ]
 
-    def connected(self) -> None:
-        """All workers have opened their end."""
+    def connect(self, check: Callable[[], None]) -> None:
+        """Nothing to join: the workers open the mailbox."""
+
+    def reset(self, check: Callable[[], None]) -> None:
+        """See `Sender.reset`."""
+        if self._remote:
+            _wait_for([destination.prepare_relay() for destination in self._remote], check)
         if self._mailbox is not None:
             self._mailbox.unlink()
-
-    def reset(self) -> None:
-        """Before each push, and before the workers are told of it."""
-        if self._mailbox is not None:
             self._mailbox.reset()
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
+        """See `Sender.send`."""
         on_host = self._to_host(buckets)
-        if not self._relays:
-            assert self._mailbox is not None
+        if self._remote:
+            self._send_everywhere(on_host, check)
+        elif self._mailbox is not None:
             self._mailbox.send(self._put, on_host, check)
-            return
-        self._send_everywhere(on_host, check)
 
     def _to_host(self, buckets: Iterator[Any]) -> Iterator[np.ndarray]:
         for flat in buckets:
@@ -64,19 +68,27 @@ class HostSender:
 
         for number, bucket in enumerate(buckets):
             shared = ray.put(bucket)
-            calls = [relay(number, shared) for relay in self._relays]
+            calls = [destination.relay(number, shared) for destination in self._remote]
             if self._mailbox is not None:
                 self._mailbox.wait_writable(number, check)
                 self._put(number, bucket)
                 self._mailbox.publish(number)
-            while calls:
-                done, calls = ray.wait(calls, timeout=1.0)
-                ray.get(done)  # raises what a relay raised
-                check()
+            _wait_for(calls, check)
 
     def close(self) -> None:
+        """See `Sender.close`."""
         if self._mailbox is not None:
             self._mailbox.close()
+
+
+def _wait_for(calls: list[Any], check: Callable[[], None]) -> None:
+    """Waits for calls of Ray and raises what one of them raised."""
+    import ray
+
+    while calls:
+        done, calls = ray.wait(calls, timeout=1.0)
+        ray.get(done)
+        check()
 
 
 class HostReceiver:

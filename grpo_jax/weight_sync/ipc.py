@@ -1,16 +1,23 @@
 """Both ends of the transport for engines on the trainer's own GPUs: nothing leaves the card.
 
-The trainer packs a bucket, copies it into one of two slots of device memory that both processes have open, and
-packs the next while the engine copies from the slot into its parameters. The counters of a `Mailbox` in shared
-memory tell each side how far the other is; waiting costs microseconds and no remote call.
+The trainer packs a bucket and copies it into one of two slots of device memory that both processes have open. It
+packs the next one while the engine copies from the slot into its parameters. The counters of a `Mailbox` in shared
+memory tell each side how far the other is: waiting costs microseconds and no remote call.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo_jax.weight_sync import cuda
-from grpo_jax.weight_sync.wire import Layout, Mailbox, WeightSyncError, bucket_size
+from grpo_jax.weight_sync.wire import (
+    Destination,
+    Layout,
+    Mailbox,
+    WeightSyncError,
+    bucket_size,
+    first_workers,
+)
 
 NUM_SLOTS = 2
 
@@ -18,32 +25,37 @@ NUM_SLOTS = 2
 class IpcSender:
     """The trainer's end. Each of its devices has slots of its own, with every bucket whole."""
 
-    def __init__(self, layout: Layout, ordinals: list[int], num_readers: int):
+    def __init__(self, layout: Layout, ordinals: list[int], destinations: Sequence[Destination]):
         """Args: ordinals: CUDA numbers of the trainer's devices."""
         self._slot_bytes = layout.bucket_bytes
         self._buffers = {n: cuda.SharedBuffer(n, NUM_SLOTS * self._slot_bytes) for n in ordinals}
+        self._first_readers = first_workers(destinations)
+        num_readers = sum(destination.num_workers for destination in destinations)
         self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, 0)
 
-    def link(self, first_reader: int) -> dict[str, Any]:
-        """What the workers of a replica, readers from `first_reader` on, need to open this end."""
+    def links(self) -> list[dict[str, Any] | None]:
+        """See `Sender.links`."""
         handles = {cuda.device_uuid(n): buffer.handle for n, buffer in self._buffers.items()}
-        return {
-            "mailbox": self._mailbox.address,
-            "first_reader": first_reader,
-            "handles": handles,
-            "slot_bytes": self._slot_bytes,
-        }
+        return [
+            {
+                "mailbox": self._mailbox.address,
+                "first_reader": first_reader,
+                "handles": handles,
+                "slot_bytes": self._slot_bytes,
+            }
+            for first_reader in self._first_readers
+        ]
 
-    def connected(self) -> None:
-        """All workers have opened their end."""
+    def connect(self, check: Callable[[], None]) -> None:
+        """Nothing to join: the workers open the mailbox and the device memory."""
+
+    def reset(self, check: Callable[[], None]) -> None:
+        """See `Sender.reset`."""
         self._mailbox.unlink()
-
-    def reset(self) -> None:
-        """Before each push, and before the workers are told of it."""
         self._mailbox.reset()
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        """Sends device arrays that every device of the trainer holds whole."""
+        """See `Sender.send`."""
         self._mailbox.send(self._put, buckets, check)
 
     def _put(self, number: int, flat: Any) -> None:
@@ -55,6 +67,7 @@ class IpcSender:
             )
 
     def close(self) -> None:
+        """See `Sender.close`."""
         self._mailbox.close()
         for buffer in self._buffers.values():
             buffer.close()
@@ -81,9 +94,9 @@ class IpcReceiver:
         self._reader = link["first_reader"] + rank
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """Yields each bucket, [n] uint8 on this worker's device, and what gives its memory back.
+        """Yields (bucket, release): [n] uint8 on this worker's device, and a function that frees its memory.
 
-        To be called when all reading of the bucket is on the device's stream, and before the next is asked for.
+        Call `release` when all reading of the bucket is on the device's stream, before taking the next bucket.
         """
         import torch
 
@@ -104,7 +117,7 @@ class IpcReceiver:
 
 
 def as_tensor(pointer: int, num_bytes: int, device: Any) -> Any:
-    """A uint8 tensor over device memory that somebody else owns."""
+    """Returns a uint8 tensor over device memory that another process owns."""
     import torch
 
     interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (pointer, False), "version": 3}

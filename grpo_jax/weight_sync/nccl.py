@@ -10,12 +10,12 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.weight_sync import cuda
-from grpo_jax.weight_sync.wire import Layout, WeightSyncError, bucket_size
+from grpo_jax.weight_sync.wire import Destination, Layout, WeightSyncError, bucket_size, first_workers
 
 NCCL_UINT8 = 1
 
@@ -47,7 +47,7 @@ def _call(name: str, *args: object) -> None:
 
 
 def unique_id() -> str:
-    """What all ranks of a new communicator need to know, hexadecimal."""
+    """Returns the hexadecimal id of a new communicator, which all its ranks need."""
     uid = _UniqueId()
     _call("ncclGetUniqueId", ctypes.byref(uid))
     return bytes(uid).hex()
@@ -72,7 +72,7 @@ class Communicator:
             _call("ncclBroadcast", data, data, count, NCCL_UINT8, 0, self._comm, handle)
 
     def synchronize(self, check: Callable[[], None]) -> None:
-        """Waits for the communicator's own stream; `check` raises where waiting has no more sense."""
+        """Waits for the communicator's own stream; `check` raises where waiting has become useless."""
         with cuda.on_device(self._ordinal):
             cuda.wait_for_stream(self._stream, check)
 
@@ -84,20 +84,21 @@ class Communicator:
 class NcclSender:
     """The trainer's end: rank 0."""
 
-    def __init__(self, num_readers: int, device: Any):
+    def __init__(self, destinations: Sequence[Destination], device: Any):
         """Args: device: the JAX device that broadcasts."""
-        self._uid, self._size, self._device = unique_id(), 1 + num_readers, device
+        self._first_workers = first_workers(destinations)
+        self._size = 1 + sum(destination.num_workers for destination in destinations)
+        self._uid, self._device = unique_id(), device
         self._communicator: Communicator | None = None
 
-    def link(self, first_reader: int) -> dict[str, Any]:
-        """What the workers of a replica need to join."""
-        return {"uid": self._uid, "size": self._size, "first_rank": 1 + first_reader}
+    def links(self) -> list[dict[str, Any] | None]:
+        """See `Sender.links`."""
+        return [
+            {"uid": self._uid, "size": self._size, "first_rank": 1 + first} for first in self._first_workers
+        ]
 
     def connect(self, check: Callable[[], None]) -> None:
-        """Joins; returns when all workers have, which must be doing so at the same time.
-
-        Args: check: called meanwhile; raises where waiting has no more sense.
-        """
+        """See `Sender.connect`. Returns when all workers have joined, which they must do at the same time."""
         ordinal = self._device.local_hardware_id
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             joining = pool.submit(Communicator, self._uid, 0, self._size, ordinal)
@@ -105,18 +106,15 @@ class NcclSender:
                 while not concurrent.futures.wait([joining], timeout=0.2).done:
                     check()
             except BaseException:
-                pool.shutdown(wait=False)  # NCCL cannot be told to give up; its thread ends with the process
+                pool.shutdown(wait=False)  # NCCL cannot be told to stop; its thread ends with the process
                 raise
             self._communicator = joining.result()
 
-    def connected(self) -> None:
-        """All workers have joined: nothing to do."""
-
-    def reset(self) -> None:
-        """Broadcasts keep no count: nothing to do."""
+    def reset(self, check: Callable[[], None]) -> None:
+        """Nothing to reset: broadcasts keep no count."""
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        """Sends device arrays that the broadcasting device holds whole."""
+        """See `Sender.send`."""
         assert self._communicator is not None, "connect comes before send"
         for flat in buckets:
             flat.block_until_ready()
@@ -126,6 +124,7 @@ class NcclSender:
             del flat, data  # before the next one is made
 
     def close(self) -> None:
+        """See `Sender.close`."""
         if self._communicator is not None:
             self._communicator.close()
 

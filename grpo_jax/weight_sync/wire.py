@@ -5,6 +5,7 @@ Imported by the trainer and by the engine's workers, which need not have JAX: st
 
 import contextlib
 import dataclasses
+import itertools
 import mmap
 import os
 import time
@@ -43,8 +44,27 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
+class Destination:
+    """An engine that weights are sent to, as the trainer sees it."""
+
+    num_workers: int
+    is_local: bool
+    """On the trainer's host."""
+    prepare_relay: Callable[[], Any]
+    """Makes the engine ready for the buckets of a push. Returns a handle that `ray.get` waits for."""
+    relay: Callable[[int, Any], Any]
+    """(number of a bucket, the bucket) -> brings it to the engine's host. Returns a handle, too."""
+
+
+def first_workers(destinations: Sequence[Destination]) -> list[int]:
+    """The number of the first worker of each engine, where the workers of all engines are counted through."""
+    counts = [destination.num_workers for destination in destinations]
+    return list(itertools.accumulate(counts, initial=0))[:-1]
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
-    """Everything that a receiver has to know about the buckets of a model."""
+    """All that a receiver has to know about the buckets of a model."""
 
     dtype: str
     tensors: dict[str, tuple[int, ...]]
@@ -89,11 +109,31 @@ def piece_checksums(blocks: np.ndarray, pieces: Sequence[Piece]) -> list[int]:
     return [int(total) & 0xFFFFFFFF for total in np.add.reduceat(weighted & 0xFFFFFFFF, starts)]
 
 
-class Mailbox:
-    """Slots for buckets in shared memory of one host, one writer and several readers, without a lock.
+def compare_checksums(
+    layout: Layout, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]
+) -> None:
+    """Compares the checksums of every piece of every bucket.
 
-    A header counts the buckets that were written and that each reader has done with; bucket k lies in slot
-    k % num_slots. Transports whose bytes travel elsewhere (`slot_bytes` 0) use the counters alone.
+    Raises:
+        WeightSyncError: names the first tensors that differ.
+    """
+    wrong = [
+        piece.name
+        for pieces, ours, theirs in zip(layout.buckets, sent, received, strict=True)
+        for piece, a, b in zip(pieces, ours, theirs, strict=True)
+        if a != b
+    ]
+    if wrong:
+        names = list(dict.fromkeys(wrong))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise WeightSyncError(f"weights differ between trainer and engine: {', '.join(names[:3])}{more}")
+
+
+class Mailbox:
+    """Slots for buckets in shared memory of one host. One process writes, several read, without a lock.
+
+    A header counts the buckets that were written, and the buckets that each reader is done with. Bucket k lies in
+    slot k % num_slots. A transport that moves the bytes in another way uses the counters alone (`slot_bytes` 0).
     """
 
     def __init__(self, path: str, num_readers: int, num_slots: int, slot_bytes: int, *, create: bool):
@@ -106,9 +146,8 @@ class Mailbox:
             raise WeightSyncError(f"{path}: shared memory cannot be used ({error.strerror})") from None
         try:
             if create:
-                os.posix_fallocate(
-                    fd, 0, self._size
-                )  # a full /dev/shm is an error here, and not a crash later
+                # Where /dev/shm is full this is an error; without it writing would crash the process.
+                os.posix_fallocate(fd, 0, self._size)
             self._map = mmap.mmap(fd, self._size)
         except OSError as error:
             if create:
@@ -141,28 +180,32 @@ class Mailbox:
         return np.frombuffer(self._map, np.uint8, self._slot_bytes, start)
 
     def reset(self) -> None:
-        """Before a push, while no reader reads."""
+        """Sets the counters to 0, before a push, while nobody reads."""
         self._counts[:] = 0
 
     def wait_writable(self, bucket: int, check: Callable[[], None]) -> None:
-        """Returns when every reader has done with what the slot of `bucket` held before."""
+        """Waits until every reader is done with what the slot of `bucket` held before."""
         _poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
 
     def publish(self, bucket: int) -> None:
+        """Tells the readers that `bucket` is in its slot."""
         self._counts[0] = bucket + 1
 
     def wait_readable(self, bucket: int, check: Callable[[], None]) -> None:
+        """Waits until `bucket` is in its slot."""
         _poll(lambda: self._counts[0] > bucket, check)
 
     def release(self, reader: int, bucket: int) -> None:
+        """Tells the writer that a reader is done with `bucket`."""
         self._counts[1 + reader] = bucket + 1
 
     def send(
         self, put: Callable[[int, Any], None], buckets: Iterable[Any], check: Callable[[], None]
     ) -> None:
-        """Writes each bucket with `put(number, bucket)` when its slot is free; returns when all were read.
+        """Writes each bucket with `put(number, bucket)` when its slot is free. Returns when all were read.
 
-        Args: check: called while waiting; raises where waiting has no more sense.
+        Args:
+            check: called while waiting; raises where waiting has become useless.
         """
         number = 0
         for bucket in buckets:
@@ -174,12 +217,12 @@ class Mailbox:
         self.wait_writable(number - 1 + self._num_slots, check)
 
     def unlink(self) -> None:
-        """Removes the file once all have it open: nothing is left behind, however the processes end."""
+        """Removes the file's name. Once all have it open, nothing is left behind, however the processes end."""
         if self._create:
             Path(self.path).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """The creator's removes the file; views that are still held keep their memory."""
+        """Closes this end; the creator's removes the file. Views that are still held keep their memory."""
         self._counts = np.zeros(1, np.int64)
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -198,7 +241,7 @@ def deadline_check(seconds: float, what: str) -> Callable[[], None]:
 
 
 def _poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
-    """Waits, at first without sleeping: the other end is mostly some tenths of a millisecond away."""
+    """Waits, at first without sleeping: mostly the other end needs some tenths of a millisecond."""
     spins = 0
     while not is_true():
         spins += 1

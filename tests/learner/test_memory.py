@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from grpo_jax.run.prepare import make_room_on_host, trainer_share
 
 from grpo_jax import plan
 from grpo_jax.config import ConfigError, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model.transformer import ModelConfig, num_params
+from grpo_jax.rollout import push_bytes, trainer_share
+from grpo_jax.run.devices import make_room_on_host
 
 ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +180,15 @@ def test_it_agrees_with_a_measured_peak():
     assert plan_memory(config, QWEN_1_5B, ONE).peak == pytest.approx(62.53e9, rel=0.05)
 
 
+def test_a_push_is_a_phase_where_it_takes_memory():
+    """Beside what is held: 2 bytes a parameter, and four buckets of 192 MiB."""
+    config = gsm8k()
+    assert "weight sync" not in plan_memory(config, MODEL, ONE).phases
+    phases = plan_memory(config, MODEL, ONE, push_bytes=push_bytes(config.rollout)).phases
+    assert phases["weight sync"] == 2 * num_params(MODEL) + 4 * 192 * 2**20
+    assert push_bytes(gsm8k(**{"rollout.engine": "local"}).rollout) == 0
+
+
 def test_only_what_is_not_set_is_advised():
     shipped = plan.ways_to_save(gsm8k())
     assert shipped == [
@@ -235,7 +245,7 @@ def test_the_seeds_run_fits_one_h200_and_agrees_with_its_peak():
     """76.04 GB of 79.9 was the trainer's peak: configs/gsm8k.py as shipped (jax 0.11.2, 2026-11-26)."""
     config = gsm8k()
     peak, limit = (
-        plan_memory(config, QWEN_7B, ONE).peak,
+        plan_memory(config, QWEN_7B, ONE, push_bytes=push_bytes(config.rollout)).peak,
         trainer_share(config.rollout) * plan.device_bytes("h200"),
     )
     assert peak == pytest.approx(76.04e9, rel=0.1) and peak < limit

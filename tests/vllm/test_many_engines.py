@@ -45,7 +45,7 @@ def test_two_replicas_share_the_prompts(models, tmp_path):
         assert [g.prompt for g in groups] == batch
         assert helpers.worst_difference(groups, model, temperature=0.9) < helpers.TOLERANCE
         # One of two dies: what it owed is asked again, the other's answers are kept.
-        os.kill(engine.pids()[1], signal.SIGKILL)
+        os.kill(helpers.pids(engine)[1], signal.SIGKILL)
         again = engine.generate(batch, SAMPLED, seed=1)
         assert [c.token_ids for g in again for c in g.completions] == [
             c.token_ids for g in groups for c in g.completions
@@ -168,7 +168,7 @@ def test_an_engine_lost_while_old_weights_are_gone(models, tmp_path):
         middle = half_of(engine, batch, sampling)
         wait = engine.submit(batch, sampling, seed=9)
         time.sleep(middle)
-        os.kill(engine.pids()[0], signal.SIGKILL)
+        os.kill(helpers.pids(engine)[0], signal.SIGKILL)
         for leaf in jax.tree.leaves(params):
             leaf.delete()  # as the trainer's update would have donated them
         engine.load_weights(new_params, version=2)

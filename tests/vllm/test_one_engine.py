@@ -1,6 +1,7 @@
 """One engine, whatever the family: agreement with the trainer, limits, faults."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -78,12 +79,12 @@ def test_an_engine_killed_within_a_batch_is_replaced(engine):
     start = time.monotonic()
     expected = engine.generate(batch, sampling, seed=9)
     middle = (time.monotonic() - start) / 2
-    pid = engine.pids()[0]
+    pid = helpers.pids(engine)[0]
     killer = threading.Timer(middle, os.kill, (pid, signal.SIGKILL))
     killer.start()
     groups = engine.generate(batch, sampling, seed=9)
     killer.join()
-    assert engine.pids()[0] != pid
+    assert helpers.pids(engine)[0] != pid
     # Asked again with the same weights and seeds, nothing was lost, doubled or mixed up.
     assert [g.prompt.prompt_id for g in groups] == [p.prompt_id for p in batch]
     assert [c.token_ids for g in groups for c in g.completions] == [
@@ -92,7 +93,7 @@ def test_an_engine_killed_within_a_batch_is_replaced(engine):
 
 
 def test_an_engine_killed_between_batches_is_replaced(engine):
-    os.kill(engine.pids()[0], signal.SIGKILL)
+    os.kill(helpers.pids(engine)[0], signal.SIGKILL)
     time.sleep(1.0)
     engine.load_weights(engine.test_params, version=4)
     (group,) = engine.generate(helpers.prompts([3]), GREEDY, seed=0)
@@ -100,20 +101,20 @@ def test_an_engine_killed_between_batches_is_replaced(engine):
 
 
 def test_an_engine_that_falls_silent_is_replaced(engine, monkeypatch):
-    pid = engine.pids()[0]
+    pid = helpers.pids(engine)[0]
     os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(type(engine), "timeout_s", 5.0)
+    monkeypatch.setattr(engine, "_section", dataclasses.replace(engine._section, timeout_s=5.0))
     (group,) = engine.generate(helpers.prompts([3]), GREEDY, seed=0)
     assert len(group.completions[0].token_ids) >= 1
-    assert engine.pids()[0] != pid
+    assert helpers.pids(engine)[0] != pid
 
 
 def test_a_changed_weight_on_the_way_is_named(engine, monkeypatch):
     """One bit of one tensor, changed between the trainer's checksum and the engine."""
-    from grpo_jax.rollout.vllm import engine as vllm_engine
+    from grpo_jax.rollout.vllm import push
 
-    pack = vllm_engine.pack_buckets
-    pieces = engine._plan.layout.buckets[-2]
+    pack = push.pack_buckets
+    pieces = engine._pusher._plan.layout.buckets[-2]
     piece = next(p for p in pieces if p.name.endswith("k_proj.weight"))
 
     def spoiled(*args):
@@ -122,7 +123,7 @@ def test_a_changed_weight_on_the_way_is_named(engine, monkeypatch):
                 flat = flat.at[piece.offset // 4 + 5].add(1e-3)
             yield bucket, flat, sums
 
-    monkeypatch.setattr(vllm_engine, "pack_buckets", spoiled)
+    monkeypatch.setattr(push, "pack_buckets", spoiled)
     with pytest.raises(WeightSyncError, match=piece.name.replace(".", r"\.")):
         engine.load_weights(engine.test_params, version=9)
     monkeypatch.undo()
@@ -158,18 +159,18 @@ def test_a_stale_prefix_cache_would_be_caught(engine, monkeypatch):
     probe(engine, moved)  # as it is, the engine forgets
 
     monkeypatch.setattr(vllm_server, "EngineActor", ForgetfulActor)
-    os.kill(engine.pids()[0], signal.SIGKILL)
+    os.kill(helpers.pids(engine)[0], signal.SIGKILL)
     engine.load_weights(engine.test_params, version=22)
     probe(engine, engine.test_params)
     engine.load_weights(moved, version=23)
     with pytest.raises(WeightSyncError, match="prefix cache holds values of older weights"):
         probe(engine, moved)
     monkeypatch.undo()
-    os.kill(engine.pids()[0], signal.SIGKILL)
+    os.kill(helpers.pids(engine)[0], signal.SIGKILL)
     engine.load_weights(engine.test_params, version=24)
 
 
 def test_a_prompt_that_is_too_long_ends_with_a_message(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_section", helpers.section(max_restarts=0))
+    monkeypatch.setattr(engine._replicas, "_section", helpers.section(max_restarts=0))
     with pytest.raises(EngineError, match=r"rollout\.max_restarts"):
         engine.generate(helpers.prompts([600]), GREEDY, seed=0)

@@ -117,6 +117,11 @@ def engine_for(folder, mesh, *, max_model_len=512, **changes):
     )
 
 
+def pids(engine):
+    """Process ids of the engines of a `VllmEngine`."""
+    return [replica.pid for replica in engine._replicas]
+
+
 def perturbed(params, seed, scale=0.05):
     """Parameters after a "training step": every leaf moved at random, where it lies."""
     leaves, tree = jax.tree.flatten(params)

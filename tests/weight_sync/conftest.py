@@ -6,7 +6,7 @@ import jax
 import pytest
 import torch
 
-from grpo_jax.weight_sync import buckets as naming
+from grpo_jax.weight_sync import buckets
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -16,7 +16,7 @@ def quick():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         # Traced anew for each tensor of each plan; fifty plans are made here.
-        patch.setattr(naming, "abstract_params", functools.cache(naming.abstract_params))
+        patch.setattr(buckets, "abstract_params", functools.cache(buckets.abstract_params))
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

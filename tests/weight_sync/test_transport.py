@@ -1,6 +1,7 @@
 """Which way weights go, and the way through the host's memory from end to end."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import types
@@ -15,7 +16,7 @@ import torch
 from weight_sync_helpers import bits, mesh_of, raw, unpack
 
 from grpo_jax.config import ConfigError
-from grpo_jax.weight_sync import WeightSyncError, choose_transport, make_sender
+from grpo_jax.weight_sync import Destination, WeightSyncError, choose_transport, make_sender
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.host import HostReceiver, HostSender
 from grpo_jax.weight_sync.wire import bucket_size, deadline_check
@@ -69,6 +70,20 @@ def test_a_way_between_gpus_is_refused_where_there_are_none(
 # Through the host's memory
 
 
+def local_engine(num_workers):
+    """A destination on this host: nothing may be relayed to it."""
+    return Destination(num_workers, True, relay_nothing, relay_nothing)
+
+
+def relay_nothing(*args):
+    raise AssertionError("nothing is relayed on the trainer's own host")
+
+
+def remote_engine(relay, prepare_relay=lambda: None):
+    """A destination on another host, of one worker."""
+    return Destination(1, False, prepare_relay, relay)
+
+
 @pytest.fixture
 def patient():
     return deadline_check(60, "the other end of this test did nothing")
@@ -102,16 +117,17 @@ def receive(receiver, layout, check):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_workers_get_every_push_whole(models, opened, patient, dtype):
     model, mesh = models("qwen2-untied"), mesh_of(2, 2, 2)
-    plan = make_push_plan(model.config, np.dtype(getattr(jax.numpy, dtype)), SPLIT)
-    sender = opened(make_sender("host", plan.layout, mesh, num_local=2, num_workers=2, relays=[]))
+    config = dataclasses.replace(model.config, dtype=np.dtype(getattr(jax.numpy, dtype)))
+    plan = make_push_plan(config, SPLIT)
+    sender = opened(make_sender("host", plan.layout, mesh, [local_engine(1), local_engine(1)]))
     assert isinstance(sender, HostSender)
-    links = [(sender.link(0), 0), (sender.link(1), 0)]  # two replicas of one worker
-    receivers = [opened(HostReceiver(link, rank, torch.device("cpu"))) for link, rank in links]
+    receivers = [opened(HostReceiver(link, 0, torch.device("cpu"))) for link in sender.links()]
+    sender.connect(patient)
     params = model.params(2, 2, 2)
     with ThreadPoolExecutor(2) as pool:
         for scale in (1.0, 2.0):  # a power of two: exact in either type
             scaled = jax.tree.map(lambda x, scale=scale: x * scale, params)
-            sender.reset()
+            sender.reset(patient)
             readers = [pool.submit(receive, receiver, plan.layout, patient) for receiver in receivers]
             sender.send((flat for _, flat, _ in pack_buckets(scaled, plan, mesh)), patient)
             for reader in readers:
@@ -123,8 +139,8 @@ def test_two_workers_get_every_push_whole(models, opened, patient, dtype):
 def test_workers_of_one_replica_are_told_apart_by_their_ranks(models, opened, patient):
     """Tensor parallel: both open the same link. One of them alone does not free a slot."""
     plan, flats, _ = models("qwen2-tied").push(SPLIT)
-    sender = opened(HostSender(plan.layout, 2))
-    link = sender.link(0)
+    sender = opened(HostSender(plan.layout, [local_engine(2)]))
+    (link,) = sender.links()
     receivers = [opened(HostReceiver(link, rank, torch.device("cpu"))) for rank in range(2)]
     waits = []
     with ThreadPoolExecutor(3) as pool:
@@ -142,11 +158,11 @@ def test_workers_of_one_replica_are_told_apart_by_their_ranks(models, opened, pa
 
 def test_the_checks_of_either_end_are_heard(models, opened):
     plan, flats, _ = models("qwen2-tied").push(SPLIT)
-    sender = opened(HostSender(plan.layout, 1))
-    receiver = opened(HostReceiver(sender.link(0), 0, torch.device("cpu")))
+    sender = opened(HostSender(plan.layout, [local_engine(1)]))
+    receiver = opened(HostReceiver(sender.links()[0], 0, torch.device("cpu")))
     with pytest.raises(WeightSyncError, match="nobody reads within"):
         sender.send(iter(flats), deadline_check(0.05, "nobody reads"))
-    sender.reset()
+    sender.reset(deadline_check(60, "nothing to wait for"))
     with pytest.raises(WeightSyncError, match="nobody writes within"):
         receive(receiver, plan.layout, deadline_check(0.05, "nobody writes"))
 
@@ -172,8 +188,8 @@ def test_a_bucket_is_let_go_before_the_next_one_is_packed(models, opened, patien
             del flat
 
     held: list[list] = []
-    sender = opened(HostSender(plan.layout, 1))
-    receiver = opened(HostReceiver(sender.link(0), 0, torch.device("cpu")))
+    sender = opened(HostSender(plan.layout, [local_engine(1)]))
+    receiver = opened(HostReceiver(sender.links()[0], 0, torch.device("cpu")))
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(receive, receiver, plan.layout, patient)
         sender.send(buckets(), patient)
@@ -206,8 +222,11 @@ def test_buckets_go_to_relays_and_to_workers_here_alike(models, opened, patient,
     def relay_to(number_of_engine):
         return lambda number, bucket: relayed[number_of_engine].append((number, raw(bucket)))
 
-    sender = opened(HostSender(plan.layout, 1, [relay_to(0), relay_to(1)]))
-    receiver = opened(HostReceiver(sender.link(0), 0, torch.device("cpu")))
+    engines = [remote_engine(relay_to(0)), local_engine(1), remote_engine(relay_to(1))]
+    sender = opened(HostSender(plan.layout, engines))
+    first, link, last = sender.links()
+    assert first is None and last is None
+    receiver = opened(HostReceiver(link, 0, torch.device("cpu")))
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(receive, receiver, plan.layout, patient)
         sender.send(iter(flats), patient)
@@ -222,11 +241,15 @@ def test_buckets_go_to_relays_and_to_workers_here_alike(models, opened, patient,
 def test_without_a_worker_on_this_host_there_is_no_shared_memory(models, opened, patient, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", FakeRay())
     plan, flats, _ = models("qwen2-tied").push(SPLIT)
-    relayed = []
+    relayed, prepared = [], []
     before = set(SHARED_MEMORY.iterdir())
-    sender = opened(HostSender(plan.layout, 0, [lambda number, bucket: relayed.append(raw(bucket))]))
+    engine = remote_engine(
+        lambda number, bucket: relayed.append(raw(bucket)), lambda: prepared.append(len(relayed))
+    )
+    sender = opened(HostSender(plan.layout, [engine]))
     assert not [file for file in set(SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in file.name]
-    sender.reset()
+    sender.reset(patient)
+    assert prepared == [0]  # before the first bucket
     sender.send(iter(flats), patient)
     for got, flat in zip(relayed, flats, strict=True):
         np.testing.assert_array_equal(got, raw(flat))
@@ -235,6 +258,23 @@ def test_without_a_worker_on_this_host_there_is_no_shared_memory(models, opened,
 def test_what_a_relay_raises_reaches_the_trainer(models, opened, patient, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", FakeRay())
     plan, flats, _ = models("qwen2-tied").push(SPLIT)
-    sender = opened(HostSender(plan.layout, 0, [lambda number, bucket: WeightSyncError("the host is gone")]))
+    gone = WeightSyncError("the host is gone")
+    sender = opened(HostSender(plan.layout, [remote_engine(lambda number, bucket: gone)]))
     with pytest.raises(WeightSyncError, match="the host is gone"):
         sender.send(iter(flats), patient)
+    sender = opened(HostSender(plan.layout, [remote_engine(lambda number, bucket: None, lambda: gone)]))
+    with pytest.raises(WeightSyncError, match="the host is gone"):
+        sender.reset(patient)
+
+
+def test_nothing_is_left_in_shared_memory_once_all_are_connected(models, opened, patient):
+    """However the processes end: at the first push the workers have the mailbox open, and its name goes."""
+    layout = models("qwen2-tied").push(SPLIT)[0].layout
+    sender = opened(HostSender(layout, [local_engine(1)]))
+    (link,) = sender.links()
+    path = Path(link["mailbox"]["path"])
+    opened(HostReceiver(link, 0, torch.device("cpu")))
+    assert path.exists()
+    sender.connect(patient)
+    sender.reset(patient)
+    assert not path.exists()

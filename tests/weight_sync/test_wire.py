@@ -21,12 +21,15 @@ from grpo_jax.weight_sync.wire import (
     BLOCK_BYTES,
     BLOCK_WORDS,
     WORD_WEIGHTS,
+    Destination,
     Layout,
     Mailbox,
     Piece,
     WeightSyncError,
     bucket_size,
+    compare_checksums,
     deadline_check,
+    first_workers,
     piece_checksums,
 )
 
@@ -96,6 +99,45 @@ def test_exchanged_blocks_are_seen(words):
     assert after[0] != before[0] and after[1:] == before[1:]
 
 
+# Comparing them
+
+
+def layout_of(*buckets):
+    pieces = tuple(tuple(Piece(name, 0, 1, 4096 * i, 4) for i, name in enumerate(names)) for names in buckets)
+    return Layout("float32", {name: (1,) for names in buckets for name in names}, pieces)
+
+
+def difference(sent, received, *buckets):
+    with pytest.raises(WeightSyncError) as caught:
+        compare_checksums(layout_of(*buckets), sent, received)
+    return str(caught.value)
+
+
+def test_equal_checksums_pass():
+    compare_checksums(layout_of("ab", "c"), [[1, 2], [3]], [[1, 2], [3]])
+
+
+def test_the_tensors_that_differ_are_named():
+    message = difference([[1, 2], [3]], [[1, 5], [4]], "ab", "c")
+    assert message == "weights differ between trainer and engine: b, c"
+
+
+def test_three_are_named_and_the_others_counted():
+    sent, received = [[0] * 5, [0]], [[0, 1, 1, 1, 1], [1]]
+    assert difference(sent, received, "abcde", "f").endswith(": b, c, d and 2 more")
+    assert difference(sent[:1], [[0, 1, 1, 1, 0]], "abcde").endswith(": b, c, d")
+
+
+def test_a_tensor_in_several_buckets_is_named_once():
+    assert difference([[1], [2], [3]], [[0], [2], [0]], "a", "a", "a").endswith(": a")
+
+
+@pytest.mark.parametrize("received", [[[1, 2]], [[1, 2], [3, 4]], [[1], [3]]])
+def test_other_numbers_of_checksums_are_no_match(received):
+    with pytest.raises(ValueError):
+        compare_checksums(layout_of("ab", "c"), [[1, 2], [3]], received)
+
+
 # Layout
 
 LAYOUT = Layout(
@@ -110,7 +152,7 @@ def test_a_layout_travels_as_json():
 
 
 def test_a_real_layout_travels_as_json(models):
-    layout = make_push_plan(models("qwen3").config, np.float32, 20_000).layout
+    layout = make_push_plan(models("qwen3").config, 20_000).layout
     again = Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
     assert again == layout and list(again.tensors) == list(layout.tensors)
 
@@ -118,6 +160,15 @@ def test_a_real_layout_travels_as_json(models):
 def test_a_bucket_ends_on_a_whole_block():
     assert [bucket_size(pieces) for pieces in LAYOUT.buckets] == [4 * 4096, 4096, 2 * 4096]
     assert LAYOUT.bucket_bytes == 4 * 4096
+
+
+# Destinations
+
+
+def test_workers_are_counted_through():
+    engines = [Destination(n, True, lambda: None, lambda number, bucket: None) for n in (2, 1, 4)]
+    assert first_workers(engines) == [0, 2, 3]
+    assert first_workers(engines[:1]) == [0] and first_workers([]) == []
 
 
 # Mailbox

@@ -1,5 +1,6 @@
 """Tiny models of every family, and the opposite of packing, written from the layout's description alone."""
 
+import dataclasses
 import math
 
 import jax
@@ -72,7 +73,7 @@ class Model:
 
     def push(self, bucket_bytes, dtype="float32", sizes=(1, 1, 1)):
         """(plan, flat arrays, block sums)"""
-        plan = make_push_plan(self.config, NUMPY_DTYPES[dtype], bucket_bytes)
+        plan = make_push_plan(dataclasses.replace(self.config, dtype=NUMPY_DTYPES[dtype]), bucket_bytes)
         packed = list(pack_buckets(self.params(*sizes), plan, mesh_of(*sizes)))
         assert [bucket for bucket, _, _ in packed] == list(plan.buckets)
         return plan, [flat for _, flat, _ in packed], [blocks for _, _, blocks in packed]

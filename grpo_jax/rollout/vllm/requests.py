@@ -1,123 +1,138 @@
-"""Rollouts that vLLM engines were asked for: dealt out, collected, and asked for again when an engine is lost."""
+"""Rollouts under way: dealt out to the engines, collected, and asked for again when an engine is lost."""
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from grpo_jax.rollout.base import SamplingParams
-from grpo_jax.rollout.vllm import cluster as ray_cluster
+from grpo_jax.rollout.vllm.replicas import AnswerStream, Replicas, TimedOut, call_errors, wait_for_answers
+from grpo_jax.rollout.vllm.server import Request
 from grpo_jax.types import Prompt, RolloutGroup
 
-if TYPE_CHECKING:
-    from grpo_jax.rollout.vllm.engine import VllmEngine
+WAIT_S = 0.5  # for answers, between two looks for engines that are silent
 
-WAIT_S = 0.5  # for one look at what has come back
+OnLoss = Callable[[AnswerStream, Exception], None]
+"""What is done about an engine that fails with an error while its answers are waited for."""
 
 
 class PendingRollouts:
-    """Rollouts that were asked for: what has come back, and what each replica still owes."""
+    """Rollouts that engines were asked for: what has come back, and what each engine still owes."""
 
     def __init__(
         self,
-        engine: "VllmEngine",
-        prompts: Sequence[Prompt],
+        replicas: Replicas,
+        requests: Sequence[Request],
         sampling: SamplingParams,
-        seed: int,
+        *,
+        stop_token_ids: tuple[int, ...],
+        silence_s: float,
+        decode: Callable[[int, dict[str, Any]], RolloutGroup],
+        revive: Callable[[int, Exception], None],
         progress: str,
     ):
-        self._engine, self._prompts, self._sampling, self._progress = engine, prompts, sampling, progress
-        seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32)
-        # vLLM gives sample g the seed of its prompt plus g; 2^31 leaves room for any G.
-        self._requests = [
-            (i, list(prompt.token_ids), int(s) % 2**31)
-            for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
-        ]
+        """Sends the requests.
+
+        Args:
+            requests: see `make_requests`.
+            silence_s: an engine of which no group finishes for so long is lost.
+            decode: (number of a prompt, answer of `EngineActor.generate` to it) -> its group.
+            revive: (number of an engine, its error) -> restarts it and gives it the current weights.
+            progress: label of a progress bar; "" shows none.
+        """
+        self._replicas, self._requests, self._sampling = replicas, requests, sampling
+        self._stop_token_ids, self._silence_s, self._progress = stop_token_ids, silence_s, progress
+        self._decode, self._revive = decode, revive
         self._groups: dict[int, RolloutGroup] = {}
-        self._owed: dict[int, set[int]] = {n: set() for n in range(engine.num_engines)}
-        # Dealt out in the order of their lengths, so that every replica reads about the same number of tokens.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-        for place, i in enumerate(order):
-            self._owed[place % engine.num_engines].add(i)
-        self._streams: dict[int, Any] = {}
-        self._lives: dict[int, int] = {}
-        for replica in self._owed:
-            self._ask(replica)
+        self._owed = deal_out(requests, len(replicas))
+        self._streams: dict[int, AnswerStream] = {}
+        for number in range(len(replicas)):
+            self._ask(number)
 
-    def _ask(self, replica: int) -> None:
-        """Asks a replica for all that it owes."""
-        self._lives[replica] = self._engine.lives(replica)
-        requests = [self._requests[i] for i in sorted(self._owed[replica])]
-        if requests:
-            self._streams[replica] = self._engine.ask(replica, requests, self._sampling)
-        else:
-            self._streams.pop(replica, None)
+    def wait(self) -> list[RolloutGroup]:
+        """Waits for all groups and returns them in the order of the requests. Engines that fail are revived."""
+        self._collect(self._revive_and_ask)
+        return [self._groups[i] for i in range(len(self._requests))]
 
-    def result(self) -> list[RolloutGroup]:
-        """Waits for all groups and returns them in the order of the prompts."""
-        self.collect()
-        self._engine.forget(self)
-        return [self._groups[i] for i in range(len(self._prompts))]
+    def drain(self) -> None:
+        """Waits until every engine has finished or failed. One that fails is killed; what it owes stays owed."""
+        self._collect(self._give_up)
 
     def ask_again(self) -> None:
-        """Asks for what replicas owe that were lost during `collect` without a revival."""
-        for replica, owed in self._owed.items():
-            if owed and replica not in self._streams:
-                self._ask(replica)
+        """Asks for what is still owed after `drain`."""
+        for number, owed in self._owed.items():
+            if owed and number not in self._streams:
+                self._ask(number)
 
-    def collect(self, *, revive: bool = True) -> None:
-        """Waits for all groups; without `revive`, for those of the engines that live."""
-        import ray
+    def _ask(self, number: int) -> None:
+        """Asks an engine for all that it owes."""
+        requests = [self._requests[i] for i in sorted(self._owed[number])]
+        if requests:
+            self._streams[number] = self._replicas.ask(number, requests, self._sampling, self._stop_token_ids)
+        else:
+            self._streams.pop(number, None)
 
+    def _collect(self, on_loss: OnLoss) -> None:
+        """Takes answers until no engine has any left."""
         size = self._sampling.num_samples
         heard = dict.fromkeys(self._owed, time.monotonic())
         with tqdm(
-            total=len(self._prompts) * size, initial=len(self._groups) * size, desc=self._progress,
+            total=len(self._requests) * size, initial=len(self._groups) * size, desc=self._progress,
             unit="completion", leave=False, disable=None if self._progress else True,
         ) as bar:  # fmt: skip
             while self._streams:
-                for replica in list(self._streams):
-                    # It was replaced while another batch was waited for.
-                    if self._lives[replica] != self._engine.lives(replica):
-                        self._ask(replica)
-                by_stream = {id(stream): replica for replica, stream in self._streams.items()}
-                ready, _ = ray.wait(list(self._streams.values()), timeout=WAIT_S)
-                for stream in ready:
-                    replica = by_stream[id(stream)]
-                    bar.update(self._take(replica, stream, revive) * size)
-                    heard[replica] = time.monotonic()
-                self._notice_silence(heard, revive)
+                for number, stream in list(self._streams.items()):
+                    if stream.is_stale:  # it was restarted while another batch was waited for
+                        self._ask(number)
+                for stream in wait_for_answers(self._streams.values(), WAIT_S):
+                    bar.update(self._take(stream, on_loss) * size)
+                    heard[stream.number] = time.monotonic()
+                self._notice_silence(heard, on_loss)
 
-    def _take(self, replica: int, stream: Any, revive: bool) -> int:
-        """Takes what a replica has ready: 1 group, or 0 at the end of its stream or its life."""
-        import ray
-
+    def _take(self, stream: AnswerStream, on_loss: OnLoss) -> int:
+        """Takes one answer. Returns the number of groups in it: 1, or 0 if the stream or its engine has ended."""
         try:
-            number, answer = ray.get(next(stream))
+            i, answer = next(stream)
         except StopIteration:
-            del self._streams[replica]
+            del self._streams[stream.number]
             return 0
-        except ray_cluster.dead_errors() as error:
-            self._lost(replica, error, revive)
+        except call_errors() as error:
+            on_loss(stream, error)
             return 0
-        self._groups[number] = self._engine.to_group(self._prompts[number], answer)
-        self._owed[replica].discard(number)
+        self._groups[i] = self._decode(i, answer)
+        self._owed[stream.number].discard(i)
         return 1
 
-    def _notice_silence(self, heard: dict[int, float], revive: bool) -> None:
+    def _notice_silence(self, heard: dict[int, float], on_loss: OnLoss) -> None:
         now = time.monotonic()
-        for replica in [r for r in self._streams if now - heard[r] > self._engine.timeout_s]:
-            silence = f"no group finished for {self._engine.timeout_s:g} s (rollout.timeout_s)"
-            self._lost(replica, ray_cluster.TimedOut(silence), revive)
+        for number in [n for n in self._streams if now - heard[n] > self._silence_s]:
+            error = TimedOut(f"no group finished for {self._silence_s:g} s (rollout.timeout_s)")
+            on_loss(self._streams[number], error)
             heard.update(dict.fromkeys(heard, time.monotonic()))
 
-    def _lost(self, replica: int, error: Exception, revive: bool) -> None:
-        if not revive:
-            self._engine.bury(replica)
-            del self._streams[replica]
-            return
-        if self._lives[replica] == self._engine.lives(replica):
-            self._engine.revive([replica], error)
-        self._ask(replica)
+    def _revive_and_ask(self, stream: AnswerStream, error: Exception) -> None:
+        if not stream.is_stale:
+            self._revive(stream.number, error)
+        self._ask(stream.number)
+
+    def _give_up(self, stream: AnswerStream, error: Exception) -> None:
+        self._replicas.kill(stream.number)
+        del self._streams[stream.number]
+
+
+def make_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
+    """One request a prompt, each with a seed of its own."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint32)
+    # vLLM gives sample g the seed of its prompt plus g; 2^31 leaves room for any G.
+    return [
+        (i, list(prompt.token_ids), int(s) % 2**31)
+        for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+
+
+def deal_out(requests: Sequence[Request], num_replicas: int) -> dict[int, set[int]]:
+    """Number of an engine -> numbers of its prompts, so that all engines read about as many tokens."""
+    order = [i for i, *_ in sorted(requests, key=lambda request: -len(request[1]))]
+    return {number: set(order[number::num_replicas]) for number in range(num_replicas)}

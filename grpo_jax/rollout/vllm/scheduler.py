@@ -1,19 +1,19 @@
-"""vLLM's scheduler with less to do for each token: with many sequences a step takes as long as its Python.
+"""vLLM's scheduler with less Python for each token.
 
-vLLM goes through every new token of every request in Python: whether it needs a cache block or fills one, whether
-the request ends with it, and what to tell the process in front, which goes through it again. With 512 sequences of
-a small model that takes longer than the GPU needs for the step. But nobody reads a rollout before it is finished,
-and most of its tokens are idle: they do not end it. So
+vLLM handles every new token of every request in Python: does it need a cache block, does it fill one, does it
+end the request, what is sent to the front-end process, which handles it again. With 512 sequences of a small
+model that takes longer than the GPU needs for the step. But nobody reads a rollout before it is finished, and
+most of its tokens are idle: they do not end it. So
 
-- idle tokens are only noted (`_take_idle`), and a block's hash computed with its last one; vLLM's own code gets
-  the other tokens, and all those of other requests;
-- no cache block is looked for where the last one has room (`skip_idle_allocation`);
-- tokens are handed to the process in front in runs of `RUN`, and the rest at the end.
+- an idle token is only noted (`_take_idle`), and a block's hash is computed with the block's last token. vLLM's
+  own code gets the other tokens, and all tokens of other requests;
+- no cache block is looked for while the last one has room (`skip_idle_allocation`);
+- tokens are handed to the front-end process in runs of `RUN`, and the rest at the end.
 
-Sequences with prompts of one length come to the end of a block in the same step or two, which would then take
-several times as long as others: what is done there is kept small, and runs end at different steps.
+Sequences whose prompts have one length reach the end of a block in the same step or two. Such a step would take
+several times as long as others, so little is done in it, and runs end at different steps.
 
-Requests that somebody may be reading, those of the OpenAI-compatible port, are passed on as they come.
+Requests of the OpenAI-compatible port, which somebody may be reading, are passed on token by token.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class _Held:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     num_idle: int = 0
-    """How many of the next tokens are idle, unless one of `stops` is among them or the request is preempted."""
+    """How many of the next tokens are idle, if none of `stops` is among them and the request is not preempted."""
     num_preemptions: int = 0
     """The request's, when `num_idle` was counted."""
 
@@ -59,15 +59,15 @@ class _RunScheduler:
         self._numbers = itertools.count()
         groups = self.kv_cache_config.kv_cache_groups  # type: ignore[attr-defined]
         self._block_size = 0
-        """Of the cache; 0: layers that keep different parts of it, or more than two steps under way at once. Then
-        no token is taken for idle: blocks may be cached at other moments."""
+        """Tokens of a cache block. 0: no token counts as idle, since blocks may be cached at other moments: layers
+        keep different parts of the cache, or more than two steps are under way at once."""
         is_simple = len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec
         if is_simple and not self.use_pp:  # type: ignore[attr-defined]
             self._block_size = groups[0].kv_cache_spec.block_size
             skip_idle_allocation(self.kv_cache_manager, self._block_size)  # type: ignore[attr-defined]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
-        """vLLM's own, but for idle tokens, and with the outputs of unfinished rollouts put together."""
+        """As vLLM's own, but idle tokens are only noted, and outputs of unfinished rollouts are put together."""
         scheduler_output, runs = self._take_idle(scheduler_output, model_runner_output)
         by_client = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for outputs in by_client.values():
@@ -85,11 +85,12 @@ class _RunScheduler:
     def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> tuple[Any, list[_Held]]:
         """Notes the idle tokens of a step.
 
-        Returns: `scheduler_output` with the requests that have others; the rollouts whose run ends.
+        Returns:
+            (`scheduler_output` with the requests that have other tokens, the rollouts whose run ends)
         """
         sampled, logprobs = model_runner_output.sampled_token_ids, model_runner_output.logprobs
         is_plain = logprobs is not None and logprobs.cu_num_generated_tokens is None
-        # Which experts a token went through is counted off over all requests of the step.
+        # vLLM reads the list of experts in the order of all requests of the step: none may be left out.
         if not sampled or not is_plain or getattr(model_runner_output, "routed_experts", None) is not None:
             return scheduler_output, []
         index, values = model_runner_output.req_id_to_index, logprobs.logprobs[:, 0].tolist()
@@ -106,7 +107,7 @@ class _RunScheduler:
         return dataclasses.replace(scheduler_output, num_scheduled_tokens=others), runs
 
     def _take(self, held: _Held, token: int, logprob: float) -> bool:
-        """What vLLM's own code does with an idle token. Returns whether a run ends with it."""
+        """Does what vLLM's own code does with an idle token. Returns whether a run ends with it."""
         held.num_idle -= 1
         held.token_ids.append(token)
         held.logprobs.append(logprob)
@@ -121,7 +122,7 @@ class _RunScheduler:
         if place == 0:
             request.update_block_hashes()
         elif place == 1 and self.is_asynchronous and not request.num_output_placeholders:
-            # Otherwise the block before was cached when this token was scheduled: not so if nothing was since.
+            # The block before is cached when the next token is scheduled. Here no token has been since.
             self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)  # type: ignore[attr-defined]
         return (len(request._output_token_ids) + held.number) % RUN == 0
 
@@ -146,7 +147,7 @@ class _RunScheduler:
         return _hand_over(held, output)
 
     def _count_idle(self, request: Any) -> int:
-        """How many of a request's next tokens are idle, unless one stops it: all but the last that it may have."""
+        """How many of a request's next tokens are idle if none stops it: all but the last that it may have."""
         if not self._block_size:
             return 0
         until_end = min(
@@ -156,7 +157,7 @@ class _RunScheduler:
         return max(0, until_end - 1)
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
-        """Called when requests are aborted: what was kept back of them is dropped."""
+        """As vLLM's own, for requests that are aborted. Their tokens that were not handed over are dropped."""
         if request_ids is None:
             self._held.clear()
         else:
@@ -167,9 +168,9 @@ class _RunScheduler:
 
 
 def skip_idle_allocation(manager: Any, block_size: int) -> None:
-    """Lets a `KVCacheManager` return at once where the next token lies within a block that the request has.
+    """Makes a `KVCacheManager` return at once where the next token lies within a block that the request has.
 
-    Not where it fills the block, if that may be cached then: once the block's last token is known.
+    Where the token fills the block and is known already, the block may be cached, and vLLM's own code does it.
     """
     allocate_slots, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
 
@@ -184,7 +185,7 @@ def skip_idle_allocation(manager: Any, block_size: int) -> None:
 
 
 def _is_rollout(request: Any) -> bool:
-    """Read at its end only, with the log-probabilities of the sampled tokens alone, and bound by no grammar."""
+    """True for a request that is read at its end only, with no more than the sampled tokens' log-probabilities."""
     params = request.sampling_params
     return (
         params is not None
@@ -194,12 +195,12 @@ def _is_rollout(request: Any) -> bool:
         and params.repetition_detection is None
         and request.structured_output_request is None
         and not request.resumable
-        and not params.detokenize  # text might hold a stop string, which the front looks for
+        and not params.detokenize  # text might hold a stop string, which the front-end process looks for
     )
 
 
 def _hand_over(held: _Held, output: Any) -> Any:
-    """Puts the tokens that were kept back into an output."""
+    """Puts the tokens that were not handed over yet into an output."""
     ranks = np.zeros(len(held.token_ids), np.int32)  # nobody reads the ranks of rollouts
     tokens, logprobs = np.array(held.token_ids, np.int32), np.array(held.logprobs, np.float32)
     output.new_token_ids = held.token_ids

@@ -1,7 +1,7 @@
-"""The engine's side of vLLM rollouts: one asynchronous vLLM engine in a Ray actor.
+"""One asynchronous vLLM engine in a Ray actor.
 
-Runs in the engine's environment, which needs vLLM, Ray and numpy, but not JAX. Token ids go in and token ids come
-out; text is the trainer's business.
+It runs in the engine's environment, which needs vLLM, Ray and numpy, but not JAX. Token ids go in and token ids
+come out; the trainer decodes them.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ EXTENSION = "grpo_jax.rollout.vllm.worker.WorkerExtension"
 
 
 class EngineActor:
-    """One vLLM engine. All methods are asynchronous: a push may overtake running rollouts."""
+    """One vLLM engine. All methods are asynchronous, so that a push may happen while rollouts run."""
 
     def __init__(self) -> None:
         self._llm: Any = None
@@ -36,13 +36,17 @@ class EngineActor:
     async def start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
         """Starts vLLM. The weights are random until the first push.
 
-        Args:   options: fields of vLLM's `AsyncEngineArgs`.
-        Raises: EngineError: whatever vLLM said, on one line; its own exceptions cannot all be sent to the trainer.
+        Args:
+            options: fields of vLLM's `AsyncEngineArgs`.
+            api_port: of the OpenAI-compatible server; 0: none.
+
+        Raises:
+            EngineError: vLLM's message, on one line. Its own exceptions cannot all be sent to the trainer.
         """
         try:
             return await self._start(options, api_port)
         except Exception as error:
-            # What pydantic says goes on with a dump of its input.
+            # pydantic's messages end with a dump of its input.
             said = " ".join(str(error).split()).partition(" [type=")[0]
             raise EngineError(f"{type(error).__name__}: {said}") from None
 
@@ -53,17 +57,17 @@ class EngineActor:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # Otherwise sampling's kernels are compiled at every start: they go to a folder that PyTorch deletes.
+        # Otherwise the kernels for sampling are compiled at every start: PyTorch deletes the folder they are in.
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton"))
         scheduler = "AsyncRunScheduler"
         if current_platform.is_cpu():
             scheduler = "RunScheduler"
-            # A seeded sample whose prompt is read in parts ends vLLM here: "CPU Generator does not use offset".
+            # A seeded sample whose prompt is read in parts crashes vLLM: "CPU Generator does not use offset".
             options = {"enable_chunked_prefill": False, **options}
         arguments = AsyncEngineArgs(
             load_format="dummy",
             generation_config="vllm",  # sampling comes from the trainer alone
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            logprobs_mode="processed_logprobs",  # those of the distribution that is sampled from
             disable_log_stats=True,
             skip_tokenizer_init=not api_port,
             scheduler_cls=f"grpo_jax.rollout.vllm.scheduler.{scheduler}",
@@ -80,13 +84,16 @@ class EngineActor:
             waiting = asyncio.create_task(ready.wait())
             await asyncio.wait({self._server, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if self._server.done():
-                self._server.result()  # raises what kept it from starting
+                self._server.result()  # raises the error that kept it from starting
         return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
 
     async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
-        """Opens the transport of the weights.
+        """Opens the workers' end of the transport of the weights.
 
-        Args: link: None: the trainer is on another host, and `relay` will bring the buckets.
+        Args:
+            transport: "ipc", "nccl" or "host".
+            link: of `Sender.links`; None: the trainer is on another host, and `relay` will bring the buckets.
+            layout: `Layout.to_dict`.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
@@ -105,7 +112,7 @@ class EngineActor:
             self._mailbox.unlink()
 
     async def relay(self, number: int, bucket: np.ndarray, timeout_s: float) -> None:
-        """Puts a bucket from another host into this host's mailbox."""
+        """Puts a bucket from another host into the mailbox of this host."""
         mailbox = self._mailbox
         assert mailbox is not None, "connect without a link comes before relay"
 
@@ -117,16 +124,21 @@ class EngineActor:
         await asyncio.to_thread(put)
 
     async def prepare_relay(self) -> None:
-        """Before the trainer sends: the relay's counters go back to zero."""
+        """Sets the counters of the mailbox to zero, before the trainer sends."""
         if self._mailbox is not None:
             self._mailbox.reset()
 
     async def push(self, version: int, timeout_s: float) -> list[list[list[int]]]:
-        """Takes the weights that the trainer sends meanwhile, and forgets what was cached with the old ones.
+        """Takes the weights that the trainer sends meanwhile, and drops what was cached with the old ones.
 
-        Running rollouts are frozen and go on with the new weights, their keys and values computed anew.
+        Running rollouts are frozen. They go on with the new weights, and their keys and values are computed again.
 
-        Returns: checksums of each worker, in the order of buckets and pieces.
+        Args:
+            version: of the weights; completions that begin from now on are stamped with it.
+            timeout_s: what the push may take.
+
+        Returns:
+            The checksums of each worker, in the order of buckets and pieces.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -135,7 +147,7 @@ class EngineActor:
         is_busy = self._in_flight > 0 or self._server is not None
         if is_busy:
             await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-        # vLLM's process does one after the other; sent together, nobody waits for an answer in between.
+        # vLLM's process runs these one after the other. Sent together, none waits for the answer of another.
         *_, checksums = await asyncio.gather(
             llm.start_weight_update(),
             llm.update_weights(request),
@@ -159,7 +171,7 @@ class EngineActor:
     async def generate(
         self, requests: list[Request], sampling: SamplingParams, stop_token_ids: tuple[int, ...]
     ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-        """Yields (number of the prompt, its group) as groups finish."""
+        """Yields (number of the prompt, its group) as groups finish. See `_group`."""
         tasks = [asyncio.create_task(self._group(*r, sampling, stop_token_ids)) for r in requests]
         for task in asyncio.as_completed(tasks):
             yield await task
@@ -172,7 +184,12 @@ class EngineActor:
         sampling: SamplingParams,
         stop_token_ids: tuple[int, ...],
     ) -> tuple[int, dict[str, Any]]:
-        """The completions of one prompt: token ids and log-probabilities one after the other, with lengths."""
+        """Completes one prompt.
+
+        Returns:
+            (number of the prompt, its group): "token_ids" and "logprobs" of all completions one after the other,
+            their "lengths" and "finish_reasons", and the "versions" of the weights at the start and at the end.
+        """
         version = self._version
         self._in_flight += 1
         try:
@@ -193,14 +210,15 @@ class EngineActor:
         }
 
     async def sleep(self) -> None:
-        """Frees the memory of weights and cache; both are worthless until the next push."""
+        """Frees the memory of weights and cache. The engine must be given new weights before it samples again."""
         await self._llm.sleep(level=2)
 
     async def wake_up(self) -> None:
+        """Takes the memory again that `sleep` has freed."""
         await self._llm.wake_up()
 
     async def memory_peak(self) -> int:
-        """Bytes that a worker's PyTorch held more than it does now, at most, since the last call."""
+        """Largest number of bytes since the last call by which a worker's PyTorch held more than it does now."""
         return max(await self._llm.collective_rpc("grpo_jax_memory"))
 
     async def pid(self) -> int:
@@ -224,7 +242,7 @@ class EngineActor:
 
 
 def vllm_sampling(sampling: SamplingParams, seed: int, stop_token_ids: tuple[int, ...]) -> Any:
-    """`vllm.SamplingParams`: sample g of a prompt gets the seed `seed` + g from vLLM."""
+    """Returns `vllm.SamplingParams`. vLLM gives sample g of a prompt the seed `seed` + g."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -238,12 +256,12 @@ def vllm_sampling(sampling: SamplingParams, seed: int, stop_token_ids: tuple[int
         stop_token_ids=list(stop_token_ids),
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,
-        ignore_eos=True,  # `stop_token_ids` says it all
+        ignore_eos=True,  # `stop_token_ids` has it
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
 def _sampled_logprobs(flat: Any) -> list[float]:
-    """The sampled token comes first at each position."""
+    """The log-probability of the sampled token, which comes first at each position."""
     return [flat.logprobs[start] for start in flat.start_indices]

@@ -1,10 +1,10 @@
 """The engine's end of a push: a back end of vLLM's weight-transfer API, loaded into each of its workers.
 
 vLLM knows how its own parameters (fused, split over tensor-parallel ranks) are filled from Hugging Face tensors.
-That knowledge is taken from it once: its `load_weights` is run on tensors without data, and every copy it would
-make is written down (`record_load_plan`). A push then replays those copies straight from the bucket into the live
-parameters: no second copy of any tensor, no Python of vLLM's loaders, the same on CPU and GPU. Run backwards, the
-plan reads the parameters out again, and their checksums are compared with the trainer's.
+This is recorded once: vLLM's `load_weights` is run on tensors without data, and every copy that it would make
+is written down (`record_load_plan`). A push replays those copies from the bucket into the live parameters. So
+there is no second copy of any tensor, none of vLLM's loaders runs, and CPU and GPU do the same. The plan run
+backwards reads the parameters out again, and their checksums are compared with the trainer's.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ RECEIVERS: dict[str, Any] = {"ipc": IpcReceiver, "nccl": NcclReceiver, "host": H
 SLAB_BLOCKS = 8192  # 32 MiB of a bucket are summed at once
 
 if current_platform.is_cpu():
-    # oneDNN would keep packed copies of the weights, and a tied output head the old ones for ever.
+    # oneDNN would keep packed copies of the weights, and a push would never reach that of a tied output head.
     import vllm._custom_ops as custom_ops
 
     custom_ops._supports_onednn = False
@@ -48,7 +48,7 @@ if current_platform.is_cpu():
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """One copy that vLLM makes when it loads a tensor: `target` is filled from a view of the tensor."""
+    """One copy that vLLM makes when it loads a tensor: from a view of the tensor to `target`."""
 
     target: torch.Tensor
     offset: int
@@ -62,7 +62,7 @@ LoadPlan = dict[str, list[Copy]]
 
 
 class _CopyRecorder(TorchDispatchMode):
-    """Writes down the copies out of the given tensors instead of making them."""
+    """Records the copies out of the given tensors instead of making them."""
 
     def __init__(self, sources: dict[str, torch.Tensor]):
         super().__init__()
@@ -85,10 +85,10 @@ class _CopyRecorder(TorchDispatchMode):
 
 
 def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
-    """Asks a vLLM model how it loads the tensors of `layout`; its parameters stay as they are.
+    """Records how a vLLM model loads the tensors of `layout`. Its parameters are not changed.
 
     Raises:
-        WeightSyncError: a tensor that the model does not load, or a parameter that no tensor fills.
+        WeightSyncError: the model does not load one of the tensors, or no tensor fills one of its parameters.
     """
     dtype = getattr(torch, layout.dtype)
     sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in layout.tensors.items()}
@@ -104,7 +104,7 @@ def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
         filled[storage] = filled.get(storage, 0) + copy.target.numel()
     for name, parameter in model.named_parameters():
         missing = parameter.numel() - filled.get(parameter.untyped_storage().data_ptr(), 0)
-        # A vocabulary is padded to a multiple of 64 rows for each rank, and those rows are never read.
+        # A vocabulary is padded to a multiple of 64 rows for each rank. The padding is never read.
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         if missing and (not is_vocabulary or missing == parameter.numel()):
             raise WeightSyncError(f"no tensor fills {missing} elements of the engine's parameter {name}")
@@ -112,7 +112,7 @@ def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
 
 
 def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize: int) -> list[Copy]:
-    """The copies out of one piece of a bucket; offsets count from the start of the bucket."""
+    """Returns the copies out of one piece of a bucket. Offsets count from the start of the bucket."""
     start = piece.offset // itemsize
     if piece.num_rows == shape[0]:
         return [dataclasses.replace(copy, offset=start + copy.offset) for copy in plan[piece.name]]
@@ -132,8 +132,12 @@ def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize:
 def block_sums(bucket: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The inner sums of `wire.piece_checksums`, mod 2^32.
 
-    Args:    bucket: [n] uint8; weights: `WORD_WEIGHTS` as int32 on the same device.
-    Returns: [n / BLOCK_BYTES] int64.
+    Args:
+        bucket: [n] uint8.
+        weights: `WORD_WEIGHTS` as int32 on the same device.
+
+    Returns:
+        [n / BLOCK_BYTES] int64.
     """
     words = bucket.view(torch.int32).view(-1, BLOCK_WORDS)
     sums = [(slab * weights).sum(dim=1, dtype=torch.int64) for slab in words.split(SLAB_BLOCKS)]
@@ -186,10 +190,10 @@ class PushReceiver(WeightTransferEngine):
         """Nothing to do: parameters are filled in place."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Takes all buckets of one push.
+        """Takes all buckets of one push, and computes checksums.
 
-        The checksums are those of the parameters, read out again, where this worker holds them whole, and of
-        what arrived where it holds a part.
+        A worker that holds whole parameters reads them out again and sums them. One that holds parts of them sums
+        what has arrived.
         """
         check = deadline_check(update_info.timeout_s, "the trainer's weights did not arrive")
         sums = []
@@ -210,14 +214,14 @@ class PushReceiver(WeightTransferEngine):
         ]
 
     def _pairs(self, number: int, bucket: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The views of the parameters and of the bucket that belong together."""
+        """Returns views of the parameters, and the views of the bucket that are copied into them."""
         typed = bucket.view(self._dtype)
         start, copies = typed.storage_offset(), self._copies[number]
         views = [typed.as_strided(copy.size, copy.stride, start + copy.offset) for copy in copies]
         return [copy.target for copy in copies], views
 
     def _read_out(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """The bucket as the parameters now hold it; its padding is 0, as the trainer's."""
+        """Returns the bucket as the parameters now hold it. Its padding is 0, as the trainer's is."""
         out = torch.zeros_like(like)
         targets, views = self._pairs(number, out)
         torch._foreach_copy_(views, targets)
@@ -234,7 +238,7 @@ class PushReceiver(WeightTransferEngine):
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
-        """vLLM 0.25 asks for it; the trainer's end is in this package's own senders."""
+        """Never called; vLLM 0.25 wants a back end to have it. The senders of `grpo_jax.weight_sync` send."""
         raise NotImplementedError("grpo_jax.weight_sync sends")
 
 
@@ -245,11 +249,11 @@ class WorkerExtension:
     device: Any
 
     def grpo_jax_checksums(self) -> list[list[int]]:
-        """Of the last push, in the order of the buckets and their pieces."""
+        """Checksums of the last push, in the order of the buckets and their pieces."""
         return self.weight_transfer_engine.checksums
 
     def grpo_jax_memory(self) -> int:
-        """Bytes that PyTorch held more than it does now, at most, since the last call; 0 on a CPU."""
+        """Largest number of bytes since the last call by which PyTorch held more than it does now; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()

@@ -92,7 +92,7 @@ def test_every_device_holds_every_bucket_whole(models):
 def test_buckets_are_made_one_at_a_time(models):
     """All at once they would be a second model."""
     model = models("llama")
-    plan = make_push_plan(model.config, np.float32, SPLIT)
+    plan = make_push_plan(model.config, SPLIT)
     params = model.params(1, 1, 1)
     packed = pack_buckets(params, plan, mesh_of(1, 1, 1))
     next(packed)
@@ -113,7 +113,7 @@ def names(bucket):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, bucket_bytes):
     config = models(family).config
-    plan = make_push_plan(config, np.float32, bucket_bytes)
+    plan = make_push_plan(config, bucket_bytes)
     for bucket in plan.buckets:
         ends = [(piece.offset, piece.offset + piece.num_bytes) for piece in bucket.pieces]
         assert all(start % BLOCK_BYTES == 0 for start, _ in ends)
@@ -124,7 +124,7 @@ def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, buc
 
 
 def test_a_tensor_larger_than_a_bucket_travels_alone(models):
-    plan = make_push_plan(models("qwen2-tied").config, np.float32, LONE)
+    plan = make_push_plan(models("qwen2-tied").config, LONE)
     large = [bucket for bucket in plan.buckets if bucket_size(bucket.pieces) > LONE]
     assert {piece.name.split(".")[-2] for b in large for piece in b.pieces} == {
         "gate_proj",
@@ -135,7 +135,7 @@ def test_a_tensor_larger_than_a_bucket_travels_alone(models):
 
 
 def test_a_layer_that_fits_no_bucket_is_split_by_whole_tensors(models):
-    plan = make_push_plan(models("qwen2-tied").config, np.float32, SPLIT)
+    plan = make_push_plan(models("qwen2-tied").config, SPLIT)
     layer_one = [names(bucket) for bucket in plan.buckets if names(bucket)[0].startswith("1.")]
     attention, mlp = "1.self_attn.{}", "1.mlp.{}_proj.weight"
     # Six blocks each: 3 + 3 | 1 + 2 + 2 (down, of 2, would be the seventh) | 2 + 1 + 1.
@@ -147,14 +147,14 @@ def test_a_layer_that_fits_no_bucket_is_split_by_whole_tensors(models):
 
 
 def test_several_layers_share_a_bucket_where_they_fit(models):
-    plan = make_push_plan(models("qwen2-tied").config, np.float32, SEVERAL)
+    plan = make_push_plan(models("qwen2-tied").config, SEVERAL)
     layers = [[name.partition(".")[0] for name in names(bucket)] for bucket in plan.buckets]
     stacked = [list(dict.fromkeys(row)) for row in layers if row[0].isdigit()]
     assert stacked == [["0", "1", "2"], ["3", "4"]]
 
 
 def test_embedding_and_head_are_cut_into_rows_as_equal_as_can_be(models):
-    plan = make_push_plan(models("qwen2-untied").config, np.float32, LONE)
+    plan = make_push_plan(models("qwen2-untied").config, LONE)
     # (5000 - 4096) // 128 = 7 rows at most, hence 19 runs for 130 rows: 18 of 7 and one of 4.
     most = (LONE - BLOCK_BYTES) // ROW_BYTES
     expected = [(7 * i, 7) for i in range(18)] + [(126, 4)]
@@ -166,7 +166,7 @@ def test_embedding_and_head_are_cut_into_rows_as_equal_as_can_be(models):
 
 
 def test_a_tied_model_sends_no_head(models):
-    sent = lambda family: set(make_push_plan(models(family).config, np.float32, SPLIT).layout.tensors)
+    sent = lambda family: set(make_push_plan(models(family).config, SPLIT).layout.tensors)
     assert sent("qwen2-untied") - sent("qwen2-tied") == {"lm_head.weight"}
 
 
@@ -178,7 +178,7 @@ def test_more_layers_and_more_rows_need_no_more_programs(models, bucket_bytes):
     small = models("qwen2-untied").config
     # 3 x 10 + 2 layers, so that a rest of two layers is left, as of five; 10 x 126 + 4 rows, likewise.
     large = dataclasses.replace(small, num_layers=32, vocab_size=1264)
-    programs = lambda config: {b.program for b in make_push_plan(config, np.float32, bucket_bytes).buckets}
+    programs = lambda config: {b.program for b in make_push_plan(config, bucket_bytes).buckets}
     few, many = programs(small), programs(large)
     assert (
         len(many) <= len(few) <= 2 * 2 + LAYER_BLOCKS - 3 + 1
@@ -187,7 +187,7 @@ def test_more_layers_and_more_rows_need_no_more_programs(models, bucket_bytes):
 
 def test_buckets_that_share_a_program_are_compiled_once(models):
     """One layer a bucket: five buckets differ in nothing but their first layer."""
-    plan = make_push_plan(models("qwen2-tied").config, np.float32, LAYER_BLOCKS * BLOCK_BYTES)
+    plan = make_push_plan(models("qwen2-tied").config, LAYER_BLOCKS * BLOCK_BYTES)
     layers = [bucket for bucket in plan.buckets if names(bucket)[0][0].isdigit()]
     assert [bucket.first_layer for bucket in layers] == list(range(NUM_LAYERS))
     assert len({bucket.program for bucket in layers}) == 1

@@ -1,0 +1,67 @@
+"""vLLM's engine arguments, from the configuration."""
+
+import ast
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import RolloutSection
+from grpo_jax.model.hf import ModelFolder
+
+MIN_BATCHED_TOKENS = 8192
+"""`max_num_batched_tokens`, unless one sequence may be longer. vLLM's own 2,048 let prompts wait."""
+GRAPH_ARGUMENTS = {
+    "cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "speculative_config"
+}  # fmt: skip
+"""Where `rollout.engine_args` has one of these, vLLM chooses the sizes of CUDA graphs itself."""
+
+
+def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
+    """Fields of vLLM's `AsyncEngineArgs`. `rollout.engine_args` come last and win.
+
+    Args:
+        folder: of the model.
+        max_model_len: tokens of the longest prompt and completion together.
+    """
+    options: dict[str, Any] = {
+        "model": str(folder.path.absolute()),
+        "dtype": str(np.dtype(folder.config.dtype)),
+        "max_model_len": max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "tensor_parallel_size": section.tensor_parallel_size,
+        "gpu_memory_utilization": section.gpu_memory_utilization,
+        "enforce_eager": section.enforce_eager,
+        "enable_sleep_mode": section.sleep,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    if section.tensor_parallel_size > 1:
+        # vLLM's workers run beside the actor, not as actors of their own.
+        options["distributed_executor_backend"] = "mp"
+    for argument in section.engine_args:
+        name, _, value = argument.partition("=")
+        options[name] = _literal_or_word(value)
+    num_seqs = options["max_num_seqs"]
+    options.setdefault("max_num_batched_tokens", max(MIN_BATCHED_TOKENS, max_model_len, num_seqs))
+    if not options["enforce_eager"] and not GRAPH_ARGUMENTS & options.keys():
+        options["cudagraph_capture_sizes"] = graph_sizes(num_seqs)
+    return options
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of tokens to capture CUDA graphs for. The sequences of a step are padded to the next one.
+
+    vLLM's own sizes end at 512. More sequences than that are launched kernel by kernel, which takes twice as long
+    a token. Below 512 vLLM has twice as many sizes. Fewer sizes start sooner, at the price of padding: up to a
+    quarter in small steps, which wait for the weights to be read anyway, and up to an eighth in large ones.
+    """
+    last = max(max_num_seqs, min(2 * max_num_seqs, 512))  # beyond max_num_seqs: steps that read prompts too
+    steps = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32), *range(512, last, 64)]
+    return sorted({*(size for size in (1, 2, 4, *steps) if size < last), max_num_seqs, last})
+
+
+def _literal_or_word(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text

@@ -1,0 +1,111 @@
+"""A push: the trainer's parameters to all engines through one transport, and proof that they arrived."""
+
+import logging
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.vllm.cluster import root_cause
+from grpo_jax.rollout.vllm.replicas import Replica, Replicas, call_errors, is_refusal
+from grpo_jax.types import Params
+from grpo_jax.weight_sync import Sender, make_sender
+from grpo_jax.weight_sync.buckets import PushPlan, pack_buckets
+from grpo_jax.weight_sync.wire import Destination, compare_checksums, piece_checksums
+
+logger = logging.getLogger(__name__)
+
+
+class WeightPusher:
+    """The trainer's end of the transport. It is opened by the first push, and by the first one after a restart."""
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        plan: PushPlan,
+        mesh: Mesh,
+        *,
+        transport: str,
+        workers_per_engine: int,
+        timeout_s: float,
+    ):
+        """Args:
+        transport: "ipc", "nccl" or "host".
+        timeout_s: what one push may take.
+        """
+        self._replicas, self._plan, self._mesh = replicas, plan, mesh
+        self._transport, self._workers_per_engine = transport, workers_per_engine
+        self._timeout_s = timeout_s
+        self._sender: Sender | None = None
+
+    def push(self, params: Params, version: int) -> None:
+        """Sends parameters to every engine and compares checksums.
+
+        Raises:
+            WeightSyncError: they did not arrive as they were sent.
+            EngineError: the engines cannot take these parameters at all.
+            call_errors: an engine failed.
+        """
+        sender = self._connect()
+        sender.reset(self._replicas.make_check("did not prepare for the weights"))
+        calls = [replica.actor.push.remote(version, self._timeout_s) for replica in self._replicas]
+        blocks: list[jax.Array] = []
+        sender.send(self._pack(params, blocks), self._replicas.make_check("did not take the weights", calls))
+        layout = self._plan.layout
+        sent = [
+            piece_checksums(np.asarray(sums), pieces)
+            for sums, pieces in zip(blocks, layout.buckets, strict=True)
+        ]
+        for workers in self._replicas.results(calls, "push"):
+            for received in workers:
+                compare_checksums(layout, sent, received)
+
+    def disconnect(self) -> None:
+        """Closes the transport: engines were replaced, or everything ends."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _pack(self, params: Params, blocks: list[jax.Array]) -> Iterator[jax.Array]:
+        """Yields the buckets and appends their checksums to `blocks`."""
+        for _, flat, sums in pack_buckets(params, self._plan, self._mesh):
+            sums.copy_to_host_async()
+            blocks.append(sums)
+            yield flat
+            del flat  # before the next one is made
+
+    def _connect(self) -> Sender:
+        """Opens the transport, unless it is open."""
+        if self._sender is not None:
+            return self._sender
+        transport, layout = self._transport, self._plan.layout
+        destinations = [self._destination(replica) for replica in self._replicas]
+        sender = make_sender(transport, layout, self._mesh, destinations)
+        self._sender = sender  # from now on `disconnect` closes it, if what follows fails
+        calls = [
+            replica.actor.connect.remote(transport, link, layout.to_dict())
+            for replica, link in zip(self._replicas, sender.links(), strict=True)
+        ]
+        sender.connect(self._replicas.make_check("did not join the trainer's group", calls))
+        try:
+            self._replicas.results(calls, "connect")
+        except call_errors() as error:
+            if not is_refusal(error):
+                raise
+            raise EngineError(f"engine cannot take the weights: {root_cause(error)[0]}") from error
+        logger.info(
+            "weights go to the engine(s) by %s, %d buckets of at most %d MiB",
+            transport, len(layout.buckets), -(-layout.bucket_bytes // 2**20),
+        )  # fmt: skip
+        return sender
+
+    def _destination(self, replica: Replica) -> Destination:
+        actor, timeout_s = replica.actor, self._timeout_s
+        return Destination(
+            num_workers=self._workers_per_engine,
+            is_local=replica.is_local,
+            prepare_relay=lambda: actor.prepare_relay.remote(),
+            relay=lambda number, bucket: actor.relay.remote(number, bucket, timeout_s),
+        )
