@@ -14,10 +14,10 @@ is one update a step with KL 0.001 to a reference, and no validation. Without a 
 and the local engine.
 
 A step lasts from the end of the one before to its own end, with everything in between: what is reported and
-written too. MFU is `update_flops` of grpo_jax/run/metrics.py (no recomputation) by the seconds of the update phase,
-against the card's data sheet and against a matrix product measured just before by benchmarks/matmul.py. The GPU's
-idle share and memory come from NVML (benchmarks/gpu_watch.py) every 50 ms. A peer gets the workload, not the
-overrides.
+written too. MFU is `update_flops` of grpo_jax/run/metrics.py (no recomputation) by the seconds of the update
+phase, against the card's data sheet and against a matrix product measured just before by benchmarks/matmul.py.
+The GPU's idle share and memory come from NVML (benchmarks/gpu_watch.py) every 50 ms. A peer gets the workload,
+not the overrides.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 writes the Hugging Face folder WORKDIR/sft-model. `train` does the same by itself where sft.num_steps > 0.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grpo_jax.algorithm.loss import nll_loss
-from grpo_jax.config import Config, OptimSection
+from grpo_jax.config import Config
 from grpo_jax.learner.batching import add_loss_weights, make_sft_batch, micro_batch_shape
 from grpo_jax.learner.update import (
     at_rest,
@@ -49,17 +50,14 @@ def warm_start(
     Raises:  FloatingPointError: it is not finite.
     """
     section = config.sft
-    optim = OptimSection(
+    optim = dataclasses.replace(
+        config.optim,
         learning_rate=section.learning_rate,
         schedule="cosine",
         warmup_steps=max(1, section.num_steps // 10),
         beta1=0.9,
         beta2=0.95,
         weight_decay=0.0,
-        max_grad_norm=config.optim.max_grad_norm,
-        accumulator_dtype=config.optim.accumulator_dtype,
-        moments_dtype=config.optim.moments_dtype,
-        offload=config.optim.offload,
     )
     schedule = make_schedule(optim, section.num_steps)
     optimizer = make_optimizer(optim, schedule)
@@ -102,8 +100,7 @@ def warm_start(
 
 def main() -> None:
     from grpo_jax.config import ConfigError
-    from grpo_jax.config.command_line import one_line_errors
-    from grpo_jax.config.config_file import parse_command_line
+    from grpo_jax.config.command_line import one_line_errors, parse_command_line
     from grpo_jax.run.prepare import (
         keep_compiled,
         make_model,

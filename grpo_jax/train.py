@@ -30,8 +30,7 @@ import numpy as np
 from grpo_jax.algorithm.advantages import estimate_advantages
 from grpo_jax.algorithm.kl import kl_of_tokens
 from grpo_jax.config import Config
-from grpo_jax.config.command_line import one_line_errors
-from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config.command_line import one_line_errors, parse_command_line
 from grpo_jax.config.user_code import load_estimator
 from grpo_jax.evaluate import evaluate, rollout_records, write_jsonl
 from grpo_jax.learner.batching import (

@@ -44,7 +44,7 @@ def lengths_for(rewards):
 
 
 def test_registry_holds_what_the_configuration_offers():
-    assert tuple(ADVANTAGE_ESTIMATORS) == config.ADV_ESTIMATORS
+    assert tuple(ADVANTAGE_ESTIMATORS) == config.KEYS["algorithm.adv_estimator"].choices
     assert set(ADVANTAGE_ESTIMATORS) >= PER_TOKEN
 
 

@@ -22,7 +22,7 @@ from grpo_jax.algorithm import loss as losses
 from grpo_jax.run.metrics import merge_updates
 
 PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
-MODES = config.CHOICES["algorithm.loss_agg"]
+MODES = config.KEYS["algorithm.loss_agg"].choices
 
 
 # Agreement with verl
@@ -54,7 +54,7 @@ def test_kl_gradient_equals_verl():
 
 
 def test_registries_hold_what_the_configuration_offers():
-    assert set(kl.KL_ESTIMATORS) == set(config.CHOICES["algorithm.kl_estimator"])
+    assert set(kl.KL_ESTIMATORS) == set(config.KEYS["algorithm.kl_estimator"].choices)
     for mode in MODES:
         losses.loss_weights(jnp.ones((1, 2)), mode, 2.0)
     with pytest.raises(ValueError, match="'mean'"):

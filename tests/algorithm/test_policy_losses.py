@@ -33,7 +33,7 @@ SEQ_MEAN = "seq-mean-token-mean"
 
 
 def test_registry_holds_what_the_configuration_offers():
-    assert config.CHOICES["algorithm.policy_loss"] == LOSSES
+    assert config.KEYS["algorithm.policy_loss"].choices == LOSSES
 
 
 @pytest.mark.parametrize("case", VERL, ids=lambda case: f"{case['loss']}-{case['config']['clip_ratio_low']}")
