@@ -83,8 +83,7 @@ def main() -> None:
 
 def our_config(overrides: Sequence[str]) -> Any:
     """The configuration that our side will have, from which TRL's settings are taken."""
-    from grpo_jax.config.command_line import one_line_errors
-    from grpo_jax.config.config_file import parse_command_line
+    from grpo_jax.config.command_line import one_line_errors, parse_command_line
 
     argv = [f"--config={ROOT / CONFIG}", *flags(EQUAL), *overrides]
     with one_line_errors():

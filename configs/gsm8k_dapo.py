@@ -18,32 +18,26 @@ What differs from configs/gsm8k.py, and why:
 
 Groups that dynamic sampling has left over are trained on in the next step, when they are of the weights
 before it: `rollout_is="token"` corrects that, and the difference between engine and trainer with it.
+
+Measured on the quickstart's task (docs/benchmarks.md): held-out accuracy from 30.3 % to 93.9 %, mean of three
+seeds, 85 s a run on two cores of an AMD EPYC.
 """
 
-import runpy
 from pathlib import Path
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from grpo_jax.config import load_config
 
 
-def get_config(variant: str = "") -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, as DAPO; `variant` is "" or "smoke"."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"](variant)
-    config.algorithm.update(
-        group_size=16,
-        clip_high=0.28,
-        dual_clip=0.0,
-        loss_agg="token-mean",
-        kl_coef=0.0,
-        dynamic_sampling_rounds=10,
-        rollout_is="token",
-    )
-    config.reward.update(overlong_buffer=config.data.max_response_length // 5, overlong_penalty=1.0)
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns configs/gsm8k.py as DAPO; `variant` is "" or "smoke"."""
+    config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
+    config.algorithm.update(group_size=16, clip_high=0.28, dual_clip=0.0, kl_coef=0.0, rollout_is="token")
+    if variant != "smoke":  # a random model is always wrong: no group has any spread
+        config.algorithm.dynamic_sampling_rounds = 10
+    config.reward.overlong_buffer = config.data.max_response_length // 5
     config.rollout.temperature = 1.0
     config.actor.num_minibatches = 16
-    if variant == "smoke":
-        config.algorithm.dynamic_sampling_rounds = (
-            0  # a random model is always wrong: no group has any spread
-        )
     config.logging.experiment_name = config.logging.experiment_name.replace("gsm8k", "gsm8k-dapo")
     return config

@@ -13,17 +13,21 @@ What differs from configs/gsm8k.py, and why:
 - no KL term: the rule that gives the rewards cannot be exploited by moving away from the reference, and no
   reference model has to be held;
 - the plain clipped surrogate, without a dual clip.
+
+Measured on the quickstart's task (docs/benchmarks.md): held-out accuracy from 30.3 % to 96.7 %, mean of three
+seeds, 56 s a run on two cores of an AMD EPYC.
 """
 
-import runpy
 from pathlib import Path
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from grpo_jax.config import load_config
 
 
-def get_config(variant: str = "") -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, as Dr. GRPO; `variant` is "" or "smoke"."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"](variant)
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns configs/gsm8k.py as Dr. GRPO; `variant` is "" or "smoke"."""
+    config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
     config.algorithm.update(
         adv_estimator="grpo_no_std",
         loss_agg="seq-mean-token-sum-norm",  # loss_norm=0: by data.max_response_length

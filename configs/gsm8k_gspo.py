@@ -13,17 +13,21 @@ What differs from configs/gsm8k.py, and why:
 - the loss is the mean over completions;
 - four updates a step, as in the paper: with one the ratio is 1, and GSPO is GRPO;
 - no KL term.
+
+Measured on the quickstart's task (docs/benchmarks.md): held-out accuracy from 30.3 % to 96.0 %, mean of three
+seeds, 77 s a run on two cores of an AMD EPYC.
 """
 
-import runpy
 from pathlib import Path
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from grpo_jax.config import load_config
 
 
-def get_config(variant: str = "") -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, as GSPO; `variant` is "" or "smoke"."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"](variant)
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns configs/gsm8k.py as GSPO; `variant` is "" or "smoke"."""
+    config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
     config.algorithm.update(
         policy_loss="gspo", clip_low=3e-4, clip_high=4e-4, loss_agg="seq-mean-token-mean", kl_coef=0.0
     )

@@ -13,17 +13,21 @@ What differs from configs/gsm8k.py, and why:
 - the clipped surrogate stays, without a dual clip.
 
 `adv_estimator="reinforce_plus_plus_baseline"`, the paper's other variant, takes the group's mean off first.
+
+Measured on the quickstart's task (docs/benchmarks.md): held-out accuracy from 30.3 % to 96.4 %, mean of three
+seeds, 76 s a run on two cores of an AMD EPYC.
 """
 
-import runpy
 from pathlib import Path
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from grpo_jax.config import load_config
 
 
-def get_config(variant: str = "") -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, as REINFORCE++; `variant` is "" or "smoke"."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"](variant)
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns configs/gsm8k.py as REINFORCE++; `variant` is "" or "smoke"."""
+    config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
     config.algorithm.update(
         adv_estimator="reinforce_plus_plus", kl_in="reward", kl_estimator="k1", dual_clip=0.0
     )

@@ -11,17 +11,21 @@ What differs from configs/gsm8k.py, and why:
   it has just sampled needs no clipping (section 3.2);
 - a completion is one action, its log-probability the sum over its tokens: `seq-mean-token-sum`;
 - the KL penalty belongs to the reward, as log p / p_ref of the whole completion.
+
+Measured on the quickstart's task (docs/benchmarks.md): held-out accuracy from 30.3 % to 96.2 %, mean of three
+seeds, 53 s a run on two cores of an AMD EPYC.
 """
 
-import runpy
 from pathlib import Path
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
+
+from grpo_jax.config import load_config
 
 
-def get_config(variant: str = "") -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, as RLOO; `variant` is "" or "smoke"."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"](variant)
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns configs/gsm8k.py as RLOO; `variant` is "" or "smoke"."""
+    config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
     config.algorithm.update(
         adv_estimator="rloo",
         policy_loss="policy_gradient",

@@ -1,4 +1,4 @@
-"""GRPO from nothing, on any machine: no network, no GPU, no model; a few minutes on two CPU cores.
+"""GRPO from nothing, on any machine: no network, no GPU, no model; under two minutes on two CPU cores.
 
     python -m grpo_jax.train --config=configs/quickstart.py
 
@@ -8,35 +8,29 @@ thirds of the worked examples only state the answer ("#### 9"), the others work 
 9"). The warm-started model imitates the more frequent kind and is mostly wrong; sampled at temperature 1
 it sometimes works a problem out, which earns more, and GRPO makes that its habit and corrects its arithmetic.
 
-Measured results over several seeds, with the hardware: docs/benchmarks.md.
+Measured over three seeds (docs/benchmarks.md): held-out accuracy 18 to 29 % after the warm start, 95 to 100 %
+at the end; 104 s on two cores of an AMD EPYC. On an H200: 31 to 35 s.
 """
 
-import runpy
-from pathlib import Path
+from ml_collections import ConfigDict
 
-from ml_collections import config_dict
+from grpo_jax.config import defaults
 
 
-def get_config() -> config_dict.ConfigDict:
-    """configs/gsm8k.py, which explains every key, with a small model and generated problems."""
-    config = runpy.run_path(str(Path(__file__).with_name("gsm8k.py")))["get_config"]()
+def get_config() -> ConfigDict:
+    """Returns the defaults with a small model and generated problems."""
+    config = defaults()
     config.model.update(path="random", dtype="float32", remat="none", scan_layers=False)
-    config.random_model.update(
-        vocab_size=512, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4, num_kv_heads=2
-    )
+    config.random_model.update(hidden_size=128, intermediate_size=384)
     config.arithmetic.update(num_train=1280, num_val=256, num_sft=8192, difficulty=3, direct_share=0.65)
-    config.sft.update(num_steps=600, batch_size=64, learning_rate=3e-3)
-
+    config.sft.update(num_steps=600, learning_rate=3e-3)
     config.data.update(train_batch_size=32, max_prompt_length=96, max_response_length=32)
-    config.algorithm.update(group_size=8, ref_offload=False)
-    config.rollout.update(engine="local", temperature=1.0)
+    config.algorithm.update(group_size=8, kl_coef=0.001, ref_offload=False)
+    config.rollout.engine = "local"
     config.optim.update(learning_rate=1e-4, offload=False)  # the model is small, and not pretrained
-    config.trainer.update(total_epochs=1, deterministic=True)  # 40 steps
-
-    config.actor.micro_batch_size_per_device = (
-        32  # what the CPU's memory allocator likes; 256 takes twice as long
-    )
-    config.actor.logits_chunk_tokens = 32768
-    config.eval.every_steps = 10
+    # 32 rows are what the CPU's memory allocator likes; 256 take twice as long.
+    config.actor.update(micro_batch_size_per_device=32, logits_chunk_tokens=32768)
+    config.trainer.deterministic = True
+    config.eval.every_steps = 10  # of 40
     config.logging.experiment_name = "quickstart"
     return config

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config, ConfigError
-from grpo_jax.config.command_line import one_line_errors
-from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config import KEYS, Config, ConfigError, unread_keys, unread_warning
+from grpo_jax.config.command_line import one_line_errors, parse_command_line
 
 GIB = 1 << 30
 
@@ -54,6 +53,15 @@ def check_devices() -> None:
         print(
             f"  {'ok ' if total == 256.0**3 else 'BAD'} {device.platform}:{device.id} {device.device_kind}{memory}"
         )
+
+
+def print_config(config: Config) -> None:
+    """Prints every key: what differs from its default, and what nothing reads."""
+    unread = unread_keys(config)
+    for name, key in KEYS.items():
+        value = config.get(name)
+        note = f" (nothing reads it with {unread[name]})" if name in unread else ""
+        print(f"  {' ' if value == key.default else '*'} {name} = {value!r}{note}")
 
 
 def check_config(config: Config, path: Path) -> None:
@@ -118,7 +126,11 @@ def main() -> None:
         print("Devices")
         check_devices()
         if parsed is not None:
-            print("Configuration")
+            print("Configuration (*: not the default)")
+            print_config(parsed[0])
+            if warning := unread_warning(parsed[0]):
+                print(warning)
+            print("What the run would hold")
             check_config(*parsed)
         if problems:
             raise ConfigError("installation", "; ".join(problems), "run pip install -e . again")

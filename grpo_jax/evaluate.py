@@ -8,22 +8,22 @@ line a completion.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.config import KEYS, Config, ConfigError, MeshSection, RewardSection, RolloutSection
+from grpo_jax.config.command_line import make_parser, one_line_errors
 from grpo_jax.rollout import SamplingParams
 
 
 def main() -> None:
-    from grpo_jax.config import CHOICES
-    from grpo_jax.config.command_line import make_parser, one_line_errors
-
     parser = make_parser("grpo_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--data", required=True, help="Parquet file with verl's columns")
-    parser.add_argument("--engine", default="local", choices=CHOICES["rollout.engine"])
+    parser.add_argument("--engine", default="local", choices=KEYS["rollout.engine"].choices)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--num", type=int, default=0, help="problems, from the first; 0: all")
     parser.add_argument("--num_samples", type=int, default=1, help="completions a problem, for pass@k")
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="vllm: GPUs of the engine")
     parser.add_argument("--python", default="", help="vllm: interpreter of the environment that has it")
     parser.add_argument(
-        "--dtype", default="float32", choices=CHOICES["model.dtype"], help="of the computation"
+        "--dtype", default="float32", choices=KEYS["model.dtype"].choices, help="of the computation"
     )
     parser.add_argument("--reward", default="gsm8k", help="as reward.function of a configuration")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,8 +54,6 @@ def main() -> None:
 
 
 def _check_arguments(args: Any) -> None:
-    from grpo_jax.config import ConfigError
-
     for name in ("num_samples", "max_response_length", "max_prompt_length", "batch_size"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}", getattr(args, name), "must be at least 1")
@@ -72,60 +70,29 @@ def _check_arguments(args: Any) -> None:
             raise ConfigError(f"--{name}", getattr(args, name), "its folder does not exist")
 
 
-def _reward_section(function: str) -> Any:
+def _reward_section(function: str) -> RewardSection:
     """One function, and nothing that shapes what it gives."""
-    from grpo_jax.config import RewardSection
-
-    return RewardSection(
-        function=function,
-        extra_functions=(),
-        weights=(),
-        overlong_buffer=0,
-        overlong_penalty=0.0,
-        num_workers=2,
-        timeout_s=10.0,
-        on_error="zero",
-    )
+    return dataclasses.replace(Config().reward, function=function, on_error="zero")
 
 
-def _rollout_section(args: Any) -> Any:
+def _rollout_section(args: Any) -> RolloutSection:
     """The engine of this command: one, on the GPUs that it shares with JAX, given its weights once."""
-    from grpo_jax.config import RolloutSection
-
-    return RolloutSection(
+    return dataclasses.replace(
+        Config().rollout,
         engine=args.engine,
         temperature=args.temperature,
-        top_p=1.0,
-        top_k=0,
-        stop_token_ids=(),
         batch_size=args.batch_size,
-        max_lag=0,
-        update_weights="between",
-        placement="colocated",
-        num_replicas=0,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        max_num_seqs=1024,
-        enforce_eager=False,
-        sleep=False,
-        engine_args=(),
         python=args.python,
-        ray_address="",
-        weight_sync="auto",
-        bucket_mb=192,
         probe_every=0,
-        probe_threshold=0.1,
-        start_timeout_s=900.0,
-        timeout_s=300.0,
         max_restarts=0,
-        api_port=0,
     )
 
 
 def _run(args: Any) -> None:
     import jax.numpy as jnp
 
-    from grpo_jax.config import MeshSection
     from grpo_jax.data.prompts import encode_prompts, load_tokenizer
     from grpo_jax.data.schema import read_rows
     from grpo_jax.model.hf import inspect_folder, load_params
@@ -153,7 +120,7 @@ def _run(args: Any) -> None:
         print(f"{counts.num_filtered} prompts longer than {args.max_prompt_length} tokens are left out")
     prompts = prompts[: args.num or None]
     with make_reward(_reward_section(args.reward), max_response_length=args.max_response_length) as reward:
-        mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+        mesh = make_mesh(MeshSection())
         longest = max(len(prompt.token_ids) for prompt in prompts)
         engine = make_engine(
             section,

@@ -10,8 +10,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.config import ConfigError, MeshSection
-from grpo_jax.config.command_line import make_parser, one_line_errors
-from grpo_jax.config.config_file import load_saved_config
+from grpo_jax.config.command_line import load_saved_config, make_parser, one_line_errors
 from grpo_jax.model.hf import parse_hf_config, read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings

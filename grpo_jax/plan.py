@@ -7,10 +7,8 @@ is read, so that a plan can be made before anything is fetched or rented. `grpo_
 the real peak beside it.
 """
 
-import sys
-
 from grpo_jax.config import Config, ConfigError, nearest
-from grpo_jax.config.command_line import one_line_errors
+from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
 
 # Bytes, as the driver reports them.
 DEVICE_BYTES = {
@@ -29,16 +27,15 @@ GB = 1e9
 
 
 def main() -> None:
-    from grpo_jax.config.config_file import parse_command_line
-
+    parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1]")
+    parser.add_argument("--device", default="", help="name or GB; default: the device at hand")
+    parser.add_argument("--num_devices", default="1", help="how many of them")
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
-        options, rest = _own_flags(sys.argv[1:])
-        config, _ = parse_command_line("grpo_jax.plan", __doc__, rest)
-        memory = device_bytes(options.get("--device", ""))
-        text = options.get("--num_devices", "1")
-        if not text.isdigit() or int(text) < 1:
-            raise ConfigError("num_devices", text, "must be a number of devices, at least 1")
-        print_plan(config, memory, mesh_sizes(config, int(text)))
+        config, _, args = read_command_line(parser)
+        memory = device_bytes(args.device)
+        if not args.num_devices.isdigit() or int(args.num_devices) < 1:
+            raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
+        print_plan(config, memory, mesh_sizes(config, int(args.num_devices)))
 
 
 def device_bytes(name: str) -> int:
@@ -117,28 +114,15 @@ def ways_to_save(config: Config) -> list[str]:
     """What takes less memory and is not set yet, the cheapest first."""
     from grpo_jax.rollout import memory_savers
 
-    ways = {
-        "optim.offload=True": not config.optim.offload,
-        "algorithm.ref_offload=True": config.uses_reference and not config.algorithm.ref_offload,
-        "model.remat=full": config.model.remat != "full",
-        "more devices in mesh.fsdp": True,
-        **dict.fromkeys(memory_savers(config.rollout), True),
-        "optim.accumulator_dtype=bfloat16": config.optim.accumulator_dtype != "bfloat16",
-    }
-    return [way for way, is_open in ways.items() if is_open]
-
-
-def _own_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """This command's flags, written --FLAG=VALUE, and the rest."""
-    own = {}
-    rest = []
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        if flag in ("--device", "--num_devices") and equals:
-            own[flag] = value
-        else:
-            rest.append(argument)
-    return own, rest
+    ways = [
+        (not config.optim.offload, "optim.offload=True"),
+        (config.uses_reference and not config.algorithm.ref_offload, "algorithm.ref_offload=True"),
+        (config.model.remat != "full", "model.remat=full"),
+        (True, "more devices in mesh.fsdp"),
+        *((True, setting) for setting in memory_savers(config.rollout)),
+        (config.optim.accumulator_dtype != "bfloat16", "optim.accumulator_dtype=bfloat16"),
+    ]
+    return [way for is_open, way in ways if is_open]
 
 
 if __name__ == "__main__":

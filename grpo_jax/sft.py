@@ -6,8 +6,7 @@ writes the Hugging Face folder WORKDIR/sft-model. `train` does the same by itsel
 """
 
 from grpo_jax.config import ConfigError
-from grpo_jax.config.command_line import one_line_errors
-from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config.command_line import one_line_errors, parse_command_line
 
 
 def main() -> None:

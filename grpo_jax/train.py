@@ -18,8 +18,7 @@ The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash
 from pathlib import Path
 
 from grpo_jax.config import Config
-from grpo_jax.config.command_line import one_line_errors
-from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config.command_line import one_line_errors, parse_command_line
 from grpo_jax.learner.batching import make_train_batch
 from grpo_jax.run.run import Run, open_run
 from grpo_jax.types import StepResult, TrainState

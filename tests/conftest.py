@@ -1,5 +1,7 @@
 """Set-up of the whole suite: eight virtual CPU devices, and no silent broadcasting between ranks."""
 
+import dataclasses
+import functools
 import os
 
 # Read once, when JAX starts its CPU back end; hence before the import.
@@ -47,25 +49,18 @@ def tokenizer(tokenizer_folder):
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
-def section_of(section_class, name):
-    """Returns `section(key=value, ...)`: a section of configs/gsm8k.py, with those keys changed."""
-    import pathlib
-    import runpy
+def section_of(name):
+    """Returns `section(key=value, ...)`: a section with its defaults, but for those keys."""
+    from grpo_jax.config import Config
 
-    file = pathlib.Path(__file__).resolve().parent.parent / "configs" / "gsm8k.py"
-    values = dict(runpy.run_path(str(file))["get_config"]()[name].to_dict())
-    return lambda **changes: section_class(**(values | changes))
+    return functools.partial(dataclasses.replace, getattr(Config(), name))
 
 
 @pytest.fixture(scope="session")
 def rollout_section():
-    from grpo_jax.config import RolloutSection
-
-    return section_of(RolloutSection, "rollout")
+    return section_of("rollout")
 
 
 @pytest.fixture(scope="session")
 def reward_section():
-    from grpo_jax.config import RewardSection
-
-    return section_of(RewardSection, "reward")
+    return section_of("reward")

@@ -16,35 +16,7 @@ from grpo_jax.types import TrainBatch
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "golden_verl_0.9.1.json").read_text())
 
-ALGORITHM = AlgorithmSection(
-    adv_estimator="grpo",
-    group_size=2,
-    policy_loss="clip",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=0.0,
-    sapo_tau_positive=1.0,
-    sapo_tau_negative=1.05,
-    loss_agg="token-mean",
-    loss_norm=0.0,
-    mask_truncated=False,
-    dynamic_sampling_rounds=0,
-    kl_coef=0.0,
-    kl_estimator="k3",
-    kl_in="loss",
-    kl_target=0.0,
-    kl_horizon=10000.0,
-    ref_refresh_every=0,
-    ref_offload=False,
-    entropy_coef=0.0,
-    old_logprobs="trainer",
-    rollout_is="none",
-    rollout_is_threshold=2.0,
-    rollout_is_low=0.5,
-    rollout_rs="none",
-    rollout_rs_low=0.5,
-    rollout_rs_high=2.0,
-)
+ALGORITHM = AlgorithmSection(group_size=2, dual_clip=0.0, ref_offload=False)
 
 
 def array(values):

@@ -1,3 +1,30 @@
-"""The configuration: its keys, the rules they obey, and how a command reads them. Standard library only."""
+"""The configuration: its keys, the rules they obey, how a command reads them. Standard library only at import."""
 
-from grpo_jax.config.rules import *  # noqa: F403
+from grpo_jax.config.command_line import defaults, load_config
+from grpo_jax.config.rules import (
+    ConfigError,
+    nearest,
+    parse_config,
+    split_file_name,
+    unread_keys,
+    unread_warning,
+)
+from grpo_jax.config.sections import (
+    KEYS,
+    ActorSection,
+    AlgorithmSection,
+    ArithmeticSection,
+    CheckpointSection,
+    Config,
+    DataSection,
+    EvalSection,
+    LoggingSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    RandomModelSection,
+    RewardSection,
+    RolloutSection,
+    SftSection,
+    TrainerSection,
+)

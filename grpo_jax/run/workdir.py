@@ -7,24 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config, ConfigError, parse_config
+from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
+from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 
 logger = logging.getLogger("grpo_jax")
-
-# May differ when a run goes on: they change what is reported and how long it takes, not what is computed.
-FREE_SECTIONS = ("eval", "checkpoint", "logging")
-FREE_KEYS = {
-    "trainer.flat_reward_steps", "trainer.compile_cache", "reward.num_workers", "reward.timeout_s",
-    "algorithm.ref_offload",
-}  # fmt: skip
-COMPUTING_ROLLOUT_KEYS = {
-    "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
-}  # fmt: skip
-ARRAY_KEYS = (
-    "model.dtype", "model.param_dtype", "optim.moments_dtype", "optim.offload", "algorithm.ref_refresh_every"
-)  # fmt: skip
-"""They decide which arrays a checkpoint holds, and in which dtypes: not even resume=force can change them."""
-LENGTH_KEYS = {"trainer.total_epochs", "trainer.num_steps"}  # free too, unless the schedule depends on them
 
 
 class Workdir:
@@ -70,21 +56,21 @@ class Workdir:
             return
         is_forced = config.checkpoint.resume == "force"
         try:
-            held = parse_config(json.loads(self.config.read_text())).to_dict()
+            held = parse_config(json.loads(self.config.read_text()))
         except ValueError as error:  # ConfigError and JSONDecodeError
             if is_forced:
                 return
             rule = f"holds a config.json that cannot be read ({error})"
             raise ConfigError("--workdir", str(self.path), rule) from None
-        differences = _differences(held, config.to_dict())
+        differences = _differences(held.to_dict(), config.to_dict())
         if is_forced:
             self._check_arrays(differences)
             return
+        free = {FREE, LENGTH} if config.optim.schedule == "constant" else {FREE}
+        # What neither run reads may differ: a file need not state it for a run that was begun with it.
+        unread = unread_keys(held).keys() & unread_keys(config).keys()
         for key, (old, new) in differences.items():
-            section, name = key.split(".")
-            is_free = section in FREE_SECTIONS or key in FREE_KEYS
-            is_free |= section == "rollout" and name not in COMPUTING_ROLLOUT_KEYS
-            if is_free or (key in LENGTH_KEYS and config.optim.schedule == "constant"):
+            if KEYS[key].resume in free or key in unread:
                 continue
             raise ConfigError(
                 key,
@@ -96,19 +82,25 @@ class Workdir:
     def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
         if not saved_steps(self.checkpoints):
             return
-        for key in filter(differences.__contains__, ARRAY_KEYS):
-            old, new = differences[key]
+        for key, (old, new) in differences.items():
+            if KEYS[key].resume != ARRAYS:
+                continue
             if key == "algorithm.ref_refresh_every" and old > 0:
                 continue  # the reference is there, however often it changes
             rule = f"the checkpoints in {self.path} were written with {old!r}, and hold other arrays"
             raise ConfigError(key, new, rule)
 
     def open(self, config: Config) -> None:
-        """Creates the folder, writes config.json if there is none, and starts the log."""
+        """Creates the folder, writes config.json if there is none, and starts the log.
+
+        The log begins with the keys that are set and that nothing reads, if there are any.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             self.record(config)
         start_logging(self.log)
+        if warning := unread_warning(config):
+            logger.warning(warning)
 
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""

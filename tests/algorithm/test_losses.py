@@ -21,7 +21,7 @@ from grpo_jax.algorithm import corrections, kl, policy_losses, ratios
 from grpo_jax.algorithm import loss as losses
 
 PPO_CLIP = [case for case in GOLDEN["policy_loss"] if case["loss"] == "ppo_clip"]
-MODES = config.CHOICES["algorithm.loss_agg"]
+MODES = config.KEYS["algorithm.loss_agg"].choices
 
 
 # Agreement with verl
@@ -53,7 +53,7 @@ def test_kl_gradient_equals_verl():
 
 
 def test_registries_hold_what_the_configuration_offers():
-    assert set(kl.KL_ESTIMATORS) == set(config.CHOICES["algorithm.kl_estimator"])
+    assert set(kl.KL_ESTIMATORS) == set(config.KEYS["algorithm.kl_estimator"].choices)
     for mode in MODES:
         losses.loss_weights(jnp.ones((1, 2)), mode, 2.0)
     with pytest.raises(ValueError, match="'mean'"):

@@ -1,27 +1,19 @@
-import importlib.util
 import json
 import math
 import pathlib
-import typing
 
 import pytest
 
-from grpo_jax import config
-from grpo_jax.config import ConfigError, parse_config
+from grpo_jax.config import KEYS, Config, ConfigError, load_config, parse_config
+from grpo_jax.config.sections import SECTIONS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-
-
-def load(path, *variant):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*variant)
+RECIPES = sorted(CONFIGS.glob("*.py"))
 
 
 def changed(changes):
-    """Returns the shipped configuration as nested dictionaries, with dotted keys changed."""
-    values = load(CONFIGS / "gsm8k.py").to_dict()
+    """Returns configs/gsm8k.py as nested dictionaries, with dotted keys changed."""
+    values = load_config(CONFIGS / "gsm8k.py").to_dict()
     for key, value in changes.items():
         section, name = key.split(".")
         values[section][name] = value
@@ -35,29 +27,22 @@ def refusal(changes):
     return caught.value
 
 
-def types_of_keys():
-    sections = typing.get_type_hints(config.Config)
-    return {
-        f"{section}.{name}": hint
-        for section, section_type in sections.items()
-        for name, hint in typing.get_type_hints(section_type).items()
-    }
+def keys_with(*facts):
+    """The names of the keys in whose line one of the facts stands."""
+    return [name for name, key in KEYS.items() if any(getattr(key, fact) not in (None, ()) for fact in facts)]
 
 
-TYPES = types_of_keys()
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path):
-    parsed = parse_config(load(path))
+    parsed = parse_config(load_config(path))
     again = parse_config(json.loads(json.dumps(parsed.to_dict())))  # as config.json holds it
     assert again == parsed
 
 
 def test_the_smoke_variant_loads_and_a_misspelt_one_does_not():
-    assert parse_config(load(CONFIGS / "gsm8k.py", "smoke")).model.path == "random"
+    assert parse_config(load_config(CONFIGS / "gsm8k.py", "smoke")).model.path == "random"
     with pytest.raises(ValueError, match="smoky"):
-        load(CONFIGS / "gsm8k.py", "smoky")
+        load_config(CONFIGS / "gsm8k.py", "smoky")
 
 
 def test_derived_sizes():
@@ -100,37 +85,60 @@ def test_a_choice_like_no_other_gets_no_hint():
     assert "did you mean" not in refusal({"rollout.engine": "zzzz"}).rule
 
 
-@pytest.mark.parametrize("key", config.known_keys())
-def test_every_key_is_required(key):
+ASKED_FOR = ("model.path", "data.train_files", "data.val_files")
+"""What every run has to say."""
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_is_left_out_has_its_default(key):
     values = changed({})
     section, name = key.split(".")
     del values[section][name]
-    with pytest.raises(ConfigError, match="missing") as caught:
-        parse_config(values)
-    assert caught.value.key == key
-
-
-def test_every_section_is_required():
-    for section in changed({}):
-        values = changed({})
-        del values[section]
-        with pytest.raises(ConfigError, match="missing") as caught:
+    if key in ASKED_FOR:
+        with pytest.raises(ConfigError) as caught:
             parse_config(values)
-        assert caught.value.key == section
+        assert (caught.value.key, caught.value.value) == (key, KEYS[key].default)
+    else:
+        default = getattr(SECTIONS[section](), name)
+        assert parse_config(values).get(key) == default == KEYS[key].default
+        assert type(default) is getattr(KEYS[key].type, "__origin__", KEYS[key].type)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_that_is_left_out_has_its_defaults(section):
+    values = changed({})
+    del values[section]
+    if section in ("model", "data"):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(values)
+        assert caught.value.key in ASKED_FOR
+    else:
+        assert getattr(parse_config(values), section) == getattr(Config(), section)
+
+
+def test_a_section_is_no_value():
+    with pytest.raises(ConfigError, match="algorithm='grpo': must be a section"):
+        parse_config(changed({}) | {"algorithm": "grpo"})
+
+
+def test_the_defaults_alone_lack_what_every_run_has_to_say():
+    with pytest.raises(ConfigError, match=r"model\.path=''.*Hugging Face folder"):
+        parse_config({})
+    parsed = parse_config({"model": {"path": "m"}, "data": {"train_files": ["a"], "val_files": ["b"]}})
+    assert parsed.algorithm == Config().algorithm and parsed.data.train_files == ("a",)
 
 
 # Types
 
 
-@pytest.mark.parametrize("key", config.known_keys())
+@pytest.mark.parametrize("key", KEYS)
 def test_a_wrong_type_is_refused(key):
-    hint = TYPES[key]
     wrong = {
         int: [True, "1", 1.5, None],
         float: [True, "0.1", None],
         str: [1, None],
         bool: [1, "true", None],
-    }.get(hint, ["abc", 1, None, (object(),)])
+    }.get(KEYS[key].type, ["abc", 1, None, (object(),)])
     for value in wrong:
         error = refusal({key: value})
         assert error.key == key
@@ -146,7 +154,7 @@ def test_an_int_is_a_float_but_a_string_is_no_tuple():
     assert "type int" in refusal({"rollout.stop_token_ids": (1, True)}).rule
 
 
-@pytest.mark.parametrize("key", [key for key, hint in TYPES.items() if hint is float])
+@pytest.mark.parametrize("key", [name for name, key in KEYS.items() if key.type is float])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_are_finite(key, value):
     error = refusal({key: value})
@@ -156,23 +164,36 @@ def test_numbers_are_finite(key, value):
 # Rules
 
 
-@pytest.mark.parametrize("key", list(config.CHOICES))
+@pytest.mark.parametrize("key", keys_with("choices"))
 def test_what_is_no_choice_is_refused(key):
-    choice = config.CHOICES[key][-1]
-    error = refusal({key: choice + "x"})
-    assert (error.key, error.value) == (key, choice + "x")
-    assert all(name in error.rule for name in config.CHOICES[key])
-    assert f"did you mean {choice}?" in error.rule
+    choices = KEYS[key].choices
+    if KEYS[key].type is not str:
+        error = refusal({key: (choices[0], choices[-1] + "x")})
+    else:
+        error = refusal({key: choices[-1] + "x"})
+        assert f"did you mean {choices[-1]}?" in error.rule
+    assert (error.key, error.value) == (key, choices[-1] + "x")
+    assert all(name in error.rule for name in choices)
 
 
-@pytest.mark.parametrize("key", list(config.LOWER_BOUNDS))
+@pytest.mark.parametrize("key", keys_with("at_least", "above"))
 def test_what_is_below_its_bound_is_refused(key):
-    bound, inclusive = config.LOWER_BOUNDS[key]
-    number = TYPES[key]
-    below = number(bound - 1) if inclusive else number(bound)
+    known = KEYS[key]
+    below = known.type(known.at_least - 1) if known.above is None else known.type(known.above)
+    if known.besides is not None and below == known.besides[0]:
+        below = known.type(below - 1)
     error = refusal({key: below})
     assert (error.key, error.value) == (key, below)
-    assert str(bound) in error.rule
+    assert str(known.at_least if known.above is None else known.above) in error.rule
+
+
+@pytest.mark.parametrize("key", keys_with("at_most", "below"))
+def test_what_is_above_its_bound_is_refused(key):
+    known = KEYS[key]
+    above = known.type(known.at_most + 1) if known.below is None else known.type(known.below)
+    error = refusal({key: above})
+    assert (error.key, error.value) == (key, above)
+    assert "must be" in error.rule
 
 
 CORRECTED = {"algorithm.rollout_is": "token"}  # samples with old weights are allowed

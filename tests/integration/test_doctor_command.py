@@ -1,7 +1,6 @@
 """`python -m grpo_jax.doctor`: what it says of a configuration."""
 
 import json
-import runpy
 
 import integration_helpers as helpers
 
@@ -40,11 +39,11 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
 
 def test_the_sizes_of_7b(tmp_path):
     """As shipped: 2 bytes a parameter on the device, 14 on the host, and all but the reference in a checkpoint."""
-    from grpo_jax.config import parse_config
+    from grpo_jax.config import load_config, parse_config
     from grpo_jax.learner.memory import abstract_mesh
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
-    values = runpy.run_path(str(helpers.ROOT / "configs" / "gsm8k.py"))["get_config"]()
+    values = load_config(helpers.ROOT / "configs" / "gsm8k.py")
     values.model.path = str(tmp_path)
     rows = dict(doctor._memory_rows(parse_config(values), abstract_mesh(1, 1, 1)))
     assert rows["parameters"] == "7,615,616,512"

@@ -5,7 +5,7 @@ import runpy
 import integration_helpers as helpers
 import pytest
 
-from grpo_jax.config.config_file import parse_command_line
+from grpo_jax.config.command_line import parse_command_line
 
 FILES = sorted((helpers.ROOT / "configs").glob("*.py"))
 RECIPES = [file for file in FILES if file.stem.startswith("gsm8k_")]

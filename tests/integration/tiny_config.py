@@ -1,7 +1,8 @@
 """The configuration of the whole-loop tests: configs/quickstart.py, made so small that a step takes no time."""
 
-import runpy
 from pathlib import Path
+
+from grpo_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -67,6 +68,6 @@ TINY = {  # whatever a test relies on stands here
 
 
 def get_config():
-    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+    config = load_config(ROOT / "configs" / "quickstart.py")
     config.update_from_flattened_dict(TINY)
     return config

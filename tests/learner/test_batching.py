@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import pathlib
 
 import jax
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.algorithm import loss as losses
-from grpo_jax.config import ActorSection, parse_config
+from grpo_jax.config import ActorSection, load_config, parse_config
 from grpo_jax.learner import batching
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -30,14 +29,7 @@ GROUPS = [
 
 
 def actor(**changes):
-    section = ActorSection(
-        num_minibatches=1,
-        num_epochs=1,
-        micro_batch_size_per_device=4,
-        micro_batch_tokens_per_device=0,
-        logits_chunk_tokens=1024,
-    )
-    return dataclasses.replace(section, **changes)
+    return ActorSection(**changes)
 
 
 # Lengths
@@ -338,11 +330,7 @@ def test_rows_are_hardly_longer_than_the_longest_sequence(prompt, response, expe
 
 
 def gsm8k_config(**changes):
-    path = pathlib.Path(__file__).parents[2] / "configs" / "gsm8k.py"
-    spec = importlib.util.spec_from_file_location("gsm8k", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load_config(pathlib.Path(__file__).parents[2] / "configs" / "gsm8k.py")
     config.update_from_flattened_dict(changes)
     return parse_config(config)
 

@@ -3,14 +3,13 @@
 import dataclasses
 import logging
 import os
-import runpy
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from grpo_jax import plan
-from grpo_jax.config import ConfigError, parse_config
+from grpo_jax.config import ConfigError, load_config, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model.transformer import ModelConfig, num_params
 from grpo_jax.rollout import push_bytes, trainer_share
@@ -36,7 +35,7 @@ ON_DEVICE = {"optim.offload": False, "algorithm.ref_offload": False}
 
 def gsm8k(**changes):
     """configs/gsm8k.py as shipped, but for the changes."""
-    config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
+    config = load_config(ROOT / "configs" / "gsm8k.py")
     config.update_from_flattened_dict(changes)
     return parse_config(config)
 

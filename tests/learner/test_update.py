@@ -41,25 +41,8 @@ TEMPERATURE = 0.8
 ALGORITHM = dataclasses.replace(
     loss_helpers.ALGORITHM, clip_high=0.25, dual_clip=3.0, loss_norm=10.0, kl_coef=0.1, entropy_coef=0.01
 )
-OPTIM = OptimSection(
-    learning_rate=1e-3,
-    schedule="constant",
-    warmup_steps=0,
-    beta1=0.9,
-    beta2=0.99,
-    weight_decay=0.1,
-    max_grad_norm=0.5,
-    accumulator_dtype="float32",
-    moments_dtype="float32",
-    offload=False,
-)
-ACTOR = ActorSection(
-    num_minibatches=1,
-    num_epochs=1,
-    micro_batch_size_per_device=100,
-    micro_batch_tokens_per_device=0,
-    logits_chunk_tokens=8,
-)
+OPTIM = OptimSection(learning_rate=1e-3, beta2=0.99, weight_decay=0.1, max_grad_norm=0.5, offload=False)
+ACTOR = ActorSection(micro_batch_size_per_device=100, logits_chunk_tokens=8)
 LENGTHS = [(3, 9), (3, 2), (7, 1), (7, 4), (2, 13), (2, 6)]  # prompt and completion of each row: B = 6
 COMPLETION_LENGTHS = np.array([n for _, n in LENGTHS])
 T = 16

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from grpo_jax.rollout.ahead import RolloutsAhead
 
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout import SamplingParams
-from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.types import Prompt
 
 SAMPLING = SamplingParams(num_samples=2, temperature=1.0, max_tokens=4)

@@ -5,10 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from grpo_jax.rollout.ahead import RolloutsAhead
 
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rewards.base import RewardResult
-from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.rollout.dynamic import DynamicSampling, NoSpreadError
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
