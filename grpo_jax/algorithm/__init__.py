@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import AlgorithmSection, Config, ConfigError, nearest
-from grpo_jax.config.user_code import load_function, split_file_name
+from grpo_jax.config import AlgorithmSection, Config, ConfigError, nearest, split_file_name
+from grpo_jax.config.user_code import load_function
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.advantages import AdvantageEstimator

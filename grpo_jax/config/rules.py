@@ -25,9 +25,6 @@ class ConfigError(ValueError):
         self.key, self.value, self.rule = key, value, rule
 
 
-SEQUENCE_LOSSES = ("gspo", "geo_mean")
-"""Policy losses whose ratio is that of a whole completion."""
-
 OWN_ENGINE_ARGS = (
     "load_format", "generation_config", "logprobs_mode", "disable_log_stats", "skip_tokenizer_init",
     "scheduler_cls", "worker_extension_cls", "weight_transfer_config",
@@ -105,9 +102,8 @@ def _check_value(name: str, key: Key, value: Any) -> None:
         for item in value:
             if key.choices and item not in key.choices:
                 raise ConfigError(name, item, f"must be among {', '.join(key.choices)}")
-    elif key.choices and value not in key.choices and not (key.or_file and split_file_name(value)):
-        or_file = ", or FILE.py:NAME" if key.or_file else ""
-        rule = f"must be one of {', '.join(key.choices)}{or_file}{nearest(value, key.choices)}"
+    elif key.choices and value not in key.choices:
+        rule = f"must be one of {', '.join(key.choices)}{nearest(value, key.choices)}"
         raise ConfigError(name, value, rule)
     elif (broken := _broken_bound(key, value)) is not None:
         raise ConfigError(name, value, broken)
@@ -214,34 +210,12 @@ def _check_combinations(config: Config) -> None:
     if config.optim.moments_dtype == "bfloat16" and config.optim.beta2 > 0.99:
         rule = "needs optim.beta2 of 0.99 or less: a smaller change is lost in rounding the second moment"
         raise ConfigError("optim.moments_dtype", "bfloat16", rule)
-    _check_policy_loss(config)
     _check_kl(config)
     _check_correction(config.algorithm)
     _check_reward(config)
     _check_rollout(config)
     _check_mesh(config.mesh)
     _check_data(config)
-
-
-def _check_policy_loss(config: Config) -> None:
-    algorithm = config.algorithm
-    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.loss_agg != "seq-mean-token-mean":
-        rule = f"must be seq-mean-token-mean with algorithm.policy_loss={algorithm.policy_loss}: "
-        raise ConfigError(
-            "algorithm.loss_agg", algorithm.loss_agg, rule + "its loss is one number a completion"
-        )
-    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.adv_estimator == "reinforce_plus_plus":
-        rule = "has an advantage for each token, "
-        rule += f"algorithm.policy_loss={algorithm.policy_loss} wants one for each completion"
-        raise ConfigError("algorithm.adv_estimator", algorithm.adv_estimator, rule)
-    if algorithm.policy_loss == "policy_gradient" and config.updates_per_step > 1:
-        rule = "needs one update a step (actor.num_minibatches=1, actor.num_epochs=1): it has no ratio, and later "
-        raise ConfigError("algorithm.policy_loss", "policy_gradient", rule + "updates would be off-policy")
-    if algorithm.policy_loss == "policy_gradient" and algorithm.old_logprobs == "sampler":
-        rule = (
-            "has no ratio that algorithm.old_logprobs=sampler could enter; use algorithm.rollout_is instead"
-        )
-        raise ConfigError("algorithm.policy_loss", "policy_gradient", rule)
 
 
 def _check_kl(config: Config) -> None:
@@ -268,10 +242,6 @@ def _check_correction(algorithm: AlgorithmSection) -> None:
         if value != "none" and algorithm.old_logprobs == "sampler":
             rule = "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler "
             raise ConfigError(f"algorithm.{key}", value, f"{rule}already, and {does}")
-    if algorithm.policy_loss in SEQUENCE_LOSSES and algorithm.rollout_is in ("token", "token_mask"):
-        rule = f"weighs tokens, but algorithm.policy_loss={algorithm.policy_loss} is of whole completions: "
-        rule += f"use {algorithm.rollout_is.replace('token', 'sequence')}"
-        raise ConfigError("algorithm.rollout_is", algorithm.rollout_is, rule)
     if algorithm.rollout_is.endswith("_mask") and algorithm.rollout_is_low >= algorithm.rollout_is_threshold:
         rule = f"must be below algorithm.rollout_is_threshold={algorithm.rollout_is_threshold}"
         raise ConfigError("algorithm.rollout_is_low", algorithm.rollout_is_low, rule)

@@ -35,8 +35,6 @@ class Key:
     why: str = ""
     """The reason for the lower bound."""
     choices: tuple[str, ...] = ()
-    or_file: bool = False
-    """Whether FILE.py:NAME is allowed beside the choices: a function of the user's own."""
     rule: str = ""
     """What else is asked of the value, in words; checked by `rules.py` or by who reads the key."""
     resume: str = FIXED
@@ -52,7 +50,8 @@ def key(default: Any, meaning: str, *, choices: str = "", **facts: Any) -> Any:
 
 
 DTYPES = "float32 bfloat16"
-ADV_ESTIMATORS = "grpo grpo_no_std rloo rloo_std opo reinforce_plus_plus reinforce_plus_plus_baseline"
+NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
+"""Of functions: `algorithm.load_algorithm` checks them."""
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
 REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `FILE.py:NAME`"
 ALL_LEFT = (-1, "all devices that are left")
@@ -129,9 +128,9 @@ class SftSection:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmSection:
-    adv_estimator: str = key("grpo", "from rewards to advantages", or_file=True, choices=ADV_ESTIMATORS)
+    adv_estimator: str = key("grpo", "from rewards to advantages", rule=NAMED)
     group_size: int = key(4, "G, completions a prompt", at_least=2, why="an advantage compares the completions of one prompt")
-    policy_loss: str = key("clip", "the loss of a token", choices="clip gspo cispo geo_mean sapo policy_gradient")
+    policy_loss: str = key("clip", "the loss of a token", rule=NAMED)
     clip_low: float = key(0.2, "the ratio is clipped from below at 1 - this", above=0, below=1, only=RATIO_CLIP)
     clip_high: float = key(0.2, "and from above at 1 + this", above=0, only=RATIO_CLIP)
     dual_clip: float = key(3.0, "bound on the ratio where the advantage is negative; 0: off", above=1, besides=(0, "none"), only=CLIP)
@@ -142,7 +141,7 @@ class AlgorithmSection:
     mask_truncated: bool = key(False, "True: completions cut at the limit are compared, but not trained")
     dynamic_sampling_rounds: int = key(0, "most rounds to fill a batch with groups that have spread; 0: off", unit="rounds", at_least=0)
     kl_coef: float = key(0.0, "weight of the KL term; 0: no reference model is held", at_least=0)
-    kl_estimator: str = key("k3", "estimator of the KL; with + the gradient is that of k2", choices="k1 k2 k3 abs k1+ k3+ abs+", only=KL)
+    kl_estimator: str = key("k3", "estimator of the KL; with + the gradient is that of k2", rule=NAMED, only=KL)
     kl_in: str = key("loss", "where the KL goes: added to the loss, or taken off the reward", choices="loss reward", only=KL)
     kl_target: float = key(0.0, "what an adaptive `kl_coef` aims at; 0: it is fixed", unit="nats a token", at_least=0, only=KL)
     kl_horizon: float = key(1e4, "completions in which it changes by a fifth, at most", unit="completions", above=0, only=f"{KL} and {ADAPTIVE}")

@@ -14,12 +14,6 @@ from typing import Any
 from grpo_jax.config.rules import ConfigError, nearest
 
 
-def split_file_name(value: str) -> tuple[str, str] | None:
-    """Returns FILE.py and NAME of "FILE.py:NAME"; None for anything else."""
-    path, colon, name = value.rpartition(":")
-    return (path, name) if colon and path.endswith(".py") and name.isidentifier() else None
-
-
 def load_function(key: str, value: str) -> Any:
     """Returns NAME of "FILE.py:NAME", in this process.
 

@@ -8,8 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_jax.config import ConfigError, RewardSection, nearest
-from grpo_jax.config.user_code import split_file_name
+from grpo_jax.config import ConfigError, RewardSection, nearest, split_file_name
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from grpo_jax.algorithm import load_algorithm
 from grpo_jax.config import KEYS, Config, ConfigError, load_config, parse_config
 from grpo_jax.config.sections import SECTIONS
 
@@ -23,7 +24,7 @@ def changed(changes):
 def refusal(changes):
     """Returns the error that the changed configuration is refused with."""
     with pytest.raises(ConfigError) as caught:
-        parse_config(changed(changes))
+        load_algorithm(parse_config(changed(changes)))
     return caught.value
 
 

@@ -1,16 +1,18 @@
 """Dynamic sampling: which groups are trained on, dropped and kept, and that none is lost."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
-from grpo_jax.rollout.ahead import RolloutsAhead
 
 from grpo_jax.data.prompts import PromptIterator
-from grpo_jax.rewards.base import RewardResult
-from grpo_jax.rollout.dynamic import DynamicSampling, NoSpreadError
-from grpo_jax.types import Completion, Prompt, RolloutGroup
+from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.batches import Ahead, Position
+from grpo_jax.rollout.dynamic import Dynamic, NoSpreadError
+from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup, ScoredBatch
 
 PROMPTS = [Prompt(f"train/{i}", (i, i), f"question {i}", str(i), "s", {"index": i}) for i in range(60)]
 
@@ -29,20 +31,48 @@ class Rounds:
     """Rounds of four groups in order; those whose index is in `spread` have rewards 0 and 1, others 0 twice."""
 
     def __init__(self, spread, first=0):
-        self.spread, self.number = set(spread), first
+        self.spread, self.number, self.is_released = set(spread), first, False
 
-    def __call__(self):
+    def take_round(self):
+        assert not self.is_released
         indices = list(range(4 * self.number, 4 * self.number + 4))
         unshaped = np.array([[0, i in self.spread] for i in indices], np.float32)
         shaped = unshaped - np.float32([[0.1, 0.2]])  # a length penalty: no reason to keep a group
         self.number += 1
         groups = [make_group(i, self.number) for i in indices]
         result = RewardResult(shaped, unshaped, unshaped, {"f": unshaped}, (f"error {self.number}",))
-        return groups, result
+        return ScoredBatch(groups, result)
+
+    def release_engine(self):
+        self.is_released = True
+
+    def state(self):
+        return Position({}, self.number)
+
+    def restore(self, position):
+        self.number = position.num_rollout_batches
 
 
-def sampling(spread, *, max_rounds=10, first=0):
-    return DynamicSampling(Rounds(spread, first), num_groups=4, max_rounds=max_rounds)
+class Sampling(Dynamic):
+    """Wakes the engine before each batch, as a push of weights does."""
+
+    def __init__(self, spread, max_rounds=10):
+        self.rounds = Rounds(spread)
+        super().__init__(self.rounds, PROMPTS[::-1], num_groups=4, max_rounds=max_rounds)
+
+    def take(self):
+        self.rounds.is_released = False
+        batch = super().take()
+        assert self.rounds.is_released
+        return batch
+
+
+def through_json(position):
+    return Position(**json.loads(json.dumps(dataclasses.asdict(position))))
+
+
+def dropped_of(batch):
+    return [] if batch.dropped is None else names(batch.dropped.groups)
 
 
 def names(groups):
@@ -54,9 +84,9 @@ def names_of(prompts):
 
 
 def test_groups_without_spread_are_replaced_and_surplus_ones_wait():
-    dynamic = sampling([0, 2, 5, 6, 7, 8, 11, 13])
+    dynamic = Sampling([0, 2, 5, 6, 7, 8, 11, 13])
     first = dynamic.take()
-    assert names(first.groups) == [0, 2, 5, 6] and names(first.dropped[0]) == [1, 3, 4]
+    assert names(first.groups) == [0, 2, 5, 6] and dropped_of(first) == [1, 3, 4]
     numbers = {
         "num_rounds": 2,
         "num_carried": 0,
@@ -72,43 +102,43 @@ def test_groups_without_spread_are_replaced_and_surplus_ones_wait():
     np.testing.assert_array_equal(first.rewards.unshaped, [[0, 1]] * 4)
 
     second = dynamic.take()
-    assert names(second.groups) == [7, 8, 11, 13] and names(second.dropped[0]) == [9, 10, 12, 14, 15]
+    assert names(second.groups) == [7, 8, 11, 13] and dropped_of(second) == [9, 10, 12, 14, 15]
     assert second.metrics["dynamic/num_carried"] == 1 and second.metrics["dynamic/num_kept"] == 0
     assert [group.completions[0].policy_version for group in second.groups] == [2, 3, 3, 4]
 
 
 def test_nothing_is_lost_and_nothing_comes_twice():
-    dynamic = sampling(range(0, 60, 2), max_rounds=3)
+    dynamic = Sampling(range(0, 60, 2), max_rounds=3)
     trained, dropped = [], []
     for _ in range(5):
         batch = dynamic.take()
         trained += names(batch.groups)
-        dropped += names(batch.dropped[0])
+        dropped += dropped_of(batch)
         m = {name.removeprefix("dynamic/num_"): number for name, number in batch.metrics.items()}
-        assert m["carried"] + m["sampled"] == 4 + len(batch.dropped[0]) + m["kept"]
-    left = [entry["prompt_id"] for entry in dynamic.state()]
+        assert m["carried"] + m["sampled"] == 4 + len(dropped_of(batch)) + m["kept"]
+    left = [entry["prompt_id"] for entry in dynamic.state().surplus]
     assert len(trained) == 20
     assert sorted([*trained, *dropped, *(int(name.split("/")[1]) for name in left)]) == list(range(40))
 
 
 def test_a_full_round_needs_no_other():
-    batch = sampling(range(60)).take()
-    assert names(batch.groups) == [0, 1, 2, 3] and batch.dropped[0] == []
+    batch = Sampling(range(60)).take()
+    assert names(batch.groups) == [0, 1, 2, 3] and batch.dropped is None
     assert batch.metrics["dynamic/num_rounds"] == 1
 
 
 def test_used_up_rounds_fill_the_batch_with_what_there_is(caplog):
-    dynamic = sampling([2, 5], max_rounds=2)
+    dynamic = Sampling([2, 5], max_rounds=2)
     batch = dynamic.take()
-    assert names(batch.groups) == [2, 5, 0, 1] and names(batch.dropped[0]) == [3, 4, 6, 7]
+    assert names(batch.groups) == [2, 5, 0, 1] and dropped_of(batch) == [3, 4, 6, 7]
     assert batch.metrics["dynamic/num_filled"] == 2 and batch.metrics["dynamic/num_no_spread"] == 6
     np.testing.assert_array_equal(batch.rewards.unshaped, [[0, 1], [0, 1], [0, 0], [0, 0]])
-    assert dynamic.state() == []
+    assert dynamic.state().surplus == []
 
 
 def test_no_group_with_spread_stops_and_shows_two_of_them():
     with pytest.raises(NoSpreadError) as caught:
-        sampling([], max_rounds=3).take()
+        Sampling([], max_rounds=3).take()
     message = str(caught.value)
     assert "12 groups in 3 rounds" in message and "algorithm.dynamic_sampling_rounds" in message
     for index in (0, 1):
@@ -120,13 +150,13 @@ def test_no_group_with_spread_stops_and_shows_two_of_them():
 @pytest.mark.parametrize(("num_steps", "surplus"), [(1, []), (2, ["train/10"]), (3, ["train/19"])])
 def test_surplus_groups_go_through_a_checkpoint(num_steps, surplus):
     spread = [0, 1, 2, 3, 5, 6, 7, 9, 10, 14, 15, *range(16, 60, 3)]
-    whole = sampling(spread)
+    whole = Sampling(spread)
     for _ in range(num_steps):
         whole.take()
-    state = json.loads(json.dumps(whole.state()))
-    assert [entry["prompt_id"] for entry in state] == surplus
-    resumed = sampling(spread, first=whole._next_round.number)
-    resumed.restore(state, PROMPTS[::-1])
+    position = through_json(whole.state())
+    assert [entry["prompt_id"] for entry in position.surplus] == surplus
+    resumed = Sampling(spread)
+    resumed.restore(position)
     assert resumed.state() == whole.state()
     for _ in range(2):
         one, other = whole.take(), resumed.take()
@@ -152,58 +182,61 @@ class Engine:
         groups = [make_group(int(prompt.prompt_id.split("/")[1]), self.version) for prompt in prompts]
         return lambda: groups
 
-
-def score(groups):
-    spread = np.array([[0, index % 3 > 0] for index in names(groups)], np.float32)
-    return RewardResult(spread, spread, spread, {"f": spread}, ())
+    def sleep(self):
+        """Nothing to free."""
 
 
-def build(engine, max_lag, first_batch=0):
+class Reward:
+    def score(self, groups):
+        spread = np.array([[0, index % 3 > 0] for index in names(groups)], np.float32)
+        return RewardResult(spread, spread, spread, {"f": spread}, ())
+
+
+SEEDS = [derive_seed(0, number, "rollout") for number in range(100)]
+
+
+def build(engine, max_lag):
     iterator = PromptIterator(PROMPTS, batch_size=4, seed=1, shuffle=True)
-    rollouts = RolloutsAhead(
-        iterator, engine, None, lambda n: n, max_lag=max_lag, first_step=first_batch, num_steps=sys.maxsize
+    timer = lambda phase: contextlib.nullcontext()
+    ahead = Ahead(
+        iterator, engine, Reward(), timer, sampling=None, seed=0, max_lag=max_lag, num_batches=sys.maxsize
     )
-
-    def next_round():
-        groups = rollouts.take()
-        return groups, score(groups)
-
-    return iterator, rollouts, DynamicSampling(next_round, num_groups=4, max_rounds=9)
+    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, max_rounds=9)
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
 def test_rounds_are_the_batches_in_their_order_whatever_the_lag(max_lag):
     engine, trained, dropped = Engine(), [], []
-    _, rollouts, dynamic = build(engine, max_lag)
+    _, dynamic = build(engine, max_lag)
     for step in range(12):
         batch = dynamic.take()
         versions = {c.policy_version for group in batch.groups for c in group.completions}
         # Surplus groups are one step older than the rounds, and no older: they come first in the next step.
         assert all(max(0, step - max_lag - 1) <= version <= step for version in versions)
         trained += names(batch.groups)
-        dropped += names(batch.dropped[0])
+        dropped += dropped_of(batch)
         engine.version += 1
-    assert engine.seeds == list(range(rollouts.num_taken + max_lag))
+    position = dynamic.state()
+    num_taken = position.num_rollout_batches
+    assert engine.seeds == SEEDS[: num_taken + max_lag]
     assert all(index % 3 for index in trained) and not any(index % 3 for index in dropped)
-    kept = [int(entry["prompt_id"].split("/")[1]) for entry in dynamic.state()]
-    iterator, _, _ = build(Engine(), max_lag)
-    sampled = [i for _ in range(rollouts.num_taken) for i in names_of(next(iterator))]
+    kept = [int(entry["prompt_id"].split("/")[1]) for entry in position.surplus]
+    iterator, _ = build(Engine(), max_lag)
+    sampled = [i for _ in range(num_taken) for i in names_of(next(iterator))]
     assert sorted([*trained, *dropped, *kept]) == sorted(sampled)
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 7])
 def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps):
     engine = Engine()
-    _, rollouts, dynamic = build(engine, 0)
+    _, dynamic = build(engine, 0)
     for _ in range(num_steps):
         dynamic.take()
         engine.version += 1
-    saved = json.loads(json.dumps([rollouts.state(), rollouts.num_taken, dynamic.state()]))
     again = Engine()
     again.version = engine.version
-    iterator, _, resumed = build(again, 0, first_batch=saved[1])
-    iterator.restore(saved[0])
-    resumed.restore(saved[2], PROMPTS)
+    _, resumed = build(again, 0)
+    resumed.restore(through_json(dynamic.state()))
     for _ in range(4):
         one, other = dynamic.take(), resumed.take()
         assert one.groups == other.groups and one.metrics == other.metrics

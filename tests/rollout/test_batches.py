@@ -1,12 +1,15 @@
 """Batches ahead of the trainer: the order of the calls, how far ahead, and where a resumed run goes on."""
 
+import contextlib
+import dataclasses
 import json
 
 import pytest
-from grpo_jax.rollout.ahead import RolloutsAhead
 
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout import SamplingParams
+from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.batches import Ahead, Position
 from grpo_jax.types import Prompt
 
 SAMPLING = SamplingParams(num_samples=2, temperature=1.0, max_tokens=4)
@@ -22,19 +25,18 @@ def batches_from(iterator, count):
     return [[prompt.prompt_id for prompt in next(iterator)] for _ in range(count)]
 
 
-def seed_of(step):
-    return 1000 + step
+SEEDS = [derive_seed(7, step, "rollout") for step in range(20)]
 
 
 class Recorder:
-    """An engine that writes down what it is asked, and answers with the names of the prompts."""
+    """An engine that writes down what it is asked, and answers with the names of the prompts; and their reward."""
 
     def __init__(self):
         self.calls, self.batches, self.seeds, self.outstanding = [], [], [], 0
 
     def submit(self, prompts, sampling, *, seed, progress=""):
         assert sampling == SAMPLING
-        step = seed - seed_of(0)
+        step = SEEDS.index(seed)
         names = [prompt.prompt_id for prompt in prompts]
         self.calls.append(("submit", step))
         self.batches.append(names)
@@ -48,13 +50,33 @@ class Recorder:
 
         return wait
 
+    def sleep(self):
+        self.calls.append("sleep")
 
-def make(max_lag, *, iterator=None, first_step=0, num_steps=NUM_STEPS):
-    engine, iterator = Recorder(), iterator or make_iterator()
-    rollouts = RolloutsAhead(
-        iterator, engine, SAMPLING, seed_of, max_lag=max_lag, first_step=first_step, num_steps=num_steps
-    )
-    return rollouts, engine
+    def score(self, names):
+        self.calls.append("score")
+        return len(names)
+
+
+def make(max_lag):
+    """Batches whose engine and reward are one recorder, which also sees the phases that are timed."""
+    recorder = Recorder()
+
+    @contextlib.contextmanager
+    def timer(phase):
+        recorder.calls.append(phase)
+        yield
+
+    ahead = Ahead(
+        make_iterator(), recorder, recorder, timer,
+        sampling=SAMPLING, seed=7, max_lag=max_lag, num_batches=NUM_STEPS,
+    )  # fmt: skip
+    return ahead, recorder
+
+
+def requests(recorder):
+    """What was asked of the engine: submissions and waits, in order."""
+    return [call for call in recorder.calls if isinstance(call, tuple)]
 
 
 def submitted(*steps):
@@ -70,31 +92,31 @@ def test_without_lag_a_batch_is_asked_for_when_it_is_wanted():
     for step in range(NUM_STEPS):
         assert not engine.outstanding
         rollouts.take()
-        assert engine.calls == [*submitted(step), *waited(step)]
+        assert requests(engine) == [*submitted(step), *waited(step)]
         engine.calls.clear()
 
 
 def test_one_step_ahead():
     rollouts, engine = make(1)
     rollouts.take()
-    assert engine.calls == [*submitted(0), *waited(0), *submitted(1)]
+    assert requests(engine) == [*submitted(0), *waited(0), *submitted(1)]
     for step in range(1, NUM_STEPS):
         engine.calls.clear()
         rollouts.take()
         coming = [step + 1] if step + 1 < NUM_STEPS else []
-        assert engine.calls == [*waited(step), *submitted(*coming)]
+        assert requests(engine) == [*waited(step), *submitted(*coming)]
 
 
 @pytest.mark.parametrize("max_lag", [2, 3, 20])
 def test_several_steps_ahead(max_lag):
     rollouts, engine = make(max_lag)
     rollouts.take()
-    assert engine.calls == [*submitted(0), *waited(0), *submitted(*range(1, min(max_lag + 1, NUM_STEPS)))]
+    assert requests(engine) == [*submitted(0), *waited(0), *submitted(*range(1, min(max_lag + 1, NUM_STEPS)))]
     for step in range(1, NUM_STEPS):
         engine.calls.clear()
         rollouts.take()
         coming = [step + max_lag] if step + max_lag < NUM_STEPS else []
-        assert engine.calls == [*waited(step), *submitted(*coming)]
+        assert requests(engine) == [*waited(step), *submitted(*coming)]
         assert engine.outstanding == min(max_lag, NUM_STEPS - 1 - step)
     assert not engine.outstanding  # at the end of the run nothing is under way
 
@@ -104,9 +126,9 @@ def test_batches_and_seeds_are_those_of_the_steps_whatever_the_lag(max_lag):
     rollouts, engine = make(max_lag)
     expected = batches_from(make_iterator(), NUM_STEPS)
     assert len({tuple(names) for names in expected}) == NUM_STEPS
-    assert [rollouts.take() for _ in range(NUM_STEPS)] == expected
+    assert [rollouts.take().groups for _ in range(NUM_STEPS)] == expected
     assert engine.batches == expected
-    assert engine.seeds == [1000, 1001, 1002, 1003, 1004, 1005, 1006]
+    assert engine.seeds == SEEDS[:7]
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
@@ -115,14 +137,17 @@ def test_a_resumed_run_asks_again_for_what_was_ahead(max_lag, num_taken):
     rollouts, _ = make(max_lag)
     for _ in range(num_taken):
         rollouts.take()
-    state = json.loads(json.dumps(rollouts.state()))  # as a checkpoint holds it
-    iterator = make_iterator()
-    iterator.restore(state)
-    resumed, engine = make(max_lag, iterator=iterator, first_step=num_taken)
+    position = Position(
+        **json.loads(json.dumps(dataclasses.asdict(rollouts.state())))
+    )  # as a checkpoint holds it
+    assert position.num_rollout_batches == num_taken and position.surplus == []
+    resumed, engine = make(max_lag)
+    resumed.restore(position)
     rest = NUM_STEPS - num_taken
-    assert resumed.state() == state  # a checkpoint before the first step is the one that was restored
-    assert [resumed.take() for _ in range(rest)] == batches_from(make_iterator(), NUM_STEPS)[num_taken:]
-    assert engine.seeds == [seed_of(step) for step in range(num_taken, NUM_STEPS)]
+    assert resumed.state() == position  # a checkpoint before the first step is the one that was restored
+    taken = [resumed.take().groups for _ in range(rest)]
+    assert taken == batches_from(make_iterator(), NUM_STEPS)[num_taken:]
+    assert engine.seeds == SEEDS[num_taken:NUM_STEPS]
 
 
 def test_the_state_of_a_batch_does_not_depend_on_the_lag():
@@ -131,3 +156,18 @@ def test_the_state_of_a_batch_does_not_depend_on_the_lag():
         rollouts, _ = make(max_lag)
         states.append([(rollouts.take(), rollouts.state())[1] for _ in range(NUM_STEPS)])
     assert states[0] == states[1]
+
+
+def test_a_batch_is_sampled_then_the_engine_sleeps_then_it_is_scored():
+    ahead, recorder = make(0)
+    batch = ahead.take()
+    assert recorder.calls == ["gen", ("submit", 0), ("wait", 0), "sleep", "reward", "score"]
+    assert batch.rewards == len(batch.groups) == 2 and batch.dropped is None and batch.metrics == {}
+
+
+def test_between_the_rounds_of_a_batch_the_engine_stays_awake():
+    ahead, recorder = make(0)
+    ahead.take_round()
+    assert recorder.calls == ["gen", ("submit", 0), ("wait", 0), "reward", "score"]
+    ahead.release_engine()
+    assert recorder.calls[-1] == "sleep"
