@@ -51,7 +51,7 @@ def main() -> None:
 
 def make_room(args: Any) -> None:
     """As a run does, before the device is touched."""
-    from grpo_jax.run.prepare import make_room_on_host
+    from grpo_jax.run.devices import make_room_on_host
 
     config = common.gsm8k()
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
@@ -133,17 +133,10 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     import jax
     import jax.numpy as jnp
 
+    from grpo_jax.algorithm import Algorithm
     from grpo_jax.algorithm.loss import grpo_loss
-    from grpo_jax.learner.update import (
-        at_rest,
-        init_state,
-        make_cast,
-        make_optimizer,
-        make_schedule,
-        make_score_step,
-        make_update_step,
-        to_micro_batches,
-    )  # fmt: skip
+    from grpo_jax.learner import make_optimizer
+    from grpo_jax.learner.update import make_score_step, make_update_step, to_micro_batches
     from grpo_jax.model.fused_attention import choose_kernel
     from grpo_jax.model.transformer import init_params
 
@@ -155,16 +148,13 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     model = dataclasses.replace(
         model, param_dtype=jnp.dtype(args.param_dtype), remat=remat, scan_layers=True, attention=kernel
     )
-    schedule = make_schedule(optim, 100)
-    optimizer = make_optimizer(optim, schedule)
+    optimizer = make_optimizer(optim, model, mesh, num_updates=100)
     head = dict(temperature=1.0, chunk_tokens=chunk)
-    loss = functools.partial(grpo_loss, algorithm=defaults.algorithm)
-    update = make_update_step(model, mesh, optimizer, schedule, loss, optim=optim, **head)
+    loss = functools.partial(grpo_loss, algorithm=Algorithm.of(defaults.algorithm))
+    update = make_update_step(model, mesh, optimizer, loss, optim=optim, **head)
     score = make_score_step(model, mesh, **head)
-    params = init_params(at_rest(model, optim), jax.random.key(0), mesh)
-    state = init_state(params, model, optimizer, mesh, offload=optim.offload)
+    state = optimizer.init_state(init_params(optimizer.at_rest(model), jax.random.key(0), mesh))
     micro_batches, _ = to_micro_batches(batch, shape, mesh)
-    cast = make_cast(at_rest(model, optim), mesh)
 
     def run_update() -> None:
         nonlocal state
@@ -172,7 +162,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         jax.block_until_ready(metrics)
 
     def run_score() -> None:
-        params = cast(state.params)
+        params = update.cast(state.params)
         jax.block_until_ready([score(params, micro) for micro in micro_batches])
 
     return model, run_update, run_score

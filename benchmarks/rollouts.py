@@ -175,7 +175,7 @@ def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prom
     params = params | {"final_norm": {"scale": params["final_norm"]["scale"] * 12}}
     engine.load_weights(params, version=1)
     groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, args.new), seed=99)
-    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    batch = make_train_batch(groups, pad_id=0)
     score = make_score_step(folder.config, mesh, temperature=1.0, chunk_tokens=1024)
     trainer = score_rows(score, params, batch, (4, batch.tokens.shape[1]), mesh)
     mask = np.asarray(batch.completion_mask) > 0

@@ -115,38 +115,23 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     """
     import jax
 
+    from grpo_jax.algorithm import Algorithm
     from grpo_jax.algorithm.loss import grpo_loss
     from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
-    from grpo_jax.learner.batching import add_loss_weights, bucket_length
-    from grpo_jax.learner.update import (
-        init_state,
-        make_optimizer,
-        make_schedule,
-        make_score_step,
-        make_update_step,
-        score_rows,
-        to_micro_batches,
-    )  # fmt: skip
+    from grpo_jax.learner import make_optimizer
+    from grpo_jax.learner.batching import add_loss_weights
+    from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
     from grpo_jax.model.hf import inspect_folder, load_params
-    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.model.sharding import bucket_length, make_mesh
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
-    bounds = dict(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
-    algorithm = AlgorithmSection(**common.quickstart().algorithm.to_dict() | bounds)
-    optim = OptimSection(
-        schedule="constant",
-        warmup_steps=0,
-        accumulator_dtype="float32",
-        moments_dtype="float32",
-        offload=False,
-        **OPTIM,
-    )
-    schedule = make_schedule(optim, 1)
-    optimizer = make_optimizer(optim, schedule)
+    algorithm = AlgorithmSection(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
+    optim = OptimSection(offload=False, **OPTIM)
+    optimizer = make_optimizer(optim, model, mesh, num_updates=1)
     head: dict[str, Any] = dict(temperature=1.0, chunk_tokens=args.chunk_tokens)
-    loss = functools.partial(grpo_loss, algorithm=algorithm)
+    loss = functools.partial(grpo_loss, algorithm=Algorithm.of(algorithm))
     with jax.set_mesh(mesh):
         params = load_params(inspect_folder(folder), model, mesh)
         logprobs = score_rows(make_score_step(model, mesh, **head), params, batch, shape, mesh)
@@ -154,8 +139,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
         old, ref = np.where(batch.completion_mask > 0, logprobs + noise, np.float32(0))
         batch = batch.replace(old_logprobs=old, ref_logprobs=ref, sampler_logprobs=old)
         weighted = add_loss_weights(batch, "token-mean", 1.0)
-        state = init_state(params, model, optimizer, mesh, offload=False)
-        update = make_update_step(model, mesh, optimizer, schedule, loss, optim=optim, **head)
+        state = optimizer.init_state(params)
+        update = make_update_step(model, mesh, optimizer, loss, optim=optim, **head)
 
     def run() -> tuple[float, float]:
         nonlocal state

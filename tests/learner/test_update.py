@@ -16,22 +16,16 @@ import torch
 from safetensors.numpy import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm.loss import grpo_loss
 from grpo_jax.config import ActorSection, MeshSection, OptimSection
-from grpo_jax.learner import offload
-from grpo_jax.learner.batching import add_loss_weights, make_train_batch, plan_rows
+from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.batching import add_loss_weights, make_train_batch
 from grpo_jax.learner.offload import LeafState
-from grpo_jax.learner.update import (
-    at_rest,
-    copy_params,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_score_step,
-    make_update_step,
-    score_rows,
-    to_micro_batches,
-)
+from grpo_jax.learner.optimizer import make_adamw, make_schedule
+from grpo_jax.learner.packing import plan_rows
+from grpo_jax.learner.reference import Reference
+from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
 from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.types import Completion, Prompt, RolloutGroup
@@ -89,7 +83,7 @@ def batch(model):
     for (prompt_length, first), (_, second) in zip(LENGTHS[::2], LENGTHS[1::2], strict=True):
         completions = tuple(Completion(draw(n), (0.0,) * n, "", "stop", 0) for n in (first, second))
         groups.append(RolloutGroup(Prompt("", draw(prompt_length), "", "", "", {}), completions))
-    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    batch = make_train_batch(groups, pad_id=0)
     mask = batch.completion_mask
     assert batch.tokens.shape == (6, T) and mask.sum(axis=1).tolist() == COMPLETION_LENGTHS.tolist()
     logprobs = torch_logprobs(model[0], batch)[0].detach().numpy()
@@ -120,7 +114,12 @@ def mesh_of(*sizes):
 
 
 ONE = (1, 1, 1)
-OPTIMIZER = make_optimizer(OPTIM, make_schedule(OPTIM, 10))
+
+
+def optimizer_for(config, sizes, optim=OPTIM):
+    """With a learning rate of 1e-3; the one that is reported is another, to tell them apart."""
+    adamw = make_adamw(optim, make_schedule(optim, 10))
+    return optimizer_class(optim)(adamw, lambda step: 0.25, config, mesh_of(*sizes))
 
 
 @functools.cache
@@ -129,9 +128,8 @@ def update_step(config, sizes, algorithm, chunk_tokens=8, optim=OPTIM):
     return make_update_step(
         config,
         mesh_of(*sizes),
-        OPTIMIZER,
-        lambda step: 0.25,
-        functools.partial(grpo_loss, algorithm=algorithm),
+        optimizer_for(config, sizes, optim),
+        functools.partial(grpo_loss, algorithm=Algorithm.of(algorithm)),
         optim=optim,
         temperature=TEMPERATURE,
         chunk_tokens=chunk_tokens,
@@ -141,7 +139,7 @@ def update_step(config, sizes, algorithm, chunk_tokens=8, optim=OPTIM):
 @functools.cache
 def _first_state(path, config, sizes):
     folder, mesh = inspect_folder(path), mesh_of(*sizes)
-    state = init_state(load_params(folder, config, mesh), config, OPTIMIZER, mesh, offload=False)
+    state = optimizer_for(config, sizes).init_state(load_params(folder, config, mesh))
     return on_host(state), jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -500,7 +498,7 @@ def test_the_optimizer_equals_torchs():
     rng = np.random.default_rng(0)
     section = dataclasses.replace(OPTIM, schedule="linear", learning_rate=0.03)
     values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", (5,)))}
-    optimizer = make_optimizer(section, make_schedule(section, 4))
+    optimizer = make_adamw(section, make_schedule(section, 4))
     params = {name: jnp.asarray(value) for name, value in values.items()}
     opt_state = optimizer.init(params)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in values.items()}
@@ -598,13 +596,18 @@ def test_the_state_is_donated_and_a_copy_survives(model, batch):
     mesh = mesh_of(*ONE)
     state = place(model)
     before = on_host(state.params)
-    reference, half = copy_params(state.params, jnp.float32), copy_params(state.params, jnp.bfloat16)
+    copies = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        section = dataclasses.replace(ALGORITHM, ref_offload=False)
+        reference = Reference(section, dataclasses.replace(model[1].config, dtype=dtype), mesh)
+        reference.copy_from(state.params)
+        copies.append(reference.params)
     with jax.set_mesh(mesh):
         step = update_step(model[1].config, ONE, ALGORITHM)
         new, _ = step(state, micro(batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    jax.tree.map(np.testing.assert_array_equal, reference, before)
-    jax.tree.map(lambda h, b: np.testing.assert_array_equal(h, b.astype(jnp.bfloat16)), half, before)
+    jax.tree.map(np.testing.assert_array_equal, copies[0], before)
+    jax.tree.map(lambda h, b: np.testing.assert_array_equal(h, b.astype(jnp.bfloat16)), copies[1], before)
     jax.tree.map(
         lambda after, before: np.testing.assert_array_compare(np.not_equal, after, before), new.params, before
     )
@@ -639,9 +642,11 @@ def run_several(model, batches, sizes, dtype=jnp.float32, optim=OFFLOADED):
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         # As a model's folder in bfloat16 would have them: the masters begin with what the devices hold.
-        rounded = load_params(model[1], at_rest(config, OFFLOADED), mesh)
-        params = jax.tree.map(lambda x: x.astype(at_rest(config, optim).param_dtype), rounded)
-        state = init_state(params, config, OPTIMIZER, mesh, offload=optim.offload)
+        rounded = load_params(model[1], optimizer_class(OFFLOADED).at_rest(config), mesh)
+        optimizer = optimizer_for(config, sizes, optim)
+        state = optimizer.init_state(
+            jax.tree.map(lambda x: x.astype(optimizer.at_rest(config).param_dtype), rounded)
+        )
         step, metrics = update_step(config, sizes, ALGORITHM, optim=optim), []
         for batch in batches:
             state, summary = step(state, micro(batch, sizes=sizes))
@@ -701,15 +706,12 @@ def test_offloaded_state_in_other_dtypes(model, batch, dtype, param_dtype, momen
     """Devices hold the narrower of both dtypes; there is a master only where that is not the parameters' own."""
     optim = dataclasses.replace(OFFLOADED, moments_dtype=moments)
     config = dataclasses.replace(model[1].config, dtype=dtype, param_dtype=param_dtype)
-    mesh, schedule = mesh_of(*ONE), make_schedule(optim, 10)
-    optimizer, loss = make_optimizer(optim, schedule), functools.partial(grpo_loss, algorithm=ALGORITHM)
+    mesh, optimizer = mesh_of(*ONE), optimizer_for(config, ONE, optim)
     with jax.set_mesh(mesh):
-        params = load_params(model[1], at_rest(config, optim), mesh)
+        params = load_params(model[1], optimizer.at_rest(config), mesh)
         start = on_host(params)
-        state = init_state(params, config, optimizer, mesh, offload=True)
-        step = make_update_step(
-            config, mesh, optimizer, schedule, loss, optim=optim, temperature=TEMPERATURE, chunk_tokens=8
-        )
+        state = optimizer.init_state(params)
+        step = update_step(config, ONE, ALGORITHM, optim=optim)
         state, _ = step(state, micro(batch.replace(advantages=np.full_like(batch.advantages, np.nan))))
         jax.tree.map(np.testing.assert_array_equal, on_host(state.params), start)  # nor rounded
         state, metrics = step(state, micro(batch))
@@ -725,10 +727,10 @@ def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
     """Not even before it is put away: the embedding [28, 16] is split by 8 over fsdp, and so are its moments."""
     seen, put = [], jax.device_put
     monkeypatch.setattr(jax, "device_put", lambda x, *args: seen.append(x) or put(x, *args))
-    mesh, optim = mesh_of(1, 8, 1), OFFLOADED
+    config, sizes = model[1].config, (1, 8, 1)
+    optimizer, mesh = optimizer_for(config, sizes, OFFLOADED), mesh_of(*sizes)
     with jax.set_mesh(mesh):
-        params = load_params(model[1], at_rest(model[1].config, optim), mesh)
-        init_state(params, model[1].config, OPTIMIZER, mesh, offload=True)
+        optimizer.init_state(load_params(model[1], optimizer.at_rest(config), mesh))
     embeddings = [x.inner[0] for x in seen if isinstance(x, LeafState) and x.inner[0].mu.shape == (VOCAB, 16)]
     assert len(embeddings) == 1
     for moment in (embeddings[0].mu, embeddings[0].nu):
@@ -737,22 +739,23 @@ def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
 
 def test_the_streamed_update_begins_with_the_smallest_parameter_and_gives_gradients_back(model, monkeypatch):
     """What `grpo_jax.plan` counts on."""
-    seen, make = [], offload._update_of_one
-
-    def noted(*args):
-        step = make(*args)
-        return lambda param, *rest: seen.append(param.size) or step(param, *rest)
-
-    monkeypatch.setattr(offload, "_update_of_one", noted)
     config, mesh = model[1].config, mesh_of(*ONE)
+    optimizer, seen, put = optimizer_for(config, ONE, OFFLOADED), [], jax.device_put
     with jax.set_mesh(mesh):
-        params = load_params(model[1], at_rest(config, OFFLOADED), mesh)
-        state = init_state(params, config, OPTIMIZER, mesh, offload=True)
-        grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
-        sizes = sorted(x.size for x in jax.tree.leaves(params))
-        update = offload.make_streamed_update(config, OPTIMIZER, mesh)
-        update(state.params, state.opt_state, grads, jnp.float32(1), jnp.bool_(True))
-    assert seen == sizes and sizes[0] < sizes[-1]
+        state = optimizer.init_state(load_params(model[1], optimizer.at_rest(config), mesh))
+        sizes = sorted(x.size for x in jax.tree.leaves(state.params))
+        grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), state.params)
+        apply = optimizer.make_apply(lambda total, step: (jnp.float32(1), jnp.bool_(True), {}))
+
+        def noted(x, *args):
+            if isinstance(x, LeafState) and x.inner[0].mu.sharding.memory_kind == "pinned_host":
+                alive = sum(grad.size for grad in jax.tree.leaves(grads) if not grad.is_deleted())
+                seen.append((x.inner[0].mu.size, alive))
+            return put(x, *args)
+
+        monkeypatch.setattr(jax, "device_put", noted)
+        apply(state, (grads, None))
+    assert seen == [(size, sum(sizes[i:])) for i, size in enumerate(sizes)] and sizes[0] < sizes[-1]
     assert all(grad.is_deleted() for grad in jax.tree.leaves(grads))
 
 
@@ -769,7 +772,7 @@ def test_gradients_below_the_clipping_norm_stay_as_they_are(model, batch, is_off
 def test_moments_are_stored_in_the_dtype_that_is_configured():
     """After one update mu is (1 - beta1) times the gradient; bfloat16 keeps 8 of its 24 bits."""
     section = dataclasses.replace(OPTIM, moments_dtype="bfloat16")
-    optimizer = make_optimizer(section, lambda step: 1e-3)
+    optimizer = make_adamw(section, lambda step: 1e-3)
     params = {"w": jnp.ones(3, jnp.float32)}
     grads = {"w": jnp.asarray([0.1, -0.2, 1.0], jnp.float32)}
     updates, state = optimizer.update(grads, optimizer.init(params), params)

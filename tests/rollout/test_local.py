@@ -438,7 +438,7 @@ def test_log_probabilities_equal_the_trainers(models, sample, sizes):
     model, mesh = models("qwen2"), mesh_of(*sizes)
     groups = draws(sample, make_prompts(*LENGTHS), sizes=sizes)
     assert len({len(completion.token_ids) for group in groups for completion in group.completions}) > 2
-    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    batch = make_train_batch(groups, pad_id=0)
     with jax.set_mesh(mesh):
         score = make_score_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
         logprobs = score_rows(score, model.params(*sizes), batch, (4, batch.tokens.shape[1]), mesh)

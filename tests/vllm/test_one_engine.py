@@ -37,7 +37,7 @@ def test_trainer_and_sampler_agree(engine):
     """The number that training logs as rollout_probs_diff, from a trainer that is sharded over two devices."""
     sampling = SamplingParams(num_samples=2, temperature=0.8, max_tokens=20)
     groups = engine.generate(helpers.prompts([5, 40, 12]), sampling, seed=2)
-    batch = make_train_batch(groups, pad_id=0, max_length=None)
+    batch = make_train_batch(groups, pad_id=0)
     score = make_score_step(engine.test_model, engine.test_mesh, temperature=0.8, chunk_tokens=1024)
     ours = score_rows(score, engine.test_params, batch, (4, 128), engine.test_mesh)
     mask = np.asarray(batch.completion_mask) > 0
