@@ -137,6 +137,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
         (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), inputs)
