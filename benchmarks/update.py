@@ -117,7 +117,7 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
 
     from grpo_jax.algorithm.loss import grpo_loss
     from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
-    from grpo_jax.learner.batching import add_loss_weights, bucket_length
+    from grpo_jax.learner.batching import add_loss_weights
     from grpo_jax.learner.update import (
         init_state,
         make_optimizer,
@@ -129,9 +129,10 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     )  # fmt: skip
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.model.transformer import bucket_length
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
-    model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
+    model = inspect_folder(folder).with_config(scan_layers=args.scan_layers, remat=args.remat).config
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
     bounds = dict(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
     algorithm = AlgorithmSection(**common.quickstart().algorithm.to_dict() | bounds)

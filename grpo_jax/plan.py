@@ -37,11 +37,13 @@ def main() -> None:
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
         options, rest = _own_flags(sys.argv[1:])
         config, _ = parse_command_line("grpo_jax.plan", __doc__, rest)
-        memory = device_bytes(options.get("--device", ""))
+        device = options.get("--device", "")
+        memory = device_bytes(device)
         text = options.get("--num_devices", "1")
         if not text.isdigit() or int(text) < 1:
             raise ConfigError("num_devices", text, "must be a number of devices, at least 1")
-        print_plan(config, memory, mesh_sizes(config, int(text)))
+        sizes = mesh_sizes(config, int(text))
+        print_plan(config, read_model(config, device), memory, sizes)
 
 
 def device_bytes(name: str) -> int:
@@ -81,31 +83,30 @@ def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
     return sharding.mesh_sizes(config.mesh, num_devices)
 
 
-def read_model(config: Config) -> Any:
-    """The `ModelConfig` of the run, with a fused attention kernel where the dtype allows one.
+def read_model(config: Config, device: str = "") -> Any:
+    """Returns the `ModelConfig` of the run, with the attention kernel that it would take on a device.
 
-    Raises: ConfigError: model.path holds no config.json that is understood.
+    Args:   device: as in `device_bytes`; of a number of GB, the kernel of an H100.
+    Raises: ConfigError: model.path holds no config.json that is understood, or the device lacks the kernel.
     """
-    import jax.numpy as jnp
-
-    from grpo_jax.model.hf import parse_hf_config, read_json
-    from grpo_jax.model.random_model import random_model_config
-    from grpo_jax.run.prepare import model_overrides
+    from grpo_jax.model.config import parse_hf_config, random_model_config
+    from grpo_jax.model.fused_attention import DEVICE_KINDS, choose_kernel
+    from grpo_jax.model.hf import read_json
 
     if config.model.path == "random":
-        model = random_model_config(config.random_model, **model_overrides(config))
+        model = random_model_config(config.random_model, config.model)
     else:
-        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), **model_overrides(config))
-    is_fused = config.model.attention != "plain" and jnp.dtype(model.dtype).itemsize == 2
-    return dataclasses.replace(model, attention="shapes" if is_fused else "plain")
+        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), config.model)
+    kind = DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else None
+    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
+    return dataclasses.replace(model, attention=kernel)
 
 
-def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
+def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, int]) -> None:
     from grpo_jax.learner.batching import micro_batch_shape
     from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch, plan_memory
     from grpo_jax.run.prepare import trainer_share
 
-    model = read_model(config)
     mesh = abstract_mesh(*sizes)
     plan = plan_memory(config, model, mesh)
     share = trainer_share(config.rollout)

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import replicated
-from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import Params
 
 HOST = "pinned_host"

@@ -23,9 +23,10 @@ from grpo_jax.algorithm.loss import LossMetrics
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.batching import Places, pack
 from grpo_jax.learner.offload import init_offloaded, make_streamed_update, offloaded_shardings, rounded
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards, replicated
-from grpo_jax.model.transformer import ModelConfig, abstract_params, forward, head_matrix, param_shardings
+from grpo_jax.model.transformer import abstract_params, forward, head_matrix, param_shardings
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 
 LossFn = Callable[[jax.Array, jax.Array, TrainBatch, jax.Array], tuple[jax.Array, LossMetrics]]

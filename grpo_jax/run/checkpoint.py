@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import ConfigError
@@ -110,11 +109,6 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._manager.close()
-
-
-def abstract_like(shapes: Any, shardings: Any) -> Any:
-    """`jax.ShapeDtypeStruct` with shardings, the form in which Orbax wants to be told what to restore."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _restore_like(abstract: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.algorithm.loss import FIRST_UPDATE
 from grpo_jax.config import Config
-from grpo_jax.model.transformer import ModelConfig
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.rewards.base import RewardResult
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.types import Metrics, RolloutGroup

@@ -29,14 +29,15 @@ from grpo_jax.learner.update import (
     score_rows,
     state_shardings,
 )
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder, copy_side_files, load_params
-from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.model.sharding import abstract_like, num_batch_shards
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import RolloutEngine, make_engine, rollout_sampling
 from grpo_jax.rollout.ahead import RolloutsAhead
 from grpo_jax.rollout.dynamic import DynamicSampling, Scored
-from grpo_jax.run.checkpoint import Checkpointer, Progress, abstract_like
+from grpo_jax.run.checkpoint import Checkpointer, Progress
 from grpo_jax.run.metrics import Timers
 from grpo_jax.run.prepare import Inputs
 from grpo_jax.run.probe import Probe, make_probe

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import TensorSpec, stored_shape, tensor_specs
 from grpo_jax.model.sharding import replicated
-from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.model.transformer import abstract_params
 from grpo_jax.types import Params
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
 
@@ -139,7 +140,7 @@ def _pack(
 
 def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -> jax.Array:
     """One parameter as the Hugging Face tensor it is stored as: layer taken out, [outputs, inputs]."""
-    leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
+    leaf = spec.of(params)
     if spec.is_stacked:
         leaf = jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False)
     shape = stored_shape(spec, leaf.shape)
@@ -147,7 +148,7 @@ def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -
 
 
 def _whole_shape(params: Params, spec: TensorSpec) -> tuple[int, ...]:
-    shape = functools.reduce(lambda tree, key: tree[key], spec.path, params).shape
+    shape = spec.of(params).shape
     return stored_shape(spec, shape[1:] if spec.is_stacked else shape)
 
 
