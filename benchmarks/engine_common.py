@@ -39,11 +39,12 @@ def model_folder(folder: Path, dtype: str) -> Any:
     """What `inspect_folder` would say of the folder if it held weights."""
     import jax.numpy as jnp
 
-    from grpo_jax.model.hf import ModelFolder, parse_hf_config
+    from grpo_jax.model.config import parse_hf_config
+    from grpo_jax.model.hf import ModelFolder
 
-    hf = json.loads((folder / "config.json").read_text())
-    config = parse_hf_config(hf, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    return ModelFolder(folder, config, {}, "BF16", ())
+    config = parse_hf_config(json.loads((folder / "config.json").read_text()))
+    unread = ModelFolder(folder, config, {}, "BF16", ())
+    return unread.with_config(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
 
 
 class NoTokenizer:

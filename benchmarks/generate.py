@@ -94,7 +94,7 @@ def our_run(folder: Path, prompts: list[list[int]], args: Any) -> Callable[[], N
     from grpo_jax.types import Prompt
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
-    model = inspect_folder(folder, scan_layers=args.scan_layers)
+    model = inspect_folder(folder).with_config(scan_layers=args.scan_layers)
     engine = LocalEngine(
         model.config, mesh, load_tokenizer(folder), (args.vocab,), batch_size=len(prompts) * args.samples
     )

@@ -56,8 +56,8 @@ def write_model(folder: Path, gigabytes: float, shards: int) -> int:
     """Writes a folder with random weights. Returns the bytes of its weights."""
     from safetensors.numpy import save_file
 
-    from grpo_jax.model.hf import hf_config, parse_hf_config, stored_bytes
-    from grpo_jax.model.transformer import ModelConfig
+    from grpo_jax.model.config import ModelConfig, hf_config, parse_hf_config
+    from grpo_jax.model.hf import stored_bytes
 
     def config_json(layers: int) -> dict[str, Any]:
         config = ModelConfig(

@@ -442,7 +442,7 @@ def step_flops(step: Step, args: Any, model: Path, matmul: dict[str, Any], devic
     """
     import numpy as np
 
-    from grpo_jax.model.hf import parse_hf_config
+    from grpo_jax.model.config import parse_hf_config
     from grpo_jax.run.metrics import update_flops
 
     mfu, peak = step.metrics.get("perf/mfu/actor"), data_sheet(matmul["device"])

@@ -122,10 +122,11 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     from grpo_jax.learner.batching import add_loss_weights
     from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
     from grpo_jax.model.hf import inspect_folder, load_params
-    from grpo_jax.model.sharding import bucket_length, make_mesh
+    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.model.transformer import bucket_length
 
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
-    model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
+    model = inspect_folder(folder).with_config(scan_layers=args.scan_layers, remat=args.remat).config
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
     algorithm = AlgorithmSection(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
     optim = OptimSection(offload=False, **OPTIM)

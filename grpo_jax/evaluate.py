@@ -110,7 +110,7 @@ def _run(args: Any) -> None:
     share_devices(section)
     rows = read_rows([args.data], "--data")
     dtype = jnp.dtype(args.dtype)
-    folder = inspect_folder(args.model, dtype=dtype, param_dtype=dtype)
+    folder = inspect_folder(args.model).with_config(dtype=dtype, param_dtype=dtype)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(tokenizer, folder.config.vocab_size, args.model)
     prompts, counts = encode_prompts(

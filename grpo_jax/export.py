@@ -11,11 +11,11 @@ import jax
 
 from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.config.command_line import load_saved_config, make_parser, one_line_errors
-from grpo_jax.model.hf import parse_hf_config, read_json, save_folder
+from grpo_jax.model.config import parse_hf_config
+from grpo_jax.model.hf import read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
-from grpo_jax.run.inputs import model_overrides
 from grpo_jax.run.workdir import Workdir
 
 
@@ -29,7 +29,7 @@ def export(checkpoint: Path, output: Path) -> int:
     step_folder = find_checkpoint(checkpoint)
     workdir = Workdir(step_folder.parent.parent)
     config = load_saved_config(workdir.config)
-    model = parse_hf_config(read_json(workdir.model_files / "config.json"), **model_overrides(config))
+    model = parse_hf_config(read_json(workdir.model_files / "config.json"), config.model)
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     with jax.set_mesh(mesh):
         abstract = abstract_like(abstract_params(model)[0], param_shardings(model, mesh))

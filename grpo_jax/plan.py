@@ -7,6 +7,8 @@ is read, so that a plan can be made before anything is fetched or rented. `grpo_
 the real peak beside it.
 """
 
+from typing import Any
+
 from grpo_jax.config import Config, ConfigError, nearest
 from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
 
@@ -35,7 +37,8 @@ def main() -> None:
         memory = device_bytes(args.device)
         if not args.num_devices.isdigit() or int(args.num_devices) < 1:
             raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
-        print_plan(config, memory, mesh_sizes(config, int(args.num_devices)))
+        sizes = mesh_sizes(config, int(args.num_devices))
+        print_plan(config, read_model(config, args.device), memory, sizes)
 
 
 def device_bytes(name: str) -> int:
@@ -75,14 +78,24 @@ def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
     return sharding.mesh_sizes(config.mesh, num_devices)
 
 
-def print_plan(config: Config, memory: int, sizes: tuple[int, int, int]) -> None:
+def read_model(config: Config, device: str) -> Any:
+    """The `ModelConfig` of the run on a device.
+
+    Args:   device: as in `device_bytes`; for a number of GB, the attention kernel is that of an H100.
+    Raises: ConfigError: as `inputs.read_model_config`.
+    """
+    from grpo_jax.model.fused_attention import DEVICE_KINDS
+    from grpo_jax.run.inputs import read_model_config
+
+    return read_model_config(config, DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else None)
+
+
+def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, int]) -> None:
     from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch
     from grpo_jax.learner.packing import micro_batch_shape
     from grpo_jax.rollout import push_bytes, trainer_share
     from grpo_jax.run.devices import plan_run
-    from grpo_jax.run.inputs import read_model_config
 
-    model = read_model_config(config)
     mesh = abstract_mesh(*sizes)
     plan = plan_run(config, model, mesh)
     share = trainer_share(config.rollout)

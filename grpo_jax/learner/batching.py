@@ -20,19 +20,8 @@ import jax
 import numpy as np
 
 from grpo_jax.algorithm.loss import loss_weights
+from grpo_jax.model.transformer import bucket_length
 from grpo_jax.types import RolloutGroup, TrainBatch
-
-
-def bucket_length(n: int, multiple: int = 16) -> int:
-    """Rounds a row length up to one of few, since each length is compiled anew.
-
-    Multiples of 16 up to 128, then four lengths for each doubling (160, 192, 224, 256, 320, ...): 24 shapes
-    up to 2,048 tokens, at most 15 tokens of padding in rows up to 128 and 25 % in longer ones.
-    """
-    step = multiple
-    while n > 8 * step:
-        step *= 2
-    return -(-n // step) * step
 
 
 def make_train_batch(groups: Sequence[RolloutGroup], *, pad_id: int) -> TrainBatch:

@@ -2,8 +2,8 @@
 
 What is held is exact: parameters, Adam's moments, accumulators and the reference, as they are sharded. What the
 forward pass keeps for the backward pass is counted from JAX's own list of it (`jax.vjp` of the traced model), for
-any `model.remat`. What the compiler adds within one layer and one chunk of the head is estimated from their
-largest arrays.
+any `model.remat` and any attention kernel. What the compiler adds within one layer and one chunk of the head is
+estimated from their largest arrays.
 """
 
 import dataclasses
@@ -13,14 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.update import token_scores
+from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
-from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,6 @@ def plan_memory(
         model: with the attention kernel that the run will use.
         push_bytes: what a push of weights to the rollout engine takes on the device; 0: nothing is pushed.
     """
-    if model.attention != "plain":
-        model = dataclasses.replace(model, attention="shapes")
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
     parameters = sum(jax.tree.leaves(sizes))
@@ -100,6 +101,8 @@ def held_bytes(config: Config, model: ModelConfig, num_params: int) -> tuple[dic
 @functools.lru_cache(maxsize=64)
 def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     """Bytes that the forward pass of one micro-batch [rows, length] keeps, the parameters not counted."""
+    if model.attention == "cudnn":
+        model = dataclasses.replace(model, attention=kept_by_cudnn)
     params = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))[0]
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
@@ -114,6 +117,31 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
         kept = jax.tree.leaves(jax.eval_shape(pullback, params, tokens))
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.shape not in shapes)
+
+
+@jax.custom_vjp
+def kept_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> jax.Array:
+    """Stands in for cuDNN's kernel where memory is counted: keeps arrays of the same shapes and computes nothing.
+
+    The kernel itself cannot be traced without an NVIDIA GPU: JAX looks for library and device while it traces.
+    """
+    return q
+
+
+def _kept_by_cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> Any:
+    shape = (*sequences.starts.shape, q.shape[2], q.shape[1])
+    # Made from this layer's numbers: a constant would be kept once for all layers.
+    sums = jnp.full(shape, q[0, 0, 0, 0], jnp.float32)
+    out = checkpoint_name(q, KEPT)
+    return out, (q, k, v, out, checkpoint_name(sums, KEPT))
+
+
+def _kept_by_cudnn_backward(kept: Any, cotangent: jax.Array) -> Any:
+    q, k, v, out, sums = kept
+    return q + out + cotangent + sums.sum().astype(q.dtype), k, v, None  # depends on all that is kept
+
+
+kept_by_cudnn.defvjp(_kept_by_cudnn_forward, _kept_by_cudnn_backward)
 
 
 def largest_micro_batch(

@@ -20,8 +20,9 @@ from jax.sharding import AbstractMesh, Mesh
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.optimizer import Apply, Judge, Schedule, abstract_state, first_step
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import abstract_like, replicated
-from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import Metrics, Params, TrainState
 
 HOST = "pinned_host"

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from grpo_jax.config import ActorSection, Config
-from grpo_jax.learner.batching import bucket_length
 from grpo_jax.model.fused_attention import max_sequences
+from grpo_jax.model.transformer import bucket_length
 from grpo_jax.types import TrainBatch
 
 

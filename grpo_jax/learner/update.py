@@ -23,9 +23,10 @@ from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.optimizer import Apply, Judge, Optimizer, Schedule
 from grpo_jax.learner.packing import Places, pack
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards, replicated
-from grpo_jax.model.transformer import ModelConfig, forward, head_matrix, param_shardings
+from grpo_jax.model.transformer import forward, head_matrix, param_shardings
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 
 LossFn = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, LossMetrics]]

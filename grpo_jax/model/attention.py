@@ -1,10 +1,9 @@
 """Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache.
 
-Whole rows, which may hold several sequences one after the other, go through a fused kernel where the device has
-one (`fused_attention.py`); everything else, decoding from a cache included, through `attend`.
+Whole rows, which may hold several sequences one after the other, go through a fused kernel if the device has one
+(`fused_attention.py`). Everything else, such as decoding from a cache, goes through `attend`.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -14,25 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from grpo_jax.model.config import ModelConfig, RopeScaling
 from grpo_jax.model.fused_attention import KEPT, Sequences, fused_attention
 from grpo_jax.model.sharding import constrain
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How positions beyond the training length are encoded, as `rope_scaling` of config.json says."""
-
-    kind: str
-    """"linear" or "llama3"."""
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of every layer, [N, B, K, S, Dh], or of one, without N. All rows share the S columns."""
+    """Keys and values of all layers, [N, B, K, S, Dh], or of one, [B, K, S, Dh]. All rows share the S columns."""
 
     keys: jax.Array
     values: jax.Array
@@ -40,24 +28,24 @@ class KVCache:
 
 @flax.struct.dataclass
 class AttentionInputs:
-    """What all layers share."""
+    """The inputs of attention that are the same for all layers."""
 
     cos: jax.Array
     """[B, T, 1, Dh/2] float32."""
     sin: jax.Array
     mask: jax.Array | None
-    """[B, 1, T, S] bool; True where the query may see the key. None: `sequences` says it."""
+    """[B, 1, T, S] bool; True where the query may see the key. None with `sequences`."""
     cache_column: jax.Array | int = 0
     """First column of the cache that this call writes."""
     sequences: Sequences | None = None
-    """For a fused kernel, which takes whole rows and no cache."""
+    """For a fused kernel, which takes whole rows and no cache, and needs no mask."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angle per position of each pair of channels.
+    """Returns the angle per position of each pair of channels.
 
-    RoFormer, arXiv:2104.09864; the llama3 rule slows long wavelengths by `factor` and interpolates between
-    (as published with Llama 3.1's weights).
+    RoFormer, arXiv:2104.09864. The llama3 rule divides the frequencies of long wavelengths by `factor`, keeps
+    those of short ones, and interpolates in between (as published with Llama 3.1's weights).
 
     Returns: [Dh/2] float32.
     """
@@ -73,24 +61,24 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel i together with channel i + Dh/2, as Hugging Face weights want it. x: [B, T, H, Dh]."""
+    """Rotates channel i together with channel i + Dh/2, the pairing of Hugging Face weights. x: [B, T, H, Dh]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, T, in] times kernel [in, out], in the dtype of x.
+    """Multiplies x [B, T, in] by a kernel [in, out], in the dtype of x.
 
-    As one matrix of B * T rows: with three dimensions XLA's CPU backend transposes the activations to form the
-    kernel's gradient, which takes as long again as the products themselves (measured 2026-11, jaxlib 0.10.2).
+    x is reshaped to a matrix of B * T rows. With three dimensions, XLA's CPU backend transposes the activations to
+    form the kernel's gradient, which takes as long as the products themselves (measured 2026-11, jaxlib 0.10.2).
     """
     batch, length, width = x.shape
     return (x.reshape(-1, width) @ kernel.astype(x.dtype)).reshape(batch, length, -1)
 
 
 def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
-    """True where key column <= query column and both belong to the same sequence.
+    """Returns a mask that is True where key column <= query column and both belong to the same sequence.
 
     Args:    segment_ids: [B, T] int32, 0 for padding.
     Returns: [B, 1, T, T] bool; the rows of padding queries are all False.
@@ -102,16 +90,16 @@ def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of H query heads over K key/value heads, H / K of them to each; float32 inside.
+    """Softmax attention in which H / K query heads share each of K key/value heads. The softmax is in float32.
 
-    The query heads of a key/value head are rows of one matrix, so that both products are plain batched ones and
-    nothing is transposed or repeated, least of all the cache. On a CPU, a decoding step takes a fifth of the
+    The query heads of a key/value head become rows of one matrix. Both products are then plain batched products,
+    and nothing is transposed or repeated, the cache in particular. On a CPU, a decoding step takes a fifth of the
     time of `jax.nn.dot_product_attention`, which wants heads last (measured 2026-11, jaxlib 0.10.2).
 
     Args:
         q: [B, T, H, Dh].
         k, v: [B, K, S, Dh].
-        mask: [B, 1, T, S] bool. A query that may see nothing gets a mean of all values.
+        mask: [B, 1, T, S] bool. A query that may see no key gets the mean of all values.
     Returns: [B, T, H, Dh] in the dtype of v.
     """
     batch, length, heads, width = q.shape
@@ -127,35 +115,34 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return out.reshape(batch, length, heads, width)
 
 
-NORMAL = nn.initializers.normal(0.02)
+NORMAL, ONES, ZEROS = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
 
 
-def parameter(
-    module: nn.Module, name: str, init: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any
-) -> jax.Array:
-    """Declares a parameter of `module` together with the logical axis of each of its dimensions."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)  # type: ignore[return-value]
+def parameter(module: nn.Module, name: str, dtype: Any, initializer: Any, **axes: int) -> jax.Array:
+    """Declares a parameter of `module`. Args: axes: size of each dimension by its logical axis, in order."""
+    partitioned = nn.with_logical_partitioning(initializer, tuple(axes))
+    return module.param(name, partitioned, tuple(axes.values()), dtype)  # type: ignore[return-value]
 
 
 class Attention(nn.Module):
     """Grouped-query attention; QKV bias (Qwen2) and QK norm (Qwen3) as configured."""
 
-    config: Any  # ModelConfig, of transformer.py, which imports this module
+    config: ModelConfig
 
     @nn.compact
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns the attention's output, [B, T, D], and the cache with this call's columns.
+        """Returns the output, [B, T, D], and the cache with the columns of this call written.
 
         Args:
             x: [B, T, D].
-            layer: int32 scalar, whose turn it is; None: the cache is of this layer alone.
+            layer: int32 scalar, the layer's index in the cache. None: the cache is of this layer alone.
         """
         c = self.config
-        q = self._project(x, "q", c.num_heads, "heads")
-        k = self._project(x, "k", c.num_kv_heads, "kv_heads")
-        v = self._project(x, "v", c.num_kv_heads, "kv_heads")
+        q = self._project(x, "q", heads=c.num_heads)
+        k = self._project(x, "k", kv_heads=c.num_kv_heads)
+        v = self._project(x, "v", kv_heads=c.num_kv_heads)
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="k_norm")(k)
@@ -172,18 +159,19 @@ class Attention(nn.Module):
                 )
             assert inputs.mask is not None
             out = checkpoint_name(attend(q, k, v, inputs.mask), KEPT)
-        axes, shape = ("heads", "head_dim", "embed"), (c.num_heads, c.head_dim, c.hidden_size)
-        kernel = parameter(self, "o", NORMAL, axes, shape, c.param_dtype)
+        sizes = dict(heads=c.num_heads, head_dim=c.head_dim, embed=c.hidden_size)
+        kernel = parameter(self, "o", c.param_dtype, NORMAL, **sizes)
         return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache
 
-    def _project(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+    def _project(self, x: jax.Array, name: str, **heads: int) -> jax.Array:
+        """Returns x in heads, [B, T, heads, Dh]. Args: heads: their number, by the name of their axis."""
         c = self.config
-        axes, shape = ("embed", axis, "head_dim"), (c.hidden_size, heads, c.head_dim)
-        kernel = parameter(self, name, NORMAL, axes, shape, c.param_dtype)
+        kernel = parameter(
+            self, name, c.param_dtype, NORMAL, embed=c.hidden_size, **heads, head_dim=c.head_dim
+        )
         y = project(x, kernel.reshape(c.hidden_size, -1)).reshape(x.shape[:2] + kernel.shape[1:])
         if c.qkv_bias:
-            zeros = nn.initializers.zeros
-            bias = parameter(self, f"{name}_bias", zeros, axes[1:], shape[1:], c.param_dtype)
+            bias = parameter(self, f"{name}_bias", c.param_dtype, ZEROS, **heads, head_dim=c.head_dim)
             y = y + bias.astype(x.dtype)[None, None]
         return y
 
@@ -197,16 +185,15 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.initializers.ones
-        scale = parameter(self, "scale", ones, (self.axis,), (x.shape[-1],), self.param_dtype)
+        scale = parameter(self, "scale", self.param_dtype, ONES, **{self.axis: x.shape[-1]})
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        # Rounded before the scale, as transformers does: bf16 logits then agree with it.
+        # Rounded before it is scaled, as in transformers, so that bfloat16 logits agree.
         return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array | None, column: Any) -> KVCache:
-    """Writes k and v, [B, K, T, Dh], into the layer's columns from `column` on."""
+    """Writes k and v, [B, K, T, Dh], into the layer's cache, from `column` on."""
 
     def write(cache: jax.Array, new: jax.Array) -> jax.Array:
         new = new.astype(cache.dtype)

@@ -4,10 +4,11 @@
     splash    JAX's Pallas kernel for TPUs
     plain     matrix products and a mask (`attention.attend`); any device, any dtype
 
-cuDNN is told where each sequence begins and how long it is, and computes nothing between two of them; splash gets
-the number of each token's sequence and skips the blocks above the diagonal. Scores [T, T] are never held.
+cuDNN is told where each sequence begins and how long it is, and computes nothing between two sequences. Splash
+gets the number of each token's sequence and skips the blocks above the diagonal. Neither holds the scores, [T, T].
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,19 +17,22 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from grpo_jax.config import ConfigError
 from grpo_jax.model.sharding import partition_spec
 
 KEPT = "attention"
-"""Name, for `jax.checkpoint`, of what attention gives and of what a kernel's backward pass needs beside it."""
+"""Name, for `jax.checkpoint`, of attention's output and of what else a kernel's backward pass needs."""
 
 
 @flax.struct.dataclass
 class Sequences:
-    """Which sequence each token of a row belongs to. The padding at a row's end is a sequence like the others, so
-    that every token's attention is computed: what a kernel leaves unwritten could be NaN, and 0 * NaN is NaN."""
+    """Which sequence each token of a row belongs to.
+
+    The padding at the end of a row is a sequence too, so that the kernel writes every token's output. What it
+    leaves unwritten could be NaN, and 0 * NaN is NaN.
+    """
 
     segment_ids: jax.Array
     """[B, T] int32."""
@@ -39,85 +43,129 @@ class Sequences:
 
 
 def max_sequences(length: int) -> int:
-    """How many sequences a row of `length` tokens may hold, its padding not counted.
+    """Returns how many sequences a row of `length` tokens may hold, its padding not counted.
 
-    cuDNN wants a bound, and its backward pass takes memory, and time, as if there were so many rows: 132 of them,
-    for a row of 4,224 tokens, took an eighth of an update. 16 of lengths that spread widely fill rows to 96 %
-    where they have a fifth of a row's length in the mean, and to 92 % where an eighth. Where they are so short
-    that rows stay half empty, there are few rows.
+    cuDNN needs a bound, and its backward pass takes memory and time in proportion to it: with a bound of 132 for
+    rows of 4,224 tokens, it took an eighth of an update. 16 sequences of widely spread lengths fill a row to 96 %
+    if their mean length is a fifth of the row, and to 92 % if it is an eighth. Shorter sequences leave rows half
+    empty, but then there are few rows.
     """
     return max(1, min(length // 32, 16))
 
 
 def find_sequences(segment_ids: jax.Array) -> Sequences:
-    """Where the sequences of each row begin and how long they are.
+    """Finds where the sequences of each row begin and how long they are.
 
-    Args: segment_ids: [B, T] int32; at most `max_sequences(T)` different ones a row beside 0, each in one piece.
+    Args: segment_ids: [B, T] int32. A row holds at most `max_sequences(T)` different ids other than 0, each in one
+        piece.
     """
     length = segment_ids.shape[1]
     columns = jnp.arange(length, dtype=jnp.int32)[None]
     is_start = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     starts = jnp.sort(jnp.where(is_start, columns, length), axis=1)[:, : max_sequences(length) + 1]
     lengths = jnp.diff(starts, axis=1, append=jnp.full_like(starts[:, :1], length))
-    is_there = starts < length
-    return Sequences(segment_ids, jnp.where(is_there, starts, -1), jnp.where(is_there, lengths, -1))
+    exists = starts < length
+    return Sequences(segment_ids, jnp.where(exists, starts, -1), jnp.where(exists, lengths, -1))
 
 
-def choose_kernel(wanted: str, dtype: Any, head_dim: int) -> str:
-    """What `model.attention` comes to on the devices at hand: "cudnn", "splash" or "plain".
+@dataclasses.dataclass(frozen=True)
+class DeviceKind:
+    """What decides which kernels a device can run."""
 
-    Raises: ValueError: the kernel that is wanted cannot do it; says why.
+    platform: str
+    """"cuda", "tpu", "cpu" or another."""
+    compute_capability: float = 0.0
+    """Of an NVIDIA GPU."""
+
+
+DEVICE_KINDS = {
+    "h100": DeviceKind("cuda", 9.0),
+    "h200": DeviceKind("cuda", 9.0),
+    "b200": DeviceKind("cuda", 10.0),
+    "a100": DeviceKind("cuda", 8.0),
+    "a100-40": DeviceKind("cuda", 8.0),
+    "l40s": DeviceKind("cuda", 8.9),
+    "tpu-v4": DeviceKind("tpu"),
+    "tpu-v5e": DeviceKind("tpu"),
+    "tpu-v5p": DeviceKind("tpu"),
+    "tpu-v6e": DeviceKind("tpu"),
+}
+"""Devices that can be planned for by name; `plan.DEVICE_BYTES` has the same names."""
+
+
+def local_device_kind() -> DeviceKind:
+    """Returns the kind of the devices of this process."""
+    device = jax.devices()[0]
+    if device.platform == "gpu" and "cuda" in device.client.platform_version:
+        return DeviceKind("cuda", float(device.compute_capability))
+    return DeviceKind(device.platform)
+
+
+def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind | None = None) -> str:
+    """Returns the kernel that `model.attention` stands for on a device: "cudnn", "splash" or "plain".
+
+    Args:   device: None: the local devices.
+    Raises: ConfigError: the device has no such kernel, or the kernel cannot compute this model; says why.
     """
     if wanted == "plain":
         return wanted
-    possible = {"cudnn": _why_not_cudnn(dtype, head_dim), "splash": _why_not_splash(head_dim)}
+    device = device or local_device_kind()
+    obstacles = {
+        "cudnn": _why_not_cudnn(device, dtype, head_dim),
+        "splash": _why_not_splash(device, head_dim),
+    }
     if wanted == "auto":
-        return next((name for name, why in possible.items() if not why), "plain")
-    if possible[wanted]:
-        raise ValueError(possible[wanted])
+        return next((name for name, why in obstacles.items() if not why), "plain")
+    if obstacles[wanted]:
+        raise ConfigError("model.attention", wanted, obstacles[wanted])
     return wanted
 
 
-def _why_not_cudnn(dtype: Any, head_dim: int) -> str:
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+def _why_not_cudnn(device: DeviceKind, dtype: Any, head_dim: int) -> str:
+    if device.platform != "cuda":
         return "needs an NVIDIA GPU"
-    if float(device.compute_capability) < 9:
+    if device.compute_capability < 9:
         return f"needs compute capability 9.0 (Hopper) or later, and this GPU has {device.compute_capability}"
     if jnp.dtype(dtype).itemsize != 2:
         return "needs model.dtype=bfloat16"
     return "" if head_dim % 8 == 0 and head_dim <= 256 else f"does not know heads of width {head_dim}"
 
 
-def _why_not_splash(head_dim: int) -> str:
-    if jax.devices()[0].platform != "tpu":
+def _why_not_splash(device: DeviceKind, head_dim: int) -> str:
+    if device.platform != "tpu":
         return "needs a TPU"
     return "" if head_dim % 128 == 0 else f"does not know heads of width {head_dim}"
 
 
 def is_kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """For `jax.checkpoint`: keeps what is named `KEPT`, and what cuDNN's forward pass gives, which has no name."""
+    """For `jax.checkpoint`: keeps what is named `KEPT`, and the unnamed results of cuDNN's forward pass."""
     is_named = primitive.name == "name" and parameters.get("name") == KEPT
     return is_named or primitive.name.startswith("dot_product_attention_fwd")
 
 
-def fused_attention(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> jax.Array:
-    """Each token sees itself and those before it in its own sequence.
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, Sequences], jax.Array]
+"""(q, k, v, sequences) -> output, as `fused_attention`, for the rows and heads of one device."""
+
+
+def fused_attention(
+    kernel: str | Kernel, q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences
+) -> jax.Array:
+    """Computes attention in which each token sees itself and the earlier tokens of its own sequence.
 
     Args:
-        kernel: "cudnn" or "splash"; "shapes": for counting memory without either.
+        kernel: "cudnn", "splash" or a function that takes their place.
         q: [B, T, H, Dh]; k, v: [B, T, K, Dh].
     Returns: [B, T, H, Dh] in the dtype of v.
     """
-    kernels: dict[str, Callable[..., jax.Array]] = {"cudnn": _cudnn, "splash": _splash, "shapes": _shapes}
-    function = kernels[kernel]
+    kernels: dict[str, Kernel] = {"cudnn": _cudnn, "splash": _splash}
+    function = kernels[kernel] if isinstance(kernel, str) else kernel
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(q, k, v, sequences)
-    # Kernels are opaque to the compiler: every device is given its own rows and heads.
+    # The compiler cannot look into kernels, so every device is given its own rows and heads.
     spec = lambda x, head_axis: partition_spec(("batch", None, head_axis, None), x.shape, mesh)
     heads, kv_heads = spec(q, "heads"), spec(k, "kv_heads")
-    if heads != kv_heads:  # some heads are copied to every device: then all of them are
+    if heads != kv_heads:  # if some heads are copied to every device, all of them are
         heads = kv_heads = PartitionSpec(kv_heads[0])
     rows = PartitionSpec(heads[0])
     split = jax.shard_map(
@@ -135,7 +183,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> ja
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     if jax.__version_info__ < (0, 11, 1):
-        # Before, the offsets of keys were computed with the number of query heads (jax 0.11.1 has it right).
+        # Earlier releases compute the offsets of keys with the number of query heads (fixed in jax 0.11.1).
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     offsets = jnp.pad(sequences.starts, ((0, 0), (0, 1)), constant_values=-1)
     return dot_product_attention(
@@ -163,35 +211,13 @@ def _splash(
     return heads_first(attend(heads_first(q) / math.sqrt(q.shape[-1]), heads_first(k), heads_first(v), ids))
 
 
-@jax.custom_vjp
-def _shapes(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> jax.Array:
-    """Computes nothing, and keeps for the backward pass what a flash kernel keeps."""
-    return q
-
-
-def _shapes_forward(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> Any:
-    shape = (*sequences.starts.shape, q.shape[2], q.shape[1])
-    # A number of this layer: a constant would be kept once for all of them.
-    statistics = jnp.full(shape, q[0, 0, 0, 0], jnp.float32)
-    out = checkpoint_name(q, KEPT)
-    return out, (q, k, v, out, checkpoint_name(statistics, KEPT))
-
-
-def _shapes_backward(kept: Any, cotangent: jax.Array) -> Any:
-    q, k, v, out, statistics = kept
-    return q + out + cotangent + statistics.sum().astype(q.dtype), k, v, None  # needs all of it
-
-
-_shapes.defvjp(_shapes_forward, _shapes_backward)
-
-
 @functools.lru_cache(maxsize=8)
 def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:
-    """The kernel of one row; its block tables are numpy and the same for every row and layer."""
+    """Returns the kernel of one row. Its tables of blocks are constants, the same for every row and layer."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    # As large as it may be: with blocks of 128 a row of 4,224 tokens takes nine times as many steps.
+    # As large as possible: with blocks of 128, a row of 4,224 tokens takes nine times as many steps.
     block = next((size for size in (512, 384, 256) if length % size == 0), math.gcd(length, 128))
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,

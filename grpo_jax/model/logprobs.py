@@ -1,8 +1,8 @@
 """Log-probabilities and entropy of given tokens, straight from hidden states, a chunk of columns at a time.
 
-The logits of all tokens, [B, T, V], would be the largest array of the whole training step (one row of
-1,024 tokens of Qwen2.5 takes 0.6 GB in float32). Only one chunk of them exists at a time. The backward pass
-computes each chunk again and turns it into its gradient in one sweep, with the sums that the forward pass kept.
+The logits of all tokens, [B, T, V], would be the largest array of the training step: those of one row of 1,024
+tokens of Qwen2.5 take 0.6 GB in float32. Only one chunk of them exists at a time. The backward pass computes each
+chunk again, and its gradient in the same pass, with the sums that the forward pass kept.
 """
 
 import functools
@@ -18,7 +18,7 @@ from grpo_jax.model.sharding import AXIS_RULES, constrain
 def token_logprobs(
     hidden: jax.Array, head: jax.Array, tokens: jax.Array, *, temperature: float, chunk_columns: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each token given those before it, and the entropy of the distribution it came from.
+    """Returns the log-probability of each token given those before it, and the entropy of its distribution.
 
     Args:
         hidden: [B, T, D], final hidden states.
@@ -34,10 +34,10 @@ def token_logprobs(
     of_rows = functools.partial(_chosen, temperature, chunks)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and any(mesh.shape[axis] > 1 for axis in AXIS_RULES["batch"]):
-        # Each device sums the head's gradient over its own rows, and all of them are added once; left to the
+        # Each device sums the head's gradient over its own rows, and these sums are added once. Left to the
         # compiler, they would be added after every chunk.
         rows = PartitionSpec(AXIS_RULES["batch"])
-        # Axes of one device are nobody else's, and some compilers fail where any axis is left to them.
+        # Some compilers fail if any axis is left to them; axes of one device need not be.
         names = {axis for axis in mesh.axis_names if axis in AXIS_RULES["batch"] or mesh.shape[axis] == 1}
         of_rows = jax.shard_map(
             of_rows,
@@ -56,7 +56,7 @@ def token_logprobs(
 def _chosen(
     temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of `targets` [B, T] under softmax(hidden head^T / temperature), and its entropy."""
+    """Returns log-probability of `targets` [B, T] under softmax(hidden head^T / temperature), and entropy."""
     return _forward(temperature, chunks, hidden, head, targets)[0]
 
 
@@ -66,7 +66,7 @@ def _forward(temperature: float, chunks: int, hidden: jax.Array, head: jax.Array
         logits = _logits(hidden, head, temperature)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         logp = logits - normalizer[..., None]
-        # As a sum, and not by an index: the sweep over the logits is being made anyway.
+        # A sum instead of an index: the logits are read anyway.
         chosen = jnp.sum(jnp.where(_is_target(logits, targets), logp, 0), axis=-1)
         return None, (chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), normalizer)
 
@@ -76,7 +76,7 @@ def _forward(temperature: float, chunks: int, hidden: jax.Array, head: jax.Array
 
 
 def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    """With p the distribution and H its entropy, of one token whose logits are z:
+    """For one token with logits z, distribution p and entropy H:
 
     d log p[chosen] / dz = onehot(chosen) - p,        dH / dz = -p (log p + H)
     """
@@ -124,5 +124,5 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _num_chunks(length: int, chunk_columns: int) -> int:
-    """The smallest number of equal chunks that are no wider than `chunk_columns`."""
+    """Returns the smallest number of equal chunks that are no wider than `chunk_columns`."""
     return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= max(1, chunk_columns))

@@ -1,10 +1,9 @@
 """Makes a model folder from nothing: a tokenizer trained on given texts and a Qwen2-shaped random model.
 
-For machines without a model and without a network: the quickstart and the smoke test start from it, and
-everything after it treats the folder as it treats one from the hub.
+For machines without a model and without a network. The quickstart and the smoke test start from it; from then on
+the folder is treated like one from the hub.
 """
 
-import dataclasses
 import json
 import logging
 import tempfile
@@ -16,8 +15,9 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config import RandomModelSection
-from grpo_jax.model.hf import hf_config, save_folder
-from grpo_jax.model.transformer import ModelConfig, init_params, num_params
+from grpo_jax.model.config import hf_config, random_model_config
+from grpo_jax.model.hf import save_folder
+from grpo_jax.model.transformer import init_params, num_params
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ CHAT_TEMPLATE = (
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     """Trains a byte-level BPE on `texts`, with Qwen2's normalizer and pre-tokenizer and a chat template.
 
-    They have to be Qwen2's: where config.json says qwen2, `AutoTokenizer` puts them in place of whatever
-    tokenizer.json holds, and a run that goes on would see other tokens than the one that began.
+    They have to be Qwen2's. If config.json says qwen2, `AutoTokenizer` puts them in place of those in
+    tokenizer.json, and a resumed run would see other tokens than before.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -50,7 +50,7 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The roles of the chat template are in every prompt; as words of the corpus they become one token each.
+    # The roles of the chat template are in every prompt. As words of the corpus, each becomes one token.
     roles = ["system", "user", "assistant"] * 100
     tokenizer.train_from_iterator([*texts, *roles], trainer)
     return PreTrainedTokenizerFast(
@@ -59,20 +59,6 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
         eos_token=END,
         additional_special_tokens=[START],
         chat_template=CHAT_TEMPLATE,
-    )
-
-
-def random_model_config(section: RandomModelSection, **overrides: Any) -> ModelConfig:
-    """A Qwen2-shaped model of the section's sizes. Args: overrides: other fields of `ModelConfig`."""
-    return ModelConfig(
-        **dataclasses.asdict(section),
-        head_dim=section.hidden_size // section.num_heads,
-        rope_theta=10_000.0,
-        rms_norm_eps=1e-6,
-        tie_embeddings=True,
-        qkv_bias=True,
-        qk_norm=False,
-        **overrides,
     )
 
 

@@ -1,7 +1,7 @@
-"""Where every array lives: one mesh, one table of logical axis rules.
+"""Where every array lives: one mesh and one table of logical axis rules.
 
-Parameters and activations name their dimensions ("embed", "heads", ...); `AXIS_RULES` says over which mesh
-axes such a dimension is split. To try another layout, edit the table.
+Parameters and activations name their dimensions ("embed", "heads", ...). `AXIS_RULES` says over which mesh axes a
+dimension of that name is split. To try another layout, edit the table.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import ConfigError, MeshSection
@@ -34,10 +33,10 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges `devices` (default: all) as the axes data, fsdp, tensor.
+    """Arranges devices as the axes data, fsdp, tensor, neighbours in the interconnect side by side.
 
-    Raises:
-        ConfigError: the sizes do not fit the number of devices.
+    Args:   devices: to choose from, the first ones if there are too many. None: all devices.
+    Raises: ConfigError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     axes, fixed = dataclasses.asdict(section), fixed_devices(section)
@@ -48,35 +47,35 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     if used < len(devices):
         logger.warning("the mesh %s uses %d of %d devices", list(sizes), used, len(devices))
     # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
-    return Mesh(np.asarray(devices[:used]).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
 
 
 def fixed_devices(section: MeshSection) -> int:
-    """Devices that the axes take whose sizes are given."""
+    """Returns the product of the axis sizes that are not -1."""
     return math.prod(size for size in dataclasses.astuple(section) if size != -1)
 
 
 def mesh_sizes(section: MeshSection, num_devices: int) -> tuple[int, int, int]:
-    """Devices along the axes data, fsdp and tensor, the axis of -1 given all that are left."""
+    """Returns the sizes of the axes data, fsdp and tensor. The axis of -1 takes what the others leave."""
     left = num_devices // fixed_devices(section)
     data, fsdp, tensor = (left if size == -1 else size for size in dataclasses.astuple(section))
     return data, fsdp, tensor
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """How many ways the rows of a batch are split; row counts must be multiples of it."""
+    """Returns how many ways the rows of a batch are split. Numbers of rows must be multiples of it."""
     return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
 
 
 def partition_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Any, what: str = ""
 ) -> PartitionSpec:
-    """The mesh axes of each dimension. A rule that does not divide its dimension is dropped and logged.
+    """Returns the mesh axes of each dimension. A rule that does not divide its dimension is dropped and logged.
 
     Args:
-        axes: logical name of each dimension; None is never split.
+        axes: logical name of each dimension; a dimension of None is never split.
         shape: the array's shape, as long as `axes`.
-        what: the array's name, for the log; "" logs nothing (activations: their parameters are logged).
+        what: the array's name, for the log. "": nothing is logged, as for activations.
     """
     entries: list[Any] = []
     splitting = {a for a, size in mesh.shape.items() if size > 1} - set(mesh.abstract_mesh.manual_axes)
@@ -100,40 +99,41 @@ def _warn_once(what: str, axis: str, size: int, mesh_axes: str, shards: int) -> 
 
 
 def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """`NamedSharding` for every leaf.
+    """Returns the `NamedSharding` of every leaf.
 
     Args:
         logical_axes: pytree of `PartitionSpec` holding logical names.
         shapes: the same tree of anything with a `shape`.
     """
 
-    def one(path: Any, axes: Any, leaf: Any) -> NamedSharding:
+    def sharding(path: Any, axes: Any, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, jax.tree_util.keystr(path)))
 
     is_axes = lambda x: isinstance(x, PartitionSpec)
-    return jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=is_axes)
+    return jax.tree_util.tree_map_with_path(sharding, logical_axes, shapes, is_leaf=is_axes)
+
+
+def abstract_like(shapes: Any, shardings: Any) -> Any:
+    """Returns `jax.ShapeDtypeStruct`s with shardings, which tell Orbax what to restore and where."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the batch axes, every other dimension whole."""
+    """Splits rows over the batch axes and leaves every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States the logical axes of an activation inside a jitted function; outside any mesh it does nothing.
+    """States the logical axes of an activation inside a jitted function. Without a mesh it does nothing.
 
-    Inside `jax.shard_map`, dimensions that it has split already are left as they are.
+    Inside `jax.shard_map`, dimensions that are split already are left as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
-
-
-def abstract_like(shapes: Any, shardings: Any) -> Any:
-    """`jax.ShapeDtypeStruct` with shardings, the form in which Orbax wants to be told what to restore."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

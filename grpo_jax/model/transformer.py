@@ -1,10 +1,9 @@
 """A decoder of the Qwen2, Qwen3 and Llama 3 families in Flax linen, as pure functions of its parameters.
 
-`forward` maps tokens to hidden states; `logprobs.py` maps hidden states to log-probabilities, since logits
-[B, T, V] are never held. Every parameter names its logical axes where it is created.
+`forward` maps tokens to hidden states. `logprobs.py` maps hidden states to log-probabilities without ever holding
+all logits, [B, T, V]. Every parameter names its logical axes where it is declared.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -18,52 +17,39 @@ from grpo_jax.model.attention import (
     AttentionInputs,
     KVCache,
     RMSNorm,
-    RopeScaling,
     causal_segment_mask,
     parameter,
     project,
     rope_frequencies,
 )
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import find_sequences, is_kept
 from grpo_jax.model.sharding import constrain, tree_shardings
 from grpo_jax.types import Params
 
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and switches of one model, read from config.json by `hf.py`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
-    rope_scaling: RopeScaling | None = None
-    dtype: Any = jnp.float32
-    """Of activations and matmuls."""
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
-    scan_layers: bool = True
-    attention: str = "plain"
-    """Kernel for whole rows, as `fused_attention.choose_kernel` gives it."""
-
-
 Cache = KVCache | tuple[KVCache, ...]
-"""Of all layers in one, or one a layer as `split_layers` makes them."""
+"""One of all layers, or one for each layer, as from `split_layers`."""
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, is_kept),
-    "attention": is_kept,  # what attention gives; "dots": and the results of matmuls
-    "full": None,  # keep nothing but each layer's input
+    "attention": is_kept,
+    "full": None,
 }
+"""What is kept of a layer for its backward pass, beside its input. "attention": attention's output; "dots": also
+the results of matrix products; "full": nothing."""
+
+
+def bucket_length(n: int) -> int:
+    """Rounds the length of a row up to one of few, since every length is compiled separately.
+
+    The lengths are the multiples of 16 up to 128, then four for each doubling (160, 192, 224, 256, 320, ...): 24
+    lengths up to 2,048 tokens. Rows up to 128 get at most 15 tokens of padding, longer rows at most 25 %.
+    """
+    step = 16
+    while n > 8 * step:
+        step *= 2
+    return -(-n // step) * step
 
 
 class MLP(nn.Module):
@@ -74,10 +60,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        wide, narrow = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
-        gate = parameter(self, "gate", NORMAL, ("embed", "mlp"), wide, c.param_dtype)
-        up = parameter(self, "up", NORMAL, ("embed", "mlp"), wide, c.param_dtype)
-        down = parameter(self, "down", NORMAL, ("mlp", "embed"), narrow, c.param_dtype)
+        gate = parameter(self, "gate", c.param_dtype, NORMAL, embed=c.hidden_size, mlp=c.intermediate_size)
+        up = parameter(self, "up", c.param_dtype, NORMAL, embed=c.hidden_size, mlp=c.intermediate_size)
+        down = parameter(self, "down", c.param_dtype, NORMAL, mlp=c.intermediate_size, embed=c.hidden_size)
         h = jax.nn.silu(project(x, gate)) * project(x, up)
         return project(constrain(h, "batch", None, "mlp"), down)
 
@@ -102,7 +87,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to final hidden states; the output head's matrix is created here and used in `logprobs.py`."""
+    """Maps tokens to final hidden states. The output head's matrix is declared here and used in `logprobs.py`."""
 
     config: ModelConfig
 
@@ -111,11 +96,12 @@ class Transformer(nn.Module):
         self, tokens: jax.Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        axes, shape = ("vocab", "embed"), (c.vocab_size, c.hidden_size)
-        embedding = parameter(self, "embedding", NORMAL, axes, shape, c.param_dtype)
+        embedding = parameter(
+            self, "embedding", c.param_dtype, NORMAL, vocab=c.vocab_size, embed=c.hidden_size
+        )
         if not c.tie_embeddings:
-            parameter(self, "lm_head", NORMAL, axes, shape, c.param_dtype)
-        # Looked up whole in width: split rows of a split table would have to be gathered twice.
+            parameter(self, "lm_head", c.param_dtype, NORMAL, vocab=c.vocab_size, embed=c.hidden_size)
+        # The table is gathered over its width once, before rows are taken. Otherwise rows would be gathered twice.
         table = constrain(embedding.astype(c.dtype), "vocab", None)
         x = constrain(table[tokens], "batch", None, None)
         layers = self._split_layers if isinstance(cache, tuple) else self._stacked_layers
@@ -125,7 +111,7 @@ class Transformer(nn.Module):
     def _stacked_layers(
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """All layers, their parameters and caches stacked."""
+        """Applies all layers, their parameters and caches stacked."""
         c = self.config
         block = Block
         if c.remat != "none" and cache is None:
@@ -137,6 +123,8 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
+            # The check traces a layer a second time. At first, it decides which random numbers are drawn.
+            check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
         (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), inputs)
@@ -145,7 +133,7 @@ class Transformer(nn.Module):
     def _split_layers(
         self, x: jax.Array, inputs: AttentionInputs, caches: tuple[KVCache, ...]
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """The layers one by one, with what `split_layers` gives."""
+        """Applies the layers one by one, with parameters and caches of `split_layers`."""
         filled: list[Any] = []
         for i, cache in enumerate(caches):
             (x, *rest), _ = Block(self.config, name=f"layer_{i}")((x, cache), None, inputs)
@@ -156,10 +144,10 @@ class Transformer(nn.Module):
 def forward(
     params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-    """Final hidden states of whole sequences.
+    """Returns the final hidden states of whole sequences.
 
     Args:    tokens, positions, segment_ids: [B, T] int32, as in `TrainBatch`.
-    Returns: [B, T, D] in `config.dtype`; those of padding mean nothing.
+    Returns: [B, T, D] in `config.dtype`; the states of padding are arbitrary, but finite.
     """
     cos, sin = _rope_tables(config, positions)
     if config.attention == "plain":
@@ -179,12 +167,13 @@ def forward_cached(
     cache: Cache,
     column: jax.Array | int,
 ) -> tuple[jax.Array, Cache]:
-    """Hidden states of new tokens that see a cache; writes their keys and values from `column` on.
+    """Returns the hidden states of new tokens that see a cache, and the cache with their keys and values.
 
     Args:
-        tokens, positions: [B, T] int32; T new tokens a row.
+        params, cache: as from `init_params` and `init_cache`, or both as from `split_layers`.
+        tokens, positions: [B, T] int32; T new tokens in every row.
         mask: [B, 1, T, S] bool over the S columns of the cache.
-        params, cache: as `init_params` and `init_cache` make them, or both as `split_layers` does.
+        column: first column that is written.
     Returns: [B, T, D] and the cache.
     """
     cos, sin = _rope_tables(config, positions)
@@ -193,21 +182,22 @@ def forward_cached(
 
 
 def head_matrix(params: Params) -> jax.Array:
-    """[V, D]: the output head, which is the embedding where the model ties them."""
+    """Returns the output head, [V, D]; with tied embeddings it is the embedding."""
     return params["lm_head"] if "lm_head" in params else params["embedding"]
 
 
 def init_cache(config: ModelConfig, batch: int, columns: int) -> KVCache:
+    """Returns an empty cache of `batch` rows and `columns` columns."""
     shape = (config.num_layers, batch, config.num_kv_heads, columns, config.head_dim)
     axes = ("layers", "batch", "kv_heads", None, None)
     return KVCache(*(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(2)))
 
 
 def split_layers(params: Params, cache: Cache) -> tuple[Params, tuple[KVCache, ...]]:
-    """Takes parameters and cache of every layer out of their stacks, for `forward_cached`.
+    """Takes the parameters and the cache of every layer out of their stacks, for `forward_cached`.
 
-    Worth a copy of the parameters before a decoding loop with unrolled layers: from a stack, each step would
-    copy the layers' weights and caches again before it multiplies them.
+    It copies the parameters once, before a decoding loop with unrolled layers. With stacks, every step of the loop
+    would copy each layer's weights and cache before it multiplies them.
     """
     assert isinstance(cache, KVCache)
     num_layers = len(cache.keys)
@@ -218,19 +208,19 @@ def split_layers(params: Params, cache: Cache) -> tuple[Params, tuple[KVCache, .
 
 
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
-    """Shapes (`jax.ShapeDtypeStruct`) and logical axes (`PartitionSpec` of names) of every parameter."""
+    """Returns shape (`jax.ShapeDtypeStruct`) and logical axes (`PartitionSpec` of names) of every parameter."""
     boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """`NamedSharding` of every parameter."""
+    """Returns the `NamedSharding` of every parameter."""
     shapes, axes = abstract_params(config)
     return tree_shardings(axes, shapes, mesh)
 
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
-    """Random parameters, created in place on the mesh."""
+    """Creates random parameters in their places on the mesh."""
     make = jax.jit(
         lambda key: nn.unbox(_init_boxed(config, key)), out_shardings=param_shardings(config, mesh)
     )
@@ -238,6 +228,7 @@ def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
 
 
 def num_params(config: ModelConfig) -> int:
+    """Returns how many numbers all parameters have together."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)[0]))
 
 

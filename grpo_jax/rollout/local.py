@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grpo_jax.config import RolloutSection
-from grpo_jax.learner.batching import bucket_length
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
 from grpo_jax.model.transformer import (
     Cache,
-    ModelConfig,
+    bucket_length,
     forward_cached,
     head_matrix,
     init_cache,

@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError
@@ -17,9 +16,9 @@ from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.fused_attention import choose_kernel
-from grpo_jax.model.hf import ModelFolder, inspect_folder, parse_hf_config, read_json
-from grpo_jax.model.transformer import ModelConfig
+from grpo_jax.model.config import ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
+from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.types import Prompt
@@ -46,28 +45,18 @@ class Inputs:
         return self.model.config if self.model else None
 
 
-def model_overrides(config: Config) -> dict[str, Any]:
-    """The fields of `ModelConfig` that the configuration sets."""
-    section = config.model
-    return dict(
-        dtype=jax.numpy.dtype(section.dtype),
-        param_dtype=jax.numpy.dtype(section.param_dtype),
-        remat=section.remat,
-        scan_layers=section.scan_layers,
-    )
+def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelConfig:
+    """The model of the run from its config.json alone, with the attention kernel that a device would take.
 
-
-def read_model_config(config: Config) -> ModelConfig:
-    """The model of the run from its config.json alone, with a fused attention kernel where the dtype allows one.
-
-    Raises: ConfigError: model.path holds no config.json that is understood.
+    Args:   kind: of a device that need not be here; None: the devices at hand.
+    Raises: ConfigError: model.path holds no config.json that is understood, or the device lacks the kernel.
     """
     if config.model.path == "random":
-        model = random_model.random_model_config(config.random_model, **model_overrides(config))
+        model = random_model_config(config.random_model, config.model)
     else:
-        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), **model_overrides(config))
-    is_fused = config.model.attention != "plain" and jax.numpy.dtype(model.dtype).itemsize == 2
-    return dataclasses.replace(model, attention="shapes" if is_fused else "plain")
+        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), config.model)
+    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
+    return dataclasses.replace(model, attention=kernel)
 
 
 def read_inputs(config: Config, workdir: Workdir) -> Inputs:
@@ -107,28 +96,24 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
     if inputs.generated and not workdir.data.exists():
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
-        return _with_kernel(inspect_folder(workdir.sft_model, **model_overrides(config)), config)
+        return _with_kernel(inspect_folder(workdir.sft_model, config.model), config)
     folder = inputs.model
     if folder is None:
         random_model.make_random_model(
             workdir.random_model, config.random_model, inputs.tokenizer, seed=config.trainer.seed, mesh=mesh
         )
-        folder = inspect_folder(workdir.random_model, **model_overrides(config))
+        folder = inspect_folder(workdir.random_model, config.model)
     folder = _with_kernel(folder, config)
     if config.sft.num_steps:
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
-        folder = _with_kernel(inspect_folder(workdir.sft_model, **model_overrides(config)), config)
+        folder = _with_kernel(inspect_folder(workdir.sft_model, config.model), config)
     return folder
 
 
 def _with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
     """The model with the attention kernel that the devices at hand have."""
-    wanted, model = config.model.attention, folder.config
-    try:
-        kernel = choose_kernel(wanted, model.dtype, model.head_dim)
-    except ValueError as error:
-        raise ConfigError("model.attention", wanted, str(error)) from None
-    return dataclasses.replace(folder, config=dataclasses.replace(model, attention=kernel))
+    model = folder.config
+    return folder.with_config(attention=choose_kernel(config.model.attention, model.dtype, model.head_dim))
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: str | Path) -> None:
@@ -162,7 +147,7 @@ def _read_model(config: Config, workdir: Workdir, rows: dict[str, Any]) -> tuple
     if is_random and not path.exists():
         texts = [text for split in rows.values() for row in split for text in _texts(row)]
         return None, random_model.make_tokenizer(texts, config.random_model.vocab_size)
-    folder = inspect_folder(path, **model_overrides(config))
+    folder = inspect_folder(path, config.model)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, folder.config.vocab_size, path)
     return folder, tokenizer

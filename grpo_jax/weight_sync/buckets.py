@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import TensorSpec, stored_shape, tensor_specs
 from grpo_jax.model.sharding import replicated
-from grpo_jax.model.transformer import ModelConfig, abstract_params
+from grpo_jax.model.transformer import abstract_params
 from grpo_jax.types import Params
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
 
@@ -149,7 +150,7 @@ def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -
 
 
 def _whole_shape(params: Params, spec: TensorSpec) -> tuple[int, ...]:
-    shape = functools.reduce(lambda tree, key: tree[key], spec.path, params).shape
+    shape = spec.of(params).shape
     return stored_shape(spec, shape[1:] if spec.is_stacked else shape)
 
 

@@ -16,8 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.config import MeshSection
-from grpo_jax.model.sharding import make_mesh
-from grpo_jax.run.checkpoint import Checkpointer, Progress, abstract_like
+from grpo_jax.model.sharding import abstract_like, make_mesh
+from grpo_jax.run.checkpoint import Checkpointer, Progress
 from grpo_jax.types import TrainState
 
 
