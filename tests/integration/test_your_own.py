@@ -1,0 +1,86 @@
+"""docs/your_own.md: its example trains, each function by itself does what it says, and mistakes end in one line."""
+
+import re
+
+import integration_helpers as helpers
+import numpy as np
+import pytest
+
+from grpo_jax.algorithm import Algorithm, load_algorithm
+from grpo_jax.algorithm.policy_losses import POLICY_LOSSES, PolicyLoss
+from grpo_jax.config import AlgorithmSection, Config, ConfigError
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    page = (helpers.ROOT / "docs" / "your_own.md").read_text()
+    path = tmp_path_factory.mktemp("mine") / "mine.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    return path
+
+
+@pytest.mark.parametrize("estimator", ["sign", "discounted"])
+def test_a_step_with_everything_of_the_users_own(tmp_path, file, estimator):
+    overrides = {
+        "algorithm.adv_estimator": f"{file}:{estimator}",
+        "algorithm.policy_loss": f"{file}:one_sided",
+        "algorithm.kl_estimator": f"{file}:huber",
+        "algorithm.kl_coef": 0.1,
+        "reward.function": f"{file}:short",
+        "actor.num_minibatches": 2,
+        "logging.save_rollouts": True,
+        "trainer.num_steps": 2,
+    }
+    helpers.train_ok(tmp_path / "run", overrides)
+    lines = helpers.read_lines(tmp_path / "run")
+    records = helpers.read_jsonl(tmp_path / "run" / "rollouts" / "step-000001.jsonl")
+    expected = [float(r["ground_truth"] in r["completion"]) - len(r["completion"]) / 1000 for r in records]
+    assert [r["reward"] for r in records] == pytest.approx(expected, abs=1e-6)
+    assert lines[1]["kl/mean"] > 0 and np.isfinite([line["actor/loss"] for line in lines]).all()
+    assert all(line["actor/grad_norm"] > 0 for line in lines)
+
+
+def of(file, **names):
+    return Algorithm.of(AlgorithmSection(**{key: f"{file}:{name}" for key, name in names.items()}))
+
+
+def test_the_estimators_by_hand(file):
+    rewards = np.array([[0.0, 0.0, 3.0]])
+    assert of(file, adv_estimator="sign").estimator(rewards, None).tolist() == [[-1, -1, 1]]
+    per_token = of(file, adv_estimator="discounted").estimator
+    mask = np.array([[0, 1, 1, 1, 0]], np.float32)
+    got = per_token(np.array([[0, -1, 0, 2, 0]], np.float32), mask)
+    assert per_token.is_per_token
+    np.testing.assert_allclose(got, [[0, -1 + 0.81 * 2, 0.9 * 2, 2, 0]], rtol=1e-6)
+
+
+def test_a_loss_may_say_which_configurations_it_goes_with(tmp_path):
+    path = tmp_path / "losses.py"
+    path.write_text(
+        "from grpo_jax.algorithm.policy_losses import PolicyLoss, gspo_surrogate\n"
+        "whole = PolicyLoss(gspo_surrogate, is_per_completion=True)\n"
+    )
+    section = AlgorithmSection(policy_loss=f"{path}:whole")
+    assert isinstance(Algorithm.of(section).policy_loss, PolicyLoss)
+    with pytest.raises(ConfigError, match="must be seq-mean-token-mean with"):
+        load_algorithm(Config(algorithm=section))
+
+
+@pytest.mark.parametrize("key", ["adv_estimator", "policy_loss", "kl_estimator"])
+def test_mistakes_name_the_key(key, file, tmp_path):
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    for value, complaint in (
+        ("absent.py:f", "there is no file absent.py"),
+        (f"{tmp_path}/bad.py:f", r"cannot be loaded: ZeroDivisionError: .*\(bad.py:1\)"),
+        (f"{file}:hubert", r"there is no 'hubert' in it \(did you mean huber\?\)"),
+        ("no_such_name", "must be one of .*, or FILE.py:NAME"),
+    ):
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            Algorithm.of(AlgorithmSection(**{key: value}))
+        assert (caught.value.key, caught.value.value) == (f"algorithm.{key}", value)
+
+
+def test_a_misspelt_loss_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"clip, gspo, cispo, .*did you mean cispo\?"):
+        Algorithm.of(AlgorithmSection(policy_loss="cipso"))
+    assert list(POLICY_LOSSES)[0] == AlgorithmSection().policy_loss
