@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    config = common.quickstart()
+    config = common.shipped("quickstart")
     prompts, samples = config.data.train_batch_size, config.algorithm.group_size
     parser.add_argument("--prompts", type=int, default=prompts, help="different prompts")
     parser.add_argument("--samples", type=int, default=samples, help="completions a prompt, decoded at once")
@@ -93,7 +93,7 @@ def our_run(folder: Path, prompts: list[list[int]], args: Any) -> Callable[[], N
     from grpo_jax.rollout.local import LocalEngine
     from grpo_jax.types import Prompt
 
-    mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+    mesh = make_mesh(MeshSection())
     model = inspect_folder(folder, scan_layers=args.scan_layers)
     engine = LocalEngine(
         model.config, mesh, load_tokenizer(folder), (args.vocab,), batch_size=len(prompts) * args.samples

@@ -13,6 +13,7 @@ the same gradient norm to 1e-3 of itself. Tokens are those of the prompts and co
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -44,7 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    config = common.quickstart()
+    config = common.shipped("quickstart")
     rows, actor = config.data.train_batch_size * config.algorithm.group_size, config.actor
     micro_rows, chunk = actor.micro_batch_size_per_device, actor.logits_chunk_tokens
     parser.add_argument("--rows", type=int, default=rows, help="completions an update")
@@ -116,7 +117,7 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     import jax
 
     from grpo_jax.algorithm.loss import grpo_loss
-    from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
+    from grpo_jax.config import MeshSection, OptimSection
     from grpo_jax.learner.batching import add_loss_weights, bucket_length
     from grpo_jax.learner.update import (
         init_state,
@@ -130,19 +131,12 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
 
-    mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+    mesh = make_mesh(MeshSection())
     model = inspect_folder(folder, scan_layers=args.scan_layers, remat=args.remat).config
     shape = (args.micro_rows, bucket_length(2 * (args.prompt_tokens + args.new)))
     bounds = dict(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
-    algorithm = AlgorithmSection(**common.quickstart().algorithm.to_dict() | bounds)
-    optim = OptimSection(
-        schedule="constant",
-        warmup_steps=0,
-        accumulator_dtype="float32",
-        moments_dtype="float32",
-        offload=False,
-        **OPTIM,
-    )
+    algorithm = dataclasses.replace(common.shipped("quickstart").algorithm, **bounds)
+    optim = OptimSection(offload=False, **OPTIM)
     schedule = make_schedule(optim, 1)
     optimizer = make_optimizer(optim, schedule)
     head: dict[str, Any] = dict(temperature=1.0, chunk_tokens=args.chunk_tokens)
