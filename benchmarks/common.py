@@ -8,7 +8,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import runpy
 import statistics
 import sys
 import time
@@ -24,27 +23,21 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def load_config(name: str) -> Any:
-    """The `ConfigDict` of configs/NAME.py."""
-    path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
-    return runpy.run_path(str(path))["get_config"]()
+def shipped(name: str) -> Any:
+    """The `Config` of configs/NAME.py."""
+    from grpo_jax.config import load_config, parse_config
+
+    return parse_config(load_config(Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"))
 
 
-def gsm8k() -> Any:
-    """configs/gsm8k.py as a `Config`."""
-    from grpo_jax.config import parse_config
-
-    return parse_config(load_config("gsm8k"))
-
-
-def quickstart() -> Any:
-    """The quickstart's, where the default shapes come from."""
-    return load_config("quickstart")
+def without(sections: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The overrides, --config.SECTION.KEY=VALUE, but for those of sections that the run does not read."""
+    return [text for text in overrides if not text.startswith(tuple(f"--config.{s}." for s in sections))]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of the random Qwen2-shaped model; the quickstart's by default."""
-    config = quickstart()
+    config = shipped("quickstart")
     sizes = config.random_model
     parser.add_argument("--vocab", type=int, default=sizes.vocab_size)
     parser.add_argument("--hidden", type=int, default=sizes.hidden_size)
@@ -110,6 +103,28 @@ def require_peer() -> None:
         sys.exit("the peer needs torch: pip install -e '.[test]'")
 
 
+def measure_shapes(
+    measure: Callable[[Any], float], args: argparse.Namespace, shapes: dict[str, dict[str, int]]
+) -> None:
+    """Measures the shape of `args`, or, with --table, each of `shapes` and then prints all ratios.
+
+    Args: measure: prints both sides' speeds for one set of sizes, and returns their ratio.
+    """
+    require_peer()
+    print_environment()
+    warn_if_busy()
+    if not args.table:
+        measure(args)
+        return
+    ratios = {}
+    for name, sizes in shapes.items():
+        print(f"\n{name}")
+        ratios[name] = measure(argparse.Namespace(**{**vars(args), **sizes}))
+    print("\nratio of tokens/s")
+    for name, ratio in ratios.items():
+        print(f"  {ratio:6.2f}   {name}")
+
+
 def write_random_model(folder: Path, args: Any, *, vocab: int | None = None) -> None:
     """Writes a Hugging Face folder: random weights of the sizes in `args`, and a tokenizer of at most `vocab`."""
     from grpo_jax.config import MeshSection, RandomModelSection
@@ -128,7 +143,7 @@ def write_random_model(folder: Path, args: Any, *, vocab: int | None = None) -> 
         num_kv_heads=args.kv_heads,
     )
     tokenizer = make_tokenizer(texts, min(args.vocab, vocab or 512))
-    mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=1))
+    mesh = make_mesh(MeshSection(fsdp=1))
     make_random_model(folder, section, tokenizer, seed=0, mesh=mesh)
 
 

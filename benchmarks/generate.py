@@ -11,7 +11,6 @@ full length. What is timed: on our side `LocalEngine.generate`, which also retur
 to text; on the other only `generate`, which does neither. The first call of each, ours compiling, is not timed.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    config = common.quickstart()
+    config = common.shipped("quickstart")
     prompts, samples = config.data.train_batch_size, config.algorithm.group_size
     parser.add_argument("--prompts", type=int, default=prompts, help="different prompts")
     parser.add_argument("--samples", type=int, default=samples, help="completions a prompt, decoded at once")
@@ -49,19 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="several shapes instead of one")
     args = parser.parse_args()
-    common.require_peer()
-    common.print_environment()
-    common.warn_if_busy()
-    if not args.table:
-        measure(args)
-        return
-    ratios = {}
-    for name, sizes in SHAPES.items():
-        print(f"\n{name}")
-        ratios[name] = measure(argparse.Namespace(**{**vars(args), **sizes}))
-    print("\nratio of tokens/s")
-    for name, ratio in ratios.items():
-        print(f"  {ratio:6.2f}   {name}")
+    common.measure_shapes(measure, args, SHAPES)
 
 
 def measure(args: Any) -> float:
@@ -93,7 +80,7 @@ def our_run(folder: Path, prompts: list[list[int]], args: Any) -> Callable[[], N
     from grpo_jax.rollout.local import LocalEngine
     from grpo_jax.types import Prompt
 
-    mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+    mesh = make_mesh(MeshSection())
     model = inspect_folder(folder).with_config(scan_layers=args.scan_layers)
     engine = LocalEngine(
         model.config, mesh, load_tokenizer(folder), (args.vocab,), batch_size=len(prompts) * args.samples

@@ -138,7 +138,8 @@ def train_ours(
         "trainer.seed": seed,
     }
     command = [sys.executable, "-m", "grpo_jax.train", f"--config={CONFIG}", f"--workdir={workdir}"]
-    run([*command, *flags(EQUAL), *overrides, *flags(values)], workdir.with_suffix(".log"))
+    ours = common.without(("sft", "random_model", "arithmetic"), overrides)
+    run([*command, *flags(EQUAL), *ours, *flags(values)], workdir.with_suffix(".log"))
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [line["reward/mean"] for line in lines if line["step"]], next(workdir.glob("checkpoint-*"))
 

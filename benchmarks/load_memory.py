@@ -126,7 +126,7 @@ def our_load(folder: str) -> tuple[Any, Any]:
     from grpo_jax.model.sharding import make_mesh
 
     def run() -> Any:
-        mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+        mesh = make_mesh(MeshSection())
         model = inspect_folder(folder)
         return jax.block_until_ready(load_params(model, model.config, mesh))
 

@@ -53,7 +53,7 @@ def make_room(args: Any) -> None:
     """As a run does, before the device is touched."""
     from grpo_jax.run.devices import make_room_on_host
 
-    config = common.gsm8k()
+    config = common.shipped("gsm8k")
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.0))
     model = shape_of(args)
     make_room_on_host(config, dataclasses.replace(model, param_dtype=args.param_dtype))
@@ -140,7 +140,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     from grpo_jax.model.fused_attention import choose_kernel
     from grpo_jax.model.transformer import init_params
 
-    defaults = common.gsm8k()
+    defaults = common.shipped("gsm8k")
     optim = dataclasses.replace(defaults.optim, offload=args.offload)
     mesh = jax.sharding.get_mesh()
     model = shape_of(args)

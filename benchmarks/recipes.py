@@ -9,7 +9,8 @@ data, learning rate, steps) with all that a recipe changes of configs/gsm8k.py, 
 prompt and the temperature, which stay the quickstart's. The recipes of a seed begin with the same warm-started
 model, made once. Each run is the README's own command in a process and a folder of its own; the accuracies are the
 first and the last `val/accuracy` of its metrics.jsonl. Seconds are those of the run, the warm start not counted.
-All other arguments go to both commands.
+All other arguments, written --config.SECTION.KEY=VALUE, go to both commands; those of sft and random_model to the
+warm start only.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def print_table(args: argparse.Namespace, models: dict[int, Path], overrides: li
     for recipe in args.recipes.split(","):
         flags = [f"--config.{key}={value}" for key, value in differences(recipe).items()]
         begin = lambda seed: [
-            *overrides,
+            *common.without(("sft", "random_model"), overrides),
             *of_seed(seed),
             "--config.sft.num_steps=0",
             f"--config.model.path={models[seed]}",
@@ -72,7 +73,7 @@ def print_table(args: argparse.Namespace, models: dict[int, Path], overrides: li
 
 def differences(recipe: str) -> dict[str, Any]:
     """What a recipe changes of configs/gsm8k.py, dotted key -> value, with sizes as in the quickstart."""
-    base, values = (common.load_config(name).to_dict() for name in ("gsm8k", recipe))
+    base, values = (common.shipped(name).to_dict() for name in ("gsm8k", recipe))
     changed = {
         f"{section}.{key}": value
         for section, keys in values.items()
@@ -80,7 +81,7 @@ def differences(recipe: str) -> dict[str, Any]:
         if value != base[section][key] and f"{section}.{key}" not in OF_THE_RUN
     }
     if changed.get("reward.overlong_buffer"):
-        changed["reward.overlong_buffer"] = common.quickstart().data.max_response_length // 5
+        changed["reward.overlong_buffer"] = common.shipped("quickstart").data.max_response_length // 5
     return changed
 
 

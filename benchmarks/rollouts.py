@@ -122,7 +122,7 @@ def ours(args: Any) -> None:
     from grpo_jax.rollout import share_devices
 
     section = dataclasses.replace(
-        common.gsm8k().rollout,
+        common.shipped("gsm8k").rollout,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
     )
@@ -138,7 +138,7 @@ def ours(args: Any) -> None:
         folder = engine_common.model_folder(
             engine_common.write_shape(Path(temporary) / "model", args.shape), args.dtype
         )
-        mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
+        mesh = make_mesh(MeshSection())
         engine = make_engine(
             section, folder=folder, mesh=mesh, tokenizer=engine_common.NoTokenizer(),
             max_model_len=args.prompt_tokens + args.new,

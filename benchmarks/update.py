@@ -12,7 +12,6 @@ batch and every metric that training reports. Before anything is timed, both mus
 the same gradient norm to 1e-3 of itself. Tokens are those of the prompts and completions, padding not counted.
 """
 
-import argparse
 import functools
 import sys
 import tempfile
@@ -44,7 +43,7 @@ SHAPES: dict[str, dict[str, int]] = {
 def main() -> None:
     parser = common.make_parser(__doc__)
     common.add_model_arguments(parser)
-    config = common.quickstart()
+    config = common.shipped("quickstart")
     rows, actor = config.data.train_batch_size * config.algorithm.group_size, config.actor
     micro_rows, chunk = actor.micro_batch_size_per_device, actor.logits_chunk_tokens
     parser.add_argument("--rows", type=int, default=rows, help="completions an update")
@@ -58,19 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--table", action="store_true", help="several shapes instead of one")
     args = parser.parse_args()
-    common.require_peer()
-    common.print_environment()
-    common.warn_if_busy()
-    if not args.table:
-        measure(args)
-        return
-    ratios = {}
-    for name, sizes in SHAPES.items():
-        print(f"\n{name}")
-        ratios[name] = measure(argparse.Namespace(**{**vars(args), **sizes}))
-    print("\nratio of tokens/s")
-    for name, ratio in ratios.items():
-        print(f"  {ratio:6.2f}   {name}")
+    common.measure_shapes(measure, args, SHAPES)
 
 
 def measure(args: Any) -> float:

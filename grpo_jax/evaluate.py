@@ -7,16 +7,21 @@ Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ...
 line a completion.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import KEYS, Config, ConfigError, MeshSection, RewardSection, RolloutSection
+from grpo_jax.config import KEYS, Config, ConfigError
 from grpo_jax.config.command_line import make_parser, one_line_errors
-from grpo_jax.rollout import SamplingParams
+
+if TYPE_CHECKING:
+    from grpo_jax.rollout.evaluation import Evaluation
+    from grpo_jax.types import Prompt
 
 
 def main() -> None:
@@ -70,72 +75,88 @@ def _check_arguments(args: Any) -> None:
             raise ConfigError(f"--{name}", getattr(args, name), "its folder does not exist")
 
 
-def _reward_section(function: str) -> RewardSection:
-    """One function, and nothing that shapes what it gives."""
-    return dataclasses.replace(Config().reward, function=function, on_error="zero")
-
-
-def _rollout_section(args: Any) -> RolloutSection:
-    """The engine of this command: one, on the GPUs that it shares with JAX, given its weights once."""
-    return dataclasses.replace(
-        Config().rollout,
-        engine=args.engine,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        python=args.python,
-        probe_every=0,
-        max_restarts=0,
+def make_config(args: Any) -> Config:
+    """The configuration of this command: one engine, on the GPUs that it shares with JAX, given its weights once."""
+    base, replace = Config(), dataclasses.replace
+    return replace(
+        base,
+        model=replace(base.model, path=args.model, dtype=args.dtype, param_dtype=args.dtype),
+        data=replace(base.data, max_response_length=args.max_response_length),
+        optim=replace(base.optim, offload=False),
+        rollout=replace(
+            base.rollout,
+            engine=args.engine,
+            batch_size=args.batch_size,
+            tensor_parallel_size=args.tensor_parallel_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            python=args.python,
+            max_restarts=0,
+        ),
+        reward=replace(base.reward, function=args.reward, on_error="zero"),
     )
 
 
 def _run(args: Any) -> None:
-    import jax.numpy as jnp
-
-    from grpo_jax.data.prompts import encode_prompts, load_tokenizer
-    from grpo_jax.data.schema import read_rows
-    from grpo_jax.model.hf import inspect_folder, load_params
-    from grpo_jax.model.sharding import make_mesh
+    from grpo_jax.model.hf import inspect_folder
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import EngineError, check_engine, make_engine, share_devices, shares_parameters
-    from grpo_jax.rollout.evaluation import evaluate, write_jsonl
-    from grpo_jax.run.inputs import check_tokenizer
+    from grpo_jax.rollout import check_engine, shares_parameters
+    from grpo_jax.run.devices import open_devices
+    from grpo_jax.run.inputs import load_model_tokenizer
     from grpo_jax.run.workdir import start_logging
 
-    section = _rollout_section(args)
-    if not shares_parameters(section):
+    config = make_config(args)
+    if not shares_parameters(config.rollout):
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
-    check_engine(section)
-    share_devices(section)
+    check_engine(config.rollout)
+    folder = inspect_folder(args.model, config.model)
+    tokenizer = load_model_tokenizer(folder)
+    prompts = _read_prompts(args, tokenizer)
+    with make_reward(config.reward, max_response_length=args.max_response_length) as reward:
+        mesh = open_devices(config, folder.config, engine=config.rollout)
+        _report(args, _evaluate(args, config, folder, tokenizer, prompts, reward, mesh))
+
+
+def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:
+    from grpo_jax.data.prompts import encode_prompts
+    from grpo_jax.data.schema import read_rows
+
     rows = read_rows([args.data], "--data")
-    dtype = jnp.dtype(args.dtype)
-    folder = inspect_folder(args.model).with_config(dtype=dtype, param_dtype=dtype)
-    tokenizer = load_tokenizer(args.model)
-    check_tokenizer(tokenizer, folder.config.vocab_size, args.model)
+    limit = args.max_prompt_length
     prompts, counts = encode_prompts(
-        rows, tokenizer, max_prompt_length=args.max_prompt_length, overlong="filter", key="--data"
+        rows, tokenizer, max_prompt_length=limit, overlong="filter", key="--data"
     )
     if counts.num_filtered:
-        print(f"{counts.num_filtered} prompts longer than {args.max_prompt_length} tokens are left out")
-    prompts = prompts[: args.num or None]
-    with make_reward(_reward_section(args.reward), max_response_length=args.max_response_length) as reward:
-        mesh = make_mesh(MeshSection())
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        engine = make_engine(
-            section,
-            folder=folder,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            max_model_len=longest + args.max_response_length,
-        )
-        with contextlib.closing(engine):
-            try:
-                engine.load_weights(load_params(folder, folder.config, mesh), version=0)
-                sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
-                result = evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
-            except EngineError as failure:
-                sys.exit(f"error: {failure}")
+        print(f"{counts.num_filtered} prompts longer than {limit} tokens are left out")
+    return prompts[: args.num or None]
+
+
+def _evaluate(
+    args: Any, config: Config, folder: Any, tokenizer: Any, prompts: list[Prompt], reward: Any, mesh: Any
+) -> Evaluation:
+    from grpo_jax.model.hf import load_params
+    from grpo_jax.rollout import EngineError, SamplingParams, make_engine
+    from grpo_jax.rollout.evaluation import evaluate
+
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    engine = make_engine(
+        config.rollout,
+        folder=folder,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        max_model_len=longest + args.max_response_length,
+    )
+    with contextlib.closing(engine):
+        try:
+            engine.load_weights(load_params(folder, folder.config, mesh), version=0)
+            sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
+            return evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
+        except EngineError as failure:
+            sys.exit(f"error: {failure}")
+
+
+def _report(args: Any, result: Evaluation) -> None:
+    from grpo_jax.rollout.evaluation import write_jsonl
+
     for error in result.errors:
         print(f"reward error, counted as 0: {error}")
     summary = result.summary()

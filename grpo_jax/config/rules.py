@@ -4,6 +4,7 @@ What a single key must obey stands in its line of `sections.py`. What needs a fi
 checked is checked by whoever reads it, with the same `ConfigError`.
 """
 
+import collections
 import dataclasses
 import difflib
 import math
@@ -151,12 +152,12 @@ def unread_keys(config: Config) -> dict[str, str]:
 
 def unread_warning(config: Config) -> str:
     """Names in one line what `config` sets, not to the default, and nothing reads; "" if there is nothing."""
-    settings = [
-        f"{name}={config.get(name)!r} (with {why})"
-        for name, why in unread_keys(config).items()
-        if config.get(name) != KEYS[name].default
-    ]
-    return f"Set, but read by nothing in this run: {', '.join(settings)}" if settings else ""
+    settings = collections.defaultdict(list)
+    for name, why in unread_keys(config).items():
+        if config.get(name) != KEYS[name].default:
+            settings[why].append(f"{name}={config.get(name)!r}")
+    texts = [f"{', '.join(of_why)} ({why})" for why, of_why in settings.items()]
+    return f"Nothing in this run reads {'; '.join(texts)}" if texts else ""
 
 
 def split_term(term: str) -> tuple[str, str, str]:

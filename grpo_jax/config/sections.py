@@ -86,7 +86,7 @@ class ModelSection:
 class RandomModelSection:
     """A random Qwen2-shaped model with a tokenizer of its own."""
 
-    vocab_size: int = key(512, "what its tokenizer is trained to: bytes, special tokens, words", unit="tokens", at_least=260, only=RANDOM)
+    vocab_size: int = key(512, "size of the vocabulary; also what its tokenizer is trained to", unit="tokens", at_least=260, only=RANDOM)
     hidden_size: int = key(64, "width, D", at_least=1, only=RANDOM)
     intermediate_size: int = key(192, "width of the MLP, F", at_least=1, only=RANDOM)
     num_layers: int = key(2, "layers", at_least=1, only=RANDOM)
@@ -170,7 +170,7 @@ class OptimSection:
     max_grad_norm: float = key(1.0, "gradients are clipped to this global norm", above=0)
     accumulator_dtype: str = key("float32", "dtype of the gradients summed over micro-batches", choices=DTYPES)
     moments_dtype: str = key("float32", "dtype of Adam's moments", choices=DTYPES, resume=ARRAYS)
-    offload: bool = key(True, "True: float32 parameters and moments live in the host's memory, streamed in an update", resume=ARRAYS)
+    offload: bool = key(True, "True: parameters and moments live in the host's memory, streamed in an update", resume=ARRAYS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,11 +116,16 @@ def _with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
     return folder.with_config(attention=choose_kernel(config.model.attention, model.dtype, model.head_dim))
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int, path: str | Path) -> None:
-    """Raises: ConfigError: the tokenizer has ids that the model has no embedding for."""
+def load_model_tokenizer(folder: ModelFolder) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises: ConfigError: it cannot be loaded, or has ids that the model has no embedding for.
+    """
+    tokenizer, vocab_size = load_tokenizer(folder.path), folder.config.vocab_size
     if len(tokenizer) > vocab_size:
         rule = f"its tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {vocab_size}"
-        raise ConfigError("model.path", str(path), rule)
+        raise ConfigError("model.path", str(folder.path), rule)
+    return tokenizer
 
 
 def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
@@ -148,9 +153,7 @@ def _read_model(config: Config, workdir: Workdir, rows: dict[str, Any]) -> tuple
         texts = [text for split in rows.values() for row in split for text in _texts(row)]
         return None, random_model.make_tokenizer(texts, config.random_model.vocab_size)
     folder = inspect_folder(path, config.model)
-    tokenizer = load_tokenizer(path)
-    check_tokenizer(tokenizer, folder.config.vocab_size, path)
-    return folder, tokenizer
+    return folder, load_model_tokenizer(folder)
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

@@ -111,6 +111,18 @@ CASES = [
     config_case("unknown-logger", "logging.loggers", "('console','wandb')", "console, tensorboard",
                 shown="'wandb'"),
     config_case("negative-seed", "trainer.seed", -1, "at least 0"),
+    # Keys that nothing reads
+    config_case("files-beside-generated-problems", "data.train_files", "a.parquet",
+                "nothing reads it with arithmetic.num_train=13", shown="('a.parquet',)"),
+    config_case("vllm-key-with-the-local-engine", "rollout.max_num_seqs", 8, "nothing reads it",
+                "rollout.engine=local"),
+    config_case("random-sizes-of-a-folder", "random_model.num_layers", 1, "nothing reads it",
+                f"model.path={MODELS}/good", also={"model.path": f"{MODELS}/good"}),
+    config_case("warm-start-without-one", "sft.batch_size", 8, "nothing reads it with sft.num_steps=0"),
+    config_case("kl-without-reference", "algorithm.kl_estimator", "k2", "nothing reads it",
+                "algorithm.kl_coef=0.0"),
+    config_case("gate-of-another-loss", "algorithm.sapo_tau_positive", 2.0, "algorithm.policy_loss=clip"),
+    config_case("workers-for-no-function", "reward.num_workers", 2, "nothing reads it with reward.function=gsm8k"),
     # Config files
     Case("no-config", {}, ("--config=''", "must name a configuration file"), config=""),
     file_case("config-missing", "absent.py", "absent.py", "no such file"),
@@ -122,7 +134,14 @@ CASES = [
          config="inputs/configs/extra_key.py"),
     Case("config-extra-section", {}, ("algoritm", "no such section", "did you mean algorithm?"),
          config="inputs/configs/extra_section.py"),
-    Case("config-lacks-a-key", {}, ("optim.schedule", "missing"), config="inputs/configs/lacking.py"),
+    Case("config-lacks-the-model", {}, ("model.path=''", "must be a Hugging Face folder"),
+         config="inputs/configs/part.py"),
+    Case("config-lacks-the-data", {"model.path": "random"}, ("data.train_files=()", "at least one Parquet file"),
+         config="inputs/configs/part.py"),
+    Case("config-section-is-a-value", {}, ("algorithm='grpo'", "must be a section"),
+         config="inputs/configs/no_section.py"),
+    Case("config-builds-on-nothing", {}, ("--config=", "cannot be loaded", "FileNotFoundError", "absent.py"),
+         config="inputs/configs/derived.py"),
     file_case("config-unknown-variant", "gsm8k.py:smoky", "gsm8k.py:smoky", "'smoke'"),
     # Data
     data_case("data-missing", "absent", "no such file"),
@@ -299,7 +318,13 @@ def make_configs(folder):
     load += "    with config.unlocked():\n        {}\n    return config\n"
     (folder / "extra_key.py").write_text(load.format("config.algorithm.grop_size = 4"))
     (folder / "extra_section.py").write_text(load.format("config.algoritm = {'group_size': 4}"))
-    (folder / "lacking.py").write_text(load.format("del config.optim['schedule']"))
+    part = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({})\n"
+    (folder / "part.py").write_text(part.format("{'trainer': {'num_steps': 1}}"))
+    (folder / "no_section.py").write_text(part.format("{'algorithm': 'grpo'}"))
+    derived = (
+        "from grpo_jax.config import load_config\n\ndef get_config():\n    return load_config('absent.py')\n"
+    )
+    (folder / "derived.py").write_text(derived)
 
 
 def command(case):

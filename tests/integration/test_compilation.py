@@ -32,15 +32,23 @@ def compiled():
     log.removeHandler(handler)
 
 
-@pytest.mark.parametrize("changes", [{}, {"algorithm.kl_in": "reward"}, {"algorithm.kl_target": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"algorithm.kl_in": "reward"}, {"algorithm.kl_target": 0.1}], ids=str
+)
 def test_steps_of_any_length_share_one_program(tmp_path, whole_run_overrides, compiled, changes):
     """Completions of up to 24 tokens: every step has other lengths, and another number of packed rows."""
-    changes |= {"data.max_response_length": 24, "actor.micro_batch_size_per_device": 2, "trainer.num_steps": 3}
+    changes |= {
+        "data.max_response_length": 24,
+        "actor.micro_batch_size_per_device": 2,
+        "trainer.num_steps": 3,
+    }
     helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)
     before, *lines = helpers.read_lines(tmp_path / "run")
     of_steps = [(name, when) for name, when in compiled if name in STEPS]
     assert sorted(name for name, _ in of_steps) == sorted(STEPS)
-    assert max(when for _, when in of_steps) < before["time"]  # when the validation before the first step was done
+    assert (
+        max(when for _, when in of_steps) < before["time"]
+    )  # when the validation before the first step was done
     assert len({line["response_length/mean"] for line in lines}) == 3  # the lengths did differ
 
 

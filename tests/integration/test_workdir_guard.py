@@ -101,7 +101,7 @@ def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrid
         "checkpoint.every_steps": 1,
         "checkpoint.max_to_keep": 9,
         "logging.num_text_samples": 0,
-        "logging.loggers": ("console",),
+        "logging.loggers": ("tensorboard",),
         "trainer.total_epochs": 3,
         "trainer.num_steps": 8,
         "trainer.flat_reward_steps": 50,
