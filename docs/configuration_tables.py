@@ -8,12 +8,20 @@ import json
 import re
 from pathlib import Path
 
+from grpo_jax.algorithm.advantages import ADVANTAGE_ESTIMATORS
+from grpo_jax.algorithm.kl import KL_ESTIMATORS
+from grpo_jax.algorithm.policy_losses import POLICY_LOSSES
 from grpo_jax.config.rules import shown
 from grpo_jax.config.sections import ARRAYS, FIXED, FREE, KEYS, LENGTH, SECTIONS, Key
 
 PAGE = Path(__file__).with_name("configuration.md")
 TABLE = re.compile(r"(<!-- keys of (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 ON_RESUME = {FIXED: "", FREE: "free", LENGTH: "free, see above", ARRAYS: "never"}
+FUNCTIONS = {
+    "algorithm.adv_estimator": ADVANTAGE_ESTIMATORS,
+    "algorithm.policy_loss": POLICY_LOSSES,
+    "algorithm.kl_estimator": KL_ESTIMATORS,
+}
 HEAD = ["key", "default", "range", "unit", "what", "read with", "on resume"]
 
 
@@ -25,18 +33,20 @@ def with_tables(page: str) -> str:
 def table(section: str) -> str:
     """The table of a section, in Markdown."""
     fields = dataclasses.fields(SECTIONS[section])
-    rows = [row(field.name, KEYS[f"{section}.{field.name}"]) for field in fields]
+    rows = [row(section, field.name) for field in fields]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def row(name: str, key: Key) -> list[str]:
+def row(section: str, name: str) -> list[str]:
     """The cells of one key."""
+    key, functions = KEYS[f"{section}.{name}"], FUNCTIONS.get(f"{section}.{name}")
+    values = allowed(key) if functions is None else ", ".join(f"`{f}`" for f in (*functions, "FILE.py:NAME"))
     read_with = re.sub(
         r"[a-z_.]+(=|!=|>)[\w|-]+", lambda term: f"`{term[0]}`".replace("|", "` or `"), key.only
     )
     default = f"`{written(key.default)}`"
-    return [f"`{name}`", default, allowed(key), key.unit, key.meaning, read_with, ON_RESUME[key.resume]]
+    return [f"`{name}`", default, values, key.unit, key.meaning, read_with, ON_RESUME[key.resume]]
 
 
 def written(value: object) -> str:
@@ -51,7 +61,7 @@ def allowed(key: Key) -> str:
     if key.rule:
         return key.rule
     if key.choices:
-        choices = [f"`{choice}`" for choice in (*key.choices, *(["FILE.py:NAME"] if key.or_file else []))]
+        choices = [f"`{choice}`" for choice in key.choices]
         return f"{'among ' if isinstance(key.default, tuple) else ''}{', '.join(choices)}"
     bounds = {"≥": key.at_least, ">": key.above, "≤": key.at_most, "<": key.below}
     texts = [f"{sign} {shown(bound)}" for sign, bound in bounds.items() if bound is not None]

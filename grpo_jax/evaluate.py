@@ -76,7 +76,7 @@ def _check_arguments(args: Any) -> None:
 
 
 def make_config(args: Any) -> Config:
-    """The configuration of this command: one engine, on the GPUs that it shares with JAX, given its weights once."""
+    """The configuration of this command: one engine, on the trainer's own devices, given its weights once."""
     base, replace = Config(), dataclasses.replace
     return replace(
         base,

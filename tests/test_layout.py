@@ -27,7 +27,7 @@ def room_of(module):
 
 
 def imports_of(path, *, at_import=False):
-    """The modules of the package that a file imports; with `at_import`, without those of functions and of types."""
+    """The modules of the package that a file imports; with `at_import`, without those of functions and types."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
     if at_import:
@@ -93,7 +93,7 @@ def test_no_file_imports_itself_by_way_of_others():
 
 
 def test_vllm_is_known_in_its_folder_alone():
-    """Its name may be read elsewhere; its modules and Ray's are imported there and where buckets meet the store."""
+    """Its modules and Ray's are imported there, and where buckets go through Ray's object store."""
     found = set()
     for name, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text())):

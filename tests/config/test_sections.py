@@ -8,6 +8,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
+from grpo_jax.algorithm.policy_losses import POLICY_LOSSES
 from grpo_jax.config import (
     KEYS,
     Config,
@@ -55,7 +56,7 @@ def test_a_line_is_consistent(name):
     chosen = key.default if isinstance(key.default, tuple) else (key.default,)
     assert not key.choices or set(chosen) <= set(key.choices)
     assert len(set(key.choices)) == len(key.choices)
-    assert not (key.choices and key.rule) and not (key.or_file and not key.choices)
+    assert not (key.choices and key.rule)
     assert key.above is None or key.at_least is None
     assert key.at_most is None or key.below is None
     assert rules._broken_bound(key, key.default) is None
@@ -74,6 +75,8 @@ def test_what_a_key_is_read_with_exists(name):
                 assert wanted == "0" and comparison == "="
             elif KEYS[other].choices:
                 assert set(wanted.split("|")) <= set(KEYS[other].choices)
+            elif other == "algorithm.policy_loss":
+                assert set(wanted.split("|")) <= set(POLICY_LOSSES)
             else:
                 assert (other, wanted) in {
                     ("model.path", "random"), ("reward.function", "math"), ("reward.extra_functions", "math")

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax import evaluate
 from grpo_jax.data import arithmetic
+from grpo_jax.rollout.evaluation import pass_at_k
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -19,7 +20,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n):
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(correct, k))
             expected = sum(any(subset) for subset in subsets) / len(subsets)
-            assert evaluate.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+            assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""docs/your_own.md: its example trains, each function by itself does what it says, and mistakes end in one line."""
+"""docs/your_own.md: its example trains, its functions do what they say, and mistakes end in one line."""
 
 import re
 
@@ -83,4 +83,4 @@ def test_mistakes_name_the_key(key, file, tmp_path):
 def test_a_misspelt_loss_names_the_nearest():
     with pytest.raises(ConfigError, match=r"clip, gspo, cispo, .*did you mean cispo\?"):
         Algorithm.of(AlgorithmSection(policy_loss="cipso"))
-    assert list(POLICY_LOSSES)[0] == AlgorithmSection().policy_loss
+    assert next(iter(POLICY_LOSSES)) == AlgorithmSection().policy_loss
