@@ -153,7 +153,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     loss = functools.partial(grpo_loss, algorithm=Algorithm.of(defaults.algorithm))
     update = make_update_step(model, mesh, optimizer, loss, optim=optim, **head)
     score = make_score_step(model, mesh, **head)
-    state = optimizer.init_state(init_params(optimizer.at_rest(model), jax.random.key(0), mesh))
+    state = optimizer.init_state(init_params(optimizer.stored_model(model), jax.random.key(0), mesh))
     micro_batches, _ = to_micro_batches(batch, shape, mesh)
 
     def run_update() -> None:
@@ -162,7 +162,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         jax.block_until_ready(metrics)
 
     def run_score() -> None:
-        params = update.cast(state.params)
+        params = update.to_compute_dtype(state.params)
         jax.block_until_ready([score(params, micro) for micro in micro_batches])
 
     return model, run_update, run_score

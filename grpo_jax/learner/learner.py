@@ -106,7 +106,7 @@ class Learner:
         old: Any = batch.sampler_logprobs
         if self._config.needs_old_logprobs:
             with self._timer("old_log_prob"):
-                old = self.score(self._update.cast(params), batch)
+                old = self.score(self._update.to_compute_dtype(params), batch)
         with self._timer("ref"):
             ref: Any = self.score(self.reference.on_device(), batch)
         return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
@@ -207,7 +207,7 @@ class Learner:
         """Puts the policy's or the reference's log-probabilities into a field of every micro-batch."""
         # Nothing outside this function holds these parameters: they must not stay in memory during the updates.
         is_old = field == "old_logprobs"
-        params = self._update.cast(self.params(state)) if is_old else self.reference.on_device()
+        params = self._update.to_compute_dtype(self.params(state)) if is_old else self.reference.on_device()
         score = lambda micro: dataclasses.replace(micro, **{field: self._score(params, micro)})
         return [[score(micro) for micro in minibatch] for minibatch in placed]
 
@@ -225,7 +225,7 @@ class Learner:
             example = dataclasses.replace(example, old_logprobs=zeros, ref_logprobs=zeros)
         missing = self._missing_logprobs(example)
         [micro] = self._place(example)
-        params = self._update.compile_cast(self.optimizer.abstract_state().params)
+        params = self._update.compile_params(self.optimizer.abstract_state().params)
         if missing or self._config.algorithm.kl_in == "reward":
             logprobs = self._score.compile(params, micro)
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})

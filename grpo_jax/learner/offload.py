@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
-from grpo_jax.learner.optimizer import Apply, Judge, Schedule, abstract_state, first_step
+from grpo_jax.learner.optimizer import Apply, GradientCheck, Schedule, abstract_state, first_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import abstract_like, replicated
 from grpo_jax.model.transformer import abstract_params, param_shardings
@@ -70,7 +70,7 @@ class HostOptimizer:
         self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
-    def at_rest(model: ModelConfig) -> ModelConfig:
+    def stored_model(model: ModelConfig) -> ModelConfig:
         """See `Optimizer`: in the dtype of the computation, if that is narrower."""
         is_narrower = jnp.dtype(model.dtype).itemsize < jnp.dtype(model.param_dtype).itemsize
         return dataclasses.replace(model, param_dtype=model.dtype) if is_narrower else model
@@ -80,7 +80,7 @@ class HostOptimizer:
         section: OptimSection, model: ModelConfig, num_params: int
     ) -> tuple[dict[str, int], dict[str, int]]:
         """See `Optimizer`."""
-        held = num_params * jnp.dtype(HostOptimizer.at_rest(model).param_dtype).itemsize
+        held = num_params * jnp.dtype(HostOptimizer.stored_model(model).param_dtype).itemsize
         masters = num_params * jnp.dtype(model.param_dtype).itemsize
         moments = 2 * num_params * jnp.dtype(section.moments_dtype).itemsize
         on_the_host = {"master parameters": masters} if masters != held else {}
@@ -105,7 +105,7 @@ class HostOptimizer:
 
     def _abstract_leaves(self) -> Any:
         """Shape and dtype of every leaf of the state."""
-        params = abstract_params(self.at_rest(self._model))[0]
+        params = abstract_params(self.stored_model(self._model))[0]
         return jax.eval_shape(lambda params: jax.tree.map(self._init_leaf, params), params)
 
     def shardings(self) -> TrainState:
@@ -123,7 +123,7 @@ class HostOptimizer:
 
     def abstract_state(self) -> TrainState:
         """See `Optimizer`."""
-        params = abstract_params(self.at_rest(self._model))[0]
+        params = abstract_params(self.stored_model(self._model))[0]
         return abstract_state(params, self._abstract_leaves(), self.shardings())
 
     def init_state(self, params: Params) -> TrainState:
@@ -136,9 +136,9 @@ class HostOptimizer:
         opt_state = jax.tree.map(make, params, self.shardings().opt_state)
         return TrainState(step=first_step(self._mesh), params=params, opt_state=opt_state)
 
-    def make_apply(self, judge: Judge) -> Apply:
+    def make_apply(self, check: GradientCheck) -> Apply:
         """See `Optimizer`. Waits for the device."""
-        return _StreamedApply(jax.jit(judge), self._leaf_updates())
+        return _StreamedApply(jax.jit(check), self._leaf_updates())
 
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """See `Optimizer`: one small program a parameter."""
@@ -160,12 +160,12 @@ class _StreamedApply:
         left.
     """
 
-    def __init__(self, judge: Any, updates: Any):
-        """Args: judge: jitted; updates: a `_LeafUpdate` for each parameter."""
-        self._judge, self._updates = judge, updates
+    def __init__(self, check: Any, updates: Any):
+        """Args: check: jitted; updates: a `_LeafUpdate` for each parameter."""
+        self._check, self._updates = check, updates
 
     def __call__(self, state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
-        scale, is_finite, metrics = self._judge(total, state.step)
+        scale, is_finite, metrics = self._check(total, state.step)
         tree: Any = jax.tree.structure(state.params)
         leaves = (self._updates, state.params, state.opt_state, total[0])
         each = list(zip(*map(tree.flatten_up_to, leaves), strict=True))
@@ -180,7 +180,7 @@ class _StreamedApply:
 
     def compile(self, state: TrainState, total: Any) -> None:
         """Compiles every program for abstract arguments."""
-        (scale, is_finite, _), _ = compile_ahead(self._judge, total, state.step)
+        (scale, is_finite, _), _ = compile_ahead(self._check, total, state.step)
         tree: Any = jax.tree.structure(state.params)
         leaves = (self._updates, state.params, state.opt_state, total[0])
         for update, *rest in zip(*map(tree.flatten_up_to, leaves), strict=True):

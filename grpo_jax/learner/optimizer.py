@@ -24,7 +24,7 @@ from grpo_jax.types import Metrics, Params, TrainState
 Schedule = Callable[[Any], Any]
 """Number of updates applied so far -> learning rate."""
 
-Judge = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
+GradientCheck = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 """(sum of gradients and metrics, updates applied) -> (factor that clips the gradients' norm, whether loss and norm
 are finite, metrics)."""
 
@@ -40,7 +40,7 @@ class Optimizer(Protocol):
     schedule: Schedule
 
     @staticmethod
-    def at_rest(model: ModelConfig) -> ModelConfig:
+    def stored_model(model: ModelConfig) -> ModelConfig:
         """The model with the dtype in which the devices hold its parameters from step to step."""
 
     @staticmethod
@@ -63,10 +63,10 @@ class Optimizer(Protocol):
         """Shape, dtype and sharding of every leaf of the train state."""
 
     def init_state(self, params: Params) -> TrainState:
-        """A train state at step 0. Takes `params` (of the model `at_rest`) over: the first update donates them."""
+        """A train state at step 0. Takes `params` (of `stored_model`) over: the first update donates them."""
 
-    def make_apply(self, judge: Judge) -> Apply:
-        """Returns the optimizer's step. Where `judge` finds something that is not finite, it changes nothing."""
+    def make_apply(self, check: GradientCheck) -> Apply:
+        """Returns the optimizer's step. Where `check` finds something that is not finite, it changes nothing."""
 
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """Compiles `apply` for the abstract sum `total`. Returns bytes by phase, as `Learner.compile`."""
@@ -125,7 +125,7 @@ class DeviceOptimizer:
         self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
-    def at_rest(model: ModelConfig) -> ModelConfig:
+    def stored_model(model: ModelConfig) -> ModelConfig:
         """See `Optimizer`: as the optimizer changes them."""
         return model
 
@@ -167,12 +167,12 @@ class DeviceOptimizer:
         opt_state = jax.jit(self._adamw.init, out_shardings=self.shardings().opt_state)(params)
         return TrainState(step=first_step(self._mesh), params=params, opt_state=opt_state)
 
-    def make_apply(self, judge: Judge) -> Apply:
+    def make_apply(self, check: GradientCheck) -> Apply:
         """See `Optimizer`."""
 
         def apply(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
             with jax.named_scope("optimizer"):
-                scale, is_finite, metrics = judge(total, state.step)
+                scale, is_finite, metrics = check(total, state.step)
                 grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, total[0])
                 updates, opt_state = self._adamw.update(grads, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)

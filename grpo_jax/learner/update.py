@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_jax.algorithm.loss import LossMetrics
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
-from grpo_jax.learner.optimizer import Apply, Judge, Optimizer, Schedule
+from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer, Schedule
 from grpo_jax.learner.packing import Places, pack
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
@@ -92,7 +92,7 @@ class UpdateStep:
     "actor/skipped_updates" is 1. The state is donated.
     """
 
-    cast: Callable[[Params], Params]
+    to_compute_dtype: Callable[[Params], Params]
     """Parameters -> those that the micro-batches compute with, in the dtype of the computation."""
     zeros: Any
     """(params, micro-batch) -> the empty sum of gradients and metrics; reads shapes only."""
@@ -101,20 +101,21 @@ class UpdateStep:
     apply: Apply
 
     def __call__(self, state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
-        params = self.cast(state.params)
+        params = self.to_compute_dtype(state.params)
         total = self.zeros(params, micro_batches[0])
         for micro in micro_batches:
             total = self.accumulate(params, total, micro)
         return self.apply(state, total)
 
-    def compile_cast(self, params: Params) -> Params:
-        """Compiles `cast` for abstract parameters, and returns the abstract parameters that it makes."""
-        return compile_ahead(self.cast, params)[0] if hasattr(self.cast, "lower") else params
+    def compile_params(self, params: Params) -> Params:
+        """Compiles `to_compute_dtype` for abstract parameters, and returns its abstract result."""
+        is_jitted = hasattr(self.to_compute_dtype, "lower")
+        return compile_ahead(self.to_compute_dtype, params)[0] if is_jitted else params
 
     def compile(self, optimizer: Optimizer, params: Params, micro: TrainBatch) -> dict[str, int]:
         """Compiles the other programs. Returns bytes by phase, as `Learner.compile`.
 
-        Args: params: those that `cast` returns; both may be `jax.ShapeDtypeStruct`s with shardings.
+        Args: params: those that `to_compute_dtype` returns; both may be `jax.ShapeDtypeStruct`s with shardings.
         """
         total, _ = compile_ahead(self.zeros, params, micro)
         total, size = compile_ahead(self.accumulate, params, total, micro)
@@ -164,17 +165,17 @@ def make_update_step(
 
     sums = (param_shardings(model, mesh), replicated(mesh))
     return UpdateStep(
-        cast=make_cast(optimizer.at_rest(model), mesh),
+        to_compute_dtype=make_cast(optimizer.stored_model(model), mesh),
         zeros=jax.jit(zeros, out_shardings=sums),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=sums),
-        apply=optimizer.make_apply(make_judge(optim, optimizer.schedule)),
+        apply=optimizer.make_apply(make_gradient_check(optim, optimizer.schedule)),
     )
 
 
-def make_judge(optim: OptimSection, schedule: Schedule) -> Judge:
+def make_gradient_check(optim: OptimSection, schedule: Schedule) -> GradientCheck:
     """Returns what looks at a sum of gradients and metrics before the optimizer gets it."""
 
-    def judge(total: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Metrics]:
+    def check(total: Any, step: jax.Array) -> tuple[jax.Array, jax.Array, Metrics]:
         """The factor that clips the gradients' norm, whether loss and norm are finite, and the metrics."""
         grads, metrics = total
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), grads))
@@ -185,7 +186,7 @@ def make_judge(optim: OptimSection, schedule: Schedule) -> Judge:
         summary["actor/skipped_updates"] = 1 - is_finite.astype(jnp.int32)
         return jnp.minimum(1, optim.max_grad_norm / norm), is_finite, summary
 
-    return judge
+    return check
 
 
 def _chunk_columns(chunk_tokens: int, rows: int, mesh: Mesh) -> int:

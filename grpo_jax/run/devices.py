@@ -38,7 +38,7 @@ def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSe
     mesh = open_mesh(config)
     if engine is not None:
         check_devices(engine, mesh)
-    _keep_compiled(config.trainer)
+    _keep_compiled_programs(config.trainer)
     return mesh
 
 
@@ -73,7 +73,7 @@ def _set_determinism(section: TrainerSection) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
-def _keep_compiled(section: TrainerSection) -> None:
+def _keep_compiled_programs(section: TrainerSection) -> None:
     """Has JAX keep compiled programs for accelerators on disk, for the next run with the same shapes.
 
     A cache that the user has set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its very

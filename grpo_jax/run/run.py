@@ -205,7 +205,7 @@ class Run:
         return state
 
     def _load_params(self) -> Any:
-        return load_params(self.folder, self.learner.optimizer.at_rest(self.folder.config), self._mesh)
+        return load_params(self.folder, self.learner.optimizer.stored_model(self.folder.config), self._mesh)
 
     def _check_memory(self, phases: dict[str, int]) -> None:
         """Raises: MemoryError: a program needs more memory than the device gives to JAX."""

@@ -48,7 +48,7 @@ def warm_start(
     logger.info("warm start: %d updates of %d examples", section.num_steps, section.batch_size)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optim, model, mesh, section.num_steps)
-        state = optimizer.init_state(load_params(folder, optimizer.at_rest(model), mesh))
+        state = optimizer.init_state(load_params(folder, optimizer.stored_model(model), mesh))
         chunk_tokens = config.actor.logits_chunk_tokens
         update = make_update_step(
             model, mesh, optimizer, nll_loss, optim=optim, temperature=1.0, chunk_tokens=chunk_tokens

@@ -642,10 +642,10 @@ def run_several(model, batches, sizes, dtype=jnp.float32, optim=OFFLOADED):
     mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         # As a model's folder in bfloat16 would have them: the masters begin with what the devices hold.
-        rounded = load_params(model[1], optimizer_class(OFFLOADED).at_rest(config), mesh)
+        rounded = load_params(model[1], optimizer_class(OFFLOADED).stored_model(config), mesh)
         optimizer = optimizer_for(config, sizes, optim)
         state = optimizer.init_state(
-            jax.tree.map(lambda x: x.astype(optimizer.at_rest(config).param_dtype), rounded)
+            jax.tree.map(lambda x: x.astype(optimizer.stored_model(config).param_dtype), rounded)
         )
         step, metrics = update_step(config, sizes, ALGORITHM, optim=optim), []
         for batch in batches:
@@ -708,7 +708,7 @@ def test_offloaded_state_in_other_dtypes(model, batch, dtype, param_dtype, momen
     config = dataclasses.replace(model[1].config, dtype=dtype, param_dtype=param_dtype)
     mesh, optimizer = mesh_of(*ONE), optimizer_for(config, ONE, optim)
     with jax.set_mesh(mesh):
-        params = load_params(model[1], optimizer.at_rest(config), mesh)
+        params = load_params(model[1], optimizer.stored_model(config), mesh)
         start = on_host(params)
         state = optimizer.init_state(params)
         step = update_step(config, ONE, ALGORITHM, optim=optim)
@@ -730,7 +730,7 @@ def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):
     config, sizes = model[1].config, (1, 8, 1)
     optimizer, mesh = optimizer_for(config, sizes, OFFLOADED), mesh_of(*sizes)
     with jax.set_mesh(mesh):
-        optimizer.init_state(load_params(model[1], optimizer.at_rest(config), mesh))
+        optimizer.init_state(load_params(model[1], optimizer.stored_model(config), mesh))
     embeddings = [x.inner[0] for x in seen if isinstance(x, LeafState) and x.inner[0].mu.shape == (VOCAB, 16)]
     assert len(embeddings) == 1
     for moment in (embeddings[0].mu, embeddings[0].nu):
@@ -742,7 +742,7 @@ def test_the_streamed_update_begins_with_the_smallest_parameter_and_gives_gradie
     config, mesh = model[1].config, mesh_of(*ONE)
     optimizer, seen, put = optimizer_for(config, ONE, OFFLOADED), [], jax.device_put
     with jax.set_mesh(mesh):
-        state = optimizer.init_state(load_params(model[1], optimizer.at_rest(config), mesh))
+        state = optimizer.init_state(load_params(model[1], optimizer.stored_model(config), mesh))
         sizes = sorted(x.size for x in jax.tree.leaves(state.params))
         grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), state.params)
         apply = optimizer.make_apply(lambda total, step: (jnp.float32(1), jnp.bool_(True), {}))
