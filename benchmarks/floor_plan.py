@@ -4,9 +4,10 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/floor_plan.py /tmp/before .      # before and after
 
-Counted from the source, with Python's own parser: modules and lines, the longest function, the most parameters of a
-function (`self` not counted), imports of train.py, the files of `READING` and their lines, places that name a policy
-loss, and pairs of modules that import one another, directly or by way of others, functions' own imports included.
+Counted from the source, with Python's own parser: modules and lines, the longest function, the most parameters of
+a function (`self` not counted), imports of train.py, the files of `READING` and their lines, places that name a
+policy loss, and pairs of modules that import one another, directly or by way of others, functions' own imports
+included.
 """
 
 import argparse

@@ -33,6 +33,7 @@ from grpo_jax.learner.batching import (
     make_sft_batch,
     split_minibatches,
 )
+from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
@@ -216,8 +217,8 @@ class Learner:
     def compile(self) -> dict[str, int]:
         """Compiles all programs of a step from shapes alone: nothing is computed, no parameters are needed.
 
-        Returns: phase -> bytes that its largest program takes on one device, its arguments included. Phases whose
-            programs are many and small are left out.
+        Returns: phase -> bytes in use on one device while its largest program runs. Phases whose programs are many
+            and small are left out.
         """
         example: Any = self._with_kl_coef(make_sft_batch([([0], [0])], pad_id=0))
         if self._config.algorithm.kl_in == "reward":
@@ -225,8 +226,15 @@ class Learner:
             example = dataclasses.replace(example, old_logprobs=zeros, ref_logprobs=zeros)
         missing = self._missing_logprobs(example)
         [micro] = self._place(example)
-        params = self._update.compile_params(self.optimizer.abstract_state().params)
+        state = self.optimizer.abstract_state()
+        params = self._update.compile_params(state.params)
         if missing or self._config.algorithm.kl_in == "reward":
             logprobs = self._score.compile(params, micro)
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
-        return self._update.compile(self.optimizer, params, micro)
+        sizes = self._update.compile(self.optimizer, params, micro)
+        # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.
+        reference = device_bytes(self.reference.abstract()) if self._config.uses_reference else 0
+        copy = 0 if params is state.params else device_bytes(params)
+        held = device_bytes(state if copy else state.opt_state)
+        beside = {"update": held + reference, "optimizer": copy + reference}
+        return {phase: size + beside[phase] for phase, size in sizes.items()}

@@ -48,6 +48,12 @@ def on_device(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.with_memory_kind("device"), shardings)
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of arrays, or of `jax.ShapeDtypeStruct`s with shardings; 0 for those on the host."""
+    on_device = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(on_device(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST)
+
+
 def to_host(tree: Any, shardings: Any, dtype: Any) -> Any:
     """Copies to the host, an array at a time. Args: shardings: on devices; dtype: to cast to before."""
     copy = lambda x, target: jax.block_until_ready(jax.device_put(x.astype(dtype), target))

@@ -113,3 +113,17 @@ def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
 def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
     """The memory of a run, what its engine's weights take on the way included."""
     return plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))
+
+
+def check_memory(phases: dict[str, int], limit: int | None) -> None:
+    """Checks what `Learner.compile` says against the memory that a device gives to JAX.
+
+    Args:   limit: bytes; None where the device does not say it.
+    Raises: MemoryError: a phase needs more.
+    """
+    for phase, size in phases.items():
+        if limit and size > limit:
+            raise MemoryError(
+                f"phase {phase} needs {size / 1e9:.1f} GB of a device that gives JAX {limit / 1e9:.1f} GB; "
+                "python -m grpo_jax.plan says what takes less"
+            )

@@ -33,7 +33,7 @@ from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress
-from grpo_jax.run.devices import open_devices, plan_run
+from grpo_jax.run.devices import check_memory, open_devices, plan_run
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
@@ -172,7 +172,7 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
-        self._check_memory(self.learner.compile())
+        check_memory(self.learner.compile(), (jax.devices()[0].memory_stats() or {}).get("bytes_limit"))
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
@@ -206,16 +206,6 @@ class Run:
 
     def _load_params(self) -> Any:
         return load_params(self.folder, self.learner.optimizer.stored_model(self.folder.config), self._mesh)
-
-    def _check_memory(self, phases: dict[str, int]) -> None:
-        """Raises: MemoryError: a program needs more memory than the device gives to JAX."""
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        for phase, size in phases.items():
-            if limit and size > limit:
-                raise MemoryError(
-                    f"the program of phase {phase} needs {size / 1e9:.1f} GB of a device that gives JAX "
-                    f"{limit / 1e9:.1f} GB; python -m grpo_jax.plan says what takes less"
-                )
 
     # ---- steps ----
 

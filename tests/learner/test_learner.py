@@ -16,7 +16,8 @@ from grpo_jax.learner.batching import keep_completions
 from grpo_jax.learner.learner import Learner
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import make_mesh
-from grpo_jax.model.transformer import abstract_params
+from grpo_jax.model.transformer import abstract_params, num_params
+from grpo_jax.run.devices import check_memory
 from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup, ScoredBatch
 
 # One prompt with two completions, of two tokens and of one. log p_old - log p_ref: 1 and 2; -3.
@@ -32,12 +33,12 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def learner_for(**changes):
-    """A learner of steps of two completions; nothing that these tests call compiles anything."""
+def learner_for(optim=None, **changes):
+    """A learner of steps of two completions. Args: optim: keys of that section; changes: of `algorithm`."""
     section = dataclasses.replace(ALGORITHM, **{"kl_coef": 0.5, "group_size": 2} | changes)
     config = Config()
-    data = dataclasses.replace(config.data, train_batch_size=1)
-    optim = dataclasses.replace(config.optim, offload=False)
+    data = dataclasses.replace(config.data, train_batch_size=1, max_prompt_length=8, max_response_length=8)
+    optim = dataclasses.replace(config.optim, **{"offload": False} | (optim or {}))
     config = dataclasses.replace(config, algorithm=section, data=data, optim=optim)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
     timer = lambda phase: contextlib.nullcontext()
@@ -175,3 +176,30 @@ def test_the_reference_is_refreshed_every_n_steps(ref_offload):
         for leaf in jax.tree.leaves(learner.reference.on_device()):
             np.testing.assert_array_equal(leaf, np.full(leaf.shape, done // 3 * 3))
     assert refreshed == [0, 0, 1, 0, 0, 1, 0]
+
+
+# Programs before the first step
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_compiling_says_of_memory(offload):
+    """At least what is held and summed: float32 parameters and, on the device, twice as many moments."""
+    learner = learner_for(optim={"offload": offload})
+    with jax.set_mesh(learner.mesh):
+        sizes = learner.compile()
+    parameters = 4 * num_params(MODEL)
+    moments = 0 if offload else 2 * parameters
+    assert sizes["update"] >= 2 * parameters + moments  # parameters, sums of gradients
+    assert sizes["update"] < 2 * parameters + moments + 2**20
+    assert set(sizes) == ({"update"} if offload else {"update", "optimizer"})
+    if not offload:
+        assert 4 * parameters <= sizes["optimizer"] < 4 * parameters + 2**20
+
+
+def test_a_program_that_does_not_fit_stops_the_run_before_its_first_step():
+    check_memory({"update": 900, "optimizer": 1000}, 1000)
+    check_memory({"update": 10**12}, None)  # a device that does not say what it has
+    with pytest.raises(
+        MemoryError, match=r"phase update needs 41.0 GB .* JAX 40.0 GB; python -m grpo_jax.plan"
+    ):
+        check_memory({"update": 41 * 10**9}, 40 * 10**9)
