@@ -141,7 +141,7 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
 
 
 def peer_update(folder: Path, batch: Any) -> Callable[[], tuple[float, float]]:
-    """The same update in PyTorch, written from the formulas in grpo_jax/losses.py."""
+    """The same update in PyTorch, written from the formulas in grpo_jax/algorithm/loss.py."""
     import torch
     from transformers import AutoModelForCausalLM
 
