@@ -144,10 +144,7 @@ def grpo_loss(
 
 
 def _kl_coef(batch: TrainBatch, section: AlgorithmSection) -> jax.Array | float:
-    """The coefficient of the KL:
-
-    an array where it changes from step to step, so that nothing is compiled again.
-    """
+    """The coefficient of the KL: an array where it changes from step to step, which compiles nothing again."""
     if batch.kl_coef is None:
         return section.kl_coef
     return where_completion(batch.kl_coef, batch.completion_mask)

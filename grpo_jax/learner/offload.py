@@ -94,10 +94,7 @@ class HostOptimizer:
 
     @staticmethod
     def step_bytes(section: OptimSection, model: ModelConfig, leaf_sizes: list[int]) -> int:
-        """See `Optimizer`:
-
-        a parameter's state and its new value, and the gradients that have not had their turn.
-        """
+        """A parameter's state and its new value, and the gradients that have not had their turn."""
         held, host = HostOptimizer.held_bytes(section, model, 1)
         state = held["parameters"] + sum(host.values())
         gradient = jnp.dtype(section.accumulator_dtype).itemsize

@@ -17,9 +17,7 @@ from grpo_jax.types import Params
 
 
 class Reference:
-    """The frozen parameters that the KL is measured from, in the dtype of the computation, and the KL's
-    coefficient.
-    """
+    """The frozen parameters that the KL is measured from, in the dtype of the computation, and its coefficient."""
 
     def __init__(self, section: AlgorithmSection, model: ModelConfig, mesh: Mesh):
         self.kl_coef = section.kl_coef

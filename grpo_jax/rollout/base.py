@@ -75,8 +75,7 @@ class RolloutEngine(Protocol):
     def submit(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
     ) -> Callable[[], list[RolloutGroup]]:
-        """Starts to complete each prompt `sampling.num_samples` times; may leave the work to the returned
-        function.
+        """Starts to complete each prompt `sampling.num_samples` times, at once or when the result is called.
 
         Args:
             seed: the same weights, prompts and seed give the same completions.

@@ -234,26 +234,19 @@ def sample_completions(
     head = head_matrix(params)
     if not config.scan_layers:
         params, cache = split_layers(params, cache)
-    stops = jnp.asarray(stop_token_ids, jnp.int32)[None]
     column_ids = jnp.arange(columns + limit - 1)[None]
 
     def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
         token, logprob = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
-        return token, logprob, jnp.any(token[:, None] == stops, axis=1)
+        return token, logprob, jnp.any(token[:, None] == jnp.asarray(stop_token_ids, jnp.int32), axis=1)
 
     def step(state: Any) -> Any:
         t, tokens, logprobs, counts, stopped, cache = state
         visible = (column_ids >= columns - lengths[:, None]) & (column_ids < columns + t)
-        hidden, cache = forward_cached(
-            params,
-            config,
-            jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1),
-            (lengths + t - 1)[:, None],
-            visible[:, None, None, :],
-            cache,
-            columns + t - 1,
-        )
+        last, position = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1), (lengths + t - 1)[:, None]
+        visible = visible[:, None, None, :]
+        hidden, cache = forward_cached(params, config, last, position, visible, cache, columns + t - 1)
         token, logprob, is_stop = draw(hidden[:, 0], t)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
         logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, t, axis=1)

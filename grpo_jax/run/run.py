@@ -249,9 +249,8 @@ class Run:
         metrics |= timings | performance_metrics(self.folder.config, lengths, self._mesh.size, timings)
         metrics["perf/memory_planned_gb"] = self._memory_plan.peak / 1e9
         self._watch.note(result)
-        is_stopping = (
-            self._stop.requested
-        )  # read once: a request that comes while saving is for the next step
+        # Read once: a request that comes while saving is for the next step.
+        is_stopping = self._stop.requested
         # While updates are skipped, the checkpoint from before the trouble is the good one.
         must_save = (is_stopping or done == self.num_steps) and not self._watch.is_lost
         if self._watch.is_healthy or must_save:
@@ -271,10 +270,7 @@ class Run:
         summary.print_report(self.config, self._workdir, model)
 
     def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
-        """True after each `every_steps` steps and `every_epochs` epochs (0:
-
-        never); at the end if either is set.
-        """
+        """True after each `every_steps` steps and `every_epochs` epochs, and at the end; 0 is never."""
         every = every_epochs * self.steps_per_epoch
         at_end = done == self.num_steps and bool(every_steps or every)
         return at_end or bool(every_steps and done % every_steps == 0) or bool(every and done % every == 0)
