@@ -222,15 +222,15 @@ def _complete(config: Any) -> Any:
     """Adds the keys that a `ConfigDict` lacks. Unknown ones stay, for `parse_config` to name."""
     from ml_collections import ConfigDict
 
-    for name, section in defaults().items():
-        if name not in config:
-            config[name] = {}
-        if not isinstance(config[name], ConfigDict):
-            raise ConfigError(name, config[name], NO_SECTION)
-        for key, value in section.items():
-            if key not in config[name]:
-                config[name][key] = value
-            elif isinstance(value, float) and type(config[name][key]) is int:
-                with config[name].ignore_type():  # or no flag could make 0 to 0.5
-                    config[name][key] = float(config[name][key])
+    for name, key in KEYS.items():
+        section, _, field = name.partition(".")
+        if section not in config:
+            config[section] = {}
+        if not isinstance(config[section], ConfigDict):
+            raise ConfigError(section, config[section], NO_SECTION)
+        if field not in config[section]:
+            config[section][field] = key.default
+        elif key.type is float and type(config[section][field]) is int:
+            with config[section].ignore_type():  # or no flag could make 0 to 0.5
+                config[section][field] = float(config[section][field])
     return config

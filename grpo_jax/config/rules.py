@@ -32,7 +32,6 @@ OWN_ENGINE_ARGS = (
 )  # fmt: skip
 """vLLM engine arguments that `rollout/vllm/server.py` needs to be what it sets them to."""
 
-
 NO_SECTION = "must be a section, with keys of its own"
 
 
@@ -139,7 +138,7 @@ TERM = re.compile(r"([a-z_.]+)(=|!=|>)(.+)")
 
 
 def unread_keys(config: Config) -> dict[str, str]:
-    """The keys that nothing reads in a run of `config`: key -> "SECTION.KEY=VALUE", the setting that causes it."""
+    """Returns the keys that nothing reads in a run of `config`, and why: key -> "SECTION.KEY=VALUE"."""
     found = {}
     for name, key in KEYS.items():
         for clause in key.only.split(" and ") if key.only else ():
@@ -151,7 +150,7 @@ def unread_keys(config: Config) -> dict[str, str]:
 
 
 def unread_warning(config: Config) -> str:
-    """Names in one line what `config` sets, not to the default, and nothing reads; "" if there is nothing."""
+    """Returns one line that names the keys which are not at their defaults and which nothing reads, or ""."""
     settings = collections.defaultdict(list)
     for name, why in unread_keys(config).items():
         if config.get(name) != KEYS[name].default:
@@ -161,7 +160,7 @@ def unread_warning(config: Config) -> str:
 
 
 def split_term(term: str) -> tuple[str, str, str]:
-    """Returns key, operator and value of a term of `only`."""
+    """Returns key, comparison and value of a term of `only`."""
     match = TERM.fullmatch(term)
     assert match is not None, term
     key, comparison, wanted = match.groups()

@@ -1,10 +1,11 @@
-"""Every key of a configuration, one line each: type, default, meaning, bounds, choices, unit, and two more facts.
+"""Every key of a configuration, one line each: type, default, meaning, unit, bounds or choices, and
 
-    resume=    whether the key may differ when a run goes on: no (not said), FREE, LENGTH or ARRAYS.
-    only=      when a run reads it; always, if not said. "SECTION.KEY=a|b" holds for either value (or FILE.py:NAME, or
-               where one of several values is meant), "SECTION.KEY>0" above 0; joined by " and ", or else by " or ".
+    resume=    whether it may differ when a run goes on: FREE, LENGTH, ARRAYS; if not given, it may not.
+    only=      the condition under which a run reads it; if not given, every run does. Terms are "SECTION.KEY=a|b" (one
+               of these values, or a FILE.py:NAME; of a tuple, one element), "SECTION.KEY!=a" and "SECTION.KEY>0". They
+               are joined by " or ", and what is joined by that by " and ".
 
-`rules.py` checks all of it. The tables of docs/configuration.md are made of these lines by docs/configuration_tables.py.
+`rules.py` checks the values. docs/configuration_tables.py makes the tables of docs/configuration.md from these lines.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ FIXED = "fixed"
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What is known of one key."""
+    """The facts of one key."""
 
     default: Any
     meaning: str
@@ -36,15 +37,15 @@ class Key:
     """The reason for the lower bound."""
     choices: tuple[str, ...] = ()
     rule: str = ""
-    """What else is asked of the value, in words; checked by `rules.py` or by who reads the key."""
+    """The range in words, where it is checked by whoever reads the key."""
     resume: str = FIXED
     only: str = ""
     type: Any = None
-    """That of the field; filled in by `KEYS`."""
+    """Of the value, as the field is annotated; set in `KEYS`."""
 
 
 def key(default: Any, meaning: str, *, choices: str = "", **facts: Any) -> Any:
-    """The field of one key. Args: choices: separated by spaces; facts: the other fields of `Key`."""
+    """Returns the dataclass field of a key. Args: choices: separated by spaces; facts: other fields of `Key`."""
     known = Key(default, meaning, choices=tuple(choices.split()), **facts)
     return dataclasses.field(default=default, metadata={"key": known})
 
@@ -353,4 +354,4 @@ KEYS: dict[str, Key] = {
     for name, section in SECTIONS.items()
     for field in dataclasses.fields(section)
 }
-"""Every key, dotted: "model.path" -> what is known of it."""
+"""Every key: "SECTION.KEY" -> its facts."""

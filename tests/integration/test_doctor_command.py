@@ -37,6 +37,20 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
     assert rows["the host holds"] == "0.0 GB (master parameters, Adam's moments, reference)"
 
 
+def test_every_key_is_printed_and_what_is_not_the_default_is_marked(tmp_path, model_folder):
+    from grpo_jax.config import KEYS
+
+    overrides = {"model.path": model_folder, "trainer.seed": 3, "algorithm.group_size": 4}
+    result = helpers.call(doctor.main, helpers.train_argv(tmp_path / "run", overrides))
+    assert result.code == 0, result.err
+    parts = (line[4:].partition(" = ") for line in result.out.splitlines())
+    lines = {name: value for name, _, value in parts if name in KEYS}
+    assert list(lines) == list(KEYS)
+    assert lines["data.train_files"] == "() (nothing reads it with arithmetic.num_train=13)"
+    assert "\n  * trainer.seed = 3\n" in result.out and "\n    algorithm.group_size = 4\n" in result.out
+    assert "\nNothing in this run reads random_model.vocab_size=300, " in result.out
+
+
 def test_the_sizes_of_7b(tmp_path):
     """As shipped: 2 bytes a parameter on the device, 14 on the host, and all but the reference in a checkpoint."""
     from grpo_jax.config import load_config, parse_config
