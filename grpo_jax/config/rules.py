@@ -12,10 +12,10 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from grpo_jax.config.sections import KEYS, SECTIONS, AlgorithmSection, Config, Key, MeshSection
+from grpo_jax.config.sections import KEYS, SECTIONS, Config, Key
 
 
 class ConfigError(ValueError):
@@ -179,144 +179,123 @@ def _holds(value: Any, comparison: str, wanted: str) -> bool:
 
 # ---- several keys ----
 
+Rules = Iterator[tuple[bool, str, str]]
+"""(whether it is broken, the key to name, what it asks for) of each rule, in the order of checking."""
+
 
 def _check_combinations(config: Config) -> None:
     """The rules that look at several keys."""
-    if not config.model.path:
-        raise ConfigError("model.path", config.model.path, "must be a Hugging Face folder, or 'random'")
-    sizes = config.random_model
-    if sizes.num_heads % sizes.num_kv_heads:
-        raise ConfigError(
-            "random_model.num_kv_heads", sizes.num_kv_heads, f"must divide num_heads={sizes.num_heads}"
-        )
-    if sizes.hidden_size % sizes.num_heads or (sizes.hidden_size // sizes.num_heads) % 2:
-        raise ConfigError(
-            "random_model.hidden_size",
-            sizes.hidden_size,
-            f"must be num_heads={sizes.num_heads} times an even head width",
-        )
-    if config.completions_per_step % config.actor.num_minibatches:
-        raise ConfigError(
-            "actor.num_minibatches",
-            config.actor.num_minibatches,
-            f"must divide the {config.completions_per_step} completions of a step "
-            f"(data.train_batch_size={config.data.train_batch_size} x "
-            f"algorithm.group_size={config.algorithm.group_size})",
-        )
-    if config.eval.num_samples > 1 and config.eval.temperature == 0:
-        raise ConfigError(
-            "eval.num_samples", config.eval.num_samples, "must be 1 while eval.temperature is 0 (greedy)"
-        )
-    if config.optim.moments_dtype == "bfloat16" and config.optim.beta2 > 0.99:
-        rule = "needs optim.beta2 of 0.99 or less: a smaller change is lost in rounding the second moment"
-        raise ConfigError("optim.moments_dtype", "bfloat16", rule)
-    _check_kl(config)
-    _check_correction(config.algorithm)
-    _check_reward(config)
-    _check_rollout(config)
-    _check_mesh(config.mesh)
-    _check_data(config)
-
-
-def _check_kl(config: Config) -> None:
-    algorithm = config.algorithm
-    if not config.uses_reference:
-        if algorithm.kl_in == "reward":
-            raise ConfigError("algorithm.kl_in", "reward", "needs algorithm.kl_coef above 0")
-        for key in ("kl_target", "ref_refresh_every"):
-            if getattr(algorithm, key):
-                rule = "needs algorithm.kl_coef above 0: without it there is no reference"
-                raise ConfigError(f"algorithm.{key}", getattr(algorithm, key), rule)
-    if algorithm.kl_in == "reward" and algorithm.kl_estimator.endswith("+"):
-        rule = "differs from the estimator without + in its gradient only, and a reward has none"
-        raise ConfigError("algorithm.kl_estimator", algorithm.kl_estimator, rule)
-    if algorithm.kl_target and algorithm.kl_horizon <= config.completions_per_step / 5:
-        rule = f"must be above a fifth of the {config.completions_per_step} completions of a step, "
-        rule += "or one step could make the coefficient 0"
-        raise ConfigError("algorithm.kl_horizon", algorithm.kl_horizon, rule)
-
-
-def _check_correction(algorithm: AlgorithmSection) -> None:
-    for key, does in (("rollout_is", "every weight would be 1"), ("rollout_rs", "nothing would be rejected")):
-        value = getattr(algorithm, key)
-        if value != "none" and algorithm.old_logprobs == "sampler":
-            rule = "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler "
-            raise ConfigError(f"algorithm.{key}", value, f"{rule}already, and {does}")
-    if algorithm.rollout_is.endswith("_mask") and algorithm.rollout_is_low >= algorithm.rollout_is_threshold:
-        rule = f"must be below algorithm.rollout_is_threshold={algorithm.rollout_is_threshold}"
-        raise ConfigError("algorithm.rollout_is_low", algorithm.rollout_is_low, rule)
-    if algorithm.rollout_rs != "none" and algorithm.rollout_rs_low >= algorithm.rollout_rs_high:
-        rule = f"must be below algorithm.rollout_rs_high={algorithm.rollout_rs_high}"
-        raise ConfigError("algorithm.rollout_rs_low", algorithm.rollout_rs_low, rule)
-
-
-def _check_reward(config: Config) -> None:
-    reward, num_functions = config.reward, 1 + len(config.reward.extra_functions)
-    if reward.weights and len(reward.weights) != num_functions:
-        rule = f"must be empty, or hold one weight for each of the {num_functions} reward functions"
-        raise ConfigError("reward.weights", reward.weights, rule)
-    if reward.overlong_buffer > config.data.max_response_length:
-        rule = f"must be at most data.max_response_length={config.data.max_response_length}"
-        raise ConfigError("reward.overlong_buffer", reward.overlong_buffer, rule)
-
-
-def _check_rollout(config: Config) -> None:
-    rollout = config.rollout
-    if rollout.max_lag and "rollout.max_lag" in unread_keys(config):
-        rule = f"must be 0 with rollout.engine={rollout.engine}, which samples on the trainer's own devices"
-        raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
-    if rollout.max_lag and not config.corrects_sampler:
-        rule = "samples with old weights: needs algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
-        raise ConfigError("rollout.max_lag", rollout.max_lag, rule)
-    if config.algorithm.dynamic_sampling_rounds and not config.corrects_sampler:
-        rule = "keeps surplus groups for the next step, when they are of older weights: needs "
-        rule += "algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
-        key, value = "algorithm.dynamic_sampling_rounds", config.algorithm.dynamic_sampling_rounds
-        raise ConfigError(key, value, rule)
-    if rollout.update_weights == "during" and not rollout.max_lag:
-        rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
-        raise ConfigError("rollout.update_weights", "during", rule)
-    is_separate = rollout.placement == "separate"
-    against_sleep = [
-        (rollout.api_port > 0, "rollout.api_port=0: an engine that sleeps cannot answer"),
-        (is_separate, "rollout.placement=colocated: on other GPUs the trainer gains nothing"),
-        (rollout.max_lag > 0, "rollout.max_lag=0: an engine that samples cannot sleep"),
-    ]
-    for is_against, needed in against_sleep:
-        if rollout.sleep and is_against:
-            raise ConfigError("rollout.sleep", True, f"needs {needed}")
-    if rollout.weight_sync == "ipc" and rollout.placement == "separate":
-        rule = "needs rollout.placement=colocated: memory is shared within one GPU"
-        raise ConfigError("rollout.weight_sync", "ipc", rule)
-    if rollout.weight_sync == "nccl" and rollout.placement == "colocated":
-        rule = "needs rollout.placement=separate: NCCL joins different GPUs"
-        raise ConfigError("rollout.weight_sync", "nccl", rule)
-    for argument in rollout.engine_args:
+    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data):
+        for is_broken, key, rule in rules(config):
+            if is_broken:
+                raise ConfigError(key, config.get(key), rule)
+    for argument in config.rollout.engine_args:
         name, equals, _ = argument.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigError(
-                "rollout.engine_args", argument, "must be like 'NAME=VALUE', a vLLM engine argument"
-            )
+            rule = "must be like 'NAME=VALUE', a vLLM engine argument"
+            raise ConfigError("rollout.engine_args", argument, rule)
         if name in OWN_ENGINE_ARGS:
             raise ConfigError("rollout.engine_args", argument, f"{name} is set by grpo_jax itself")
-
-
-def _check_mesh(mesh: MeshSection) -> None:
-    axes = dataclasses.asdict(mesh)
+    axes = dataclasses.asdict(config.mesh)
     if list(axes.values()).count(-1) > 1:
         raise ConfigError("mesh", axes, "only one axis may be -1")
 
 
-def _check_data(config: Config) -> None:
-    arithmetic = config.arithmetic
-    if arithmetic.num_train:
-        if not arithmetic.num_val:
-            raise ConfigError("arithmetic.num_val", 0, "must be above 0 where arithmetic.num_train is")
-        if config.sft.num_steps and not arithmetic.num_sft:
-            raise ConfigError("arithmetic.num_sft", 0, "must be above 0 where sft.num_steps is")
-        return
-    for key in ("train_files", "val_files"):
-        if not getattr(config.data, key):
-            raise ConfigError(f"data.{key}", (), "must name at least one Parquet file")
-    if config.sft.num_steps and not config.sft.train_files:
-        raise ConfigError("sft.train_files", (), "must name a Parquet file where sft.num_steps is above 0")
+def _sizes(config: Config) -> Rules:
+    yield not config.model.path, "model.path", "must be a Hugging Face folder, or 'random'"
+    hidden, heads = config.random_model.hidden_size, config.random_model.num_heads
+    is_odd = bool(hidden % heads or hidden // heads % 2)
+    rule = f"must divide num_heads={heads}"
+    yield heads % config.random_model.num_kv_heads > 0, "random_model.num_kv_heads", rule
+    yield is_odd, "random_model.hidden_size", f"must be num_heads={heads} times an even head width"
+    rule = f"must divide the {config.completions_per_step} completions of a step (data.train_batch_size="
+    rule += f"{config.data.train_batch_size} x algorithm.group_size={config.algorithm.group_size})"
+    yield config.completions_per_step % config.actor.num_minibatches > 0, "actor.num_minibatches", rule
+    is_greedy = config.eval.temperature == 0
+    rule = "must be 1 while eval.temperature is 0 (greedy)"
+    yield is_greedy and config.eval.num_samples > 1, "eval.num_samples", rule
+    is_coarse = config.optim.moments_dtype == "bfloat16" and config.optim.beta2 > 0.99
+    rule = "needs optim.beta2 of 0.99 or less: a smaller change is lost in rounding the second moment"
+    yield is_coarse, "optim.moments_dtype", rule
+
+
+def _kl(config: Config) -> Rules:
+    algorithm, without = config.algorithm, not config.uses_reference
+    is_in_reward = algorithm.kl_in == "reward"
+    yield is_in_reward and without, "algorithm.kl_in", "needs algorithm.kl_coef above 0"
+    rule = "needs algorithm.kl_coef above 0: without it there is no reference"
+    yield without and algorithm.kl_target > 0, "algorithm.kl_target", rule
+    yield without and algorithm.ref_refresh_every > 0, "algorithm.ref_refresh_every", rule
+    rule = "differs from the estimator without + in its gradient only, and a reward has none"
+    yield is_in_reward and algorithm.kl_estimator.endswith("+"), "algorithm.kl_estimator", rule
+    rule = f"must be above a fifth of the {config.completions_per_step} completions of a step, "
+    rule += "or one step could make the coefficient 0"
+    is_short = algorithm.kl_horizon <= config.completions_per_step / 5
+    yield is_short and algorithm.kl_target > 0, "algorithm.kl_horizon", rule
+
+
+def _correction(config: Config) -> Rules:
+    algorithm, is_of_sampler = config.algorithm, config.algorithm.old_logprobs == "sampler"
+    rule = (
+        "must be none while algorithm.old_logprobs is sampler: the ratio is against the sampler already, and "
+    )
+    weighs, rejects = algorithm.rollout_is != "none", algorithm.rollout_rs != "none"
+    yield is_of_sampler and weighs, "algorithm.rollout_is", rule + "every weight would be 1"
+    yield is_of_sampler and rejects, "algorithm.rollout_rs", rule + "nothing would be rejected"
+    low, high = algorithm.rollout_is_low, algorithm.rollout_is_threshold
+    rule = f"must be below algorithm.rollout_is_threshold={high}"
+    yield algorithm.rollout_is.endswith("_mask") and low >= high, "algorithm.rollout_is_low", rule
+    low, high = algorithm.rollout_rs_low, algorithm.rollout_rs_high
+    rule = f"must be below algorithm.rollout_rs_high={high}"
+    yield rejects and low >= high, "algorithm.rollout_rs_low", rule
+
+
+def _reward(config: Config) -> Rules:
+    weights, num_functions = config.reward.weights, 1 + len(config.reward.extra_functions)
+    rule = f"must be empty, or hold one weight for each of the {num_functions} reward functions"
+    yield bool(weights) and len(weights) != num_functions, "reward.weights", rule
+    limit = config.data.max_response_length
+    rule = f"must be at most data.max_response_length={limit}"
+    yield config.reward.overlong_buffer > limit, "reward.overlong_buffer", rule
+
+
+def _rollout(config: Config) -> Rules:
+    rollout, is_ahead = config.rollout, config.rollout.max_lag > 0
+    rule = f"must be 0 with rollout.engine={rollout.engine}, which samples on the trainer's own devices"
+    yield is_ahead and "rollout.max_lag" in unread_keys(config), "rollout.max_lag", rule
+    needs = "needs algorithm.rollout_is=token or algorithm.old_logprobs=sampler"
+    rule = f"samples with old weights: {needs}"
+    yield is_ahead and not config.corrects_sampler, "rollout.max_lag", rule
+    is_dynamic = config.algorithm.dynamic_sampling_rounds > 0
+    rule = f"keeps surplus groups for the next step, when they are of older weights: {needs}"
+    yield is_dynamic and not config.corrects_sampler, "algorithm.dynamic_sampling_rounds", rule
+    rule = "needs rollout.max_lag above 0: without it nothing is sampled while weights change"
+    yield rollout.update_weights == "during" and not is_ahead, "rollout.update_weights", rule
+
+
+def _sleep_and_sync(config: Config) -> Rules:
+    rollout, is_separate = config.rollout, config.rollout.placement == "separate"
+    for is_against, needed in (
+        (rollout.api_port > 0, "rollout.api_port=0: an engine that sleeps cannot answer"),
+        (is_separate, "rollout.placement=colocated: on other GPUs the trainer gains nothing"),
+        (rollout.max_lag > 0, "rollout.max_lag=0: an engine that samples cannot sleep"),
+    ):
+        yield rollout.sleep and is_against, "rollout.sleep", f"needs {needed}"
+    rule = "needs rollout.placement=colocated: memory is shared within one GPU"
+    yield rollout.weight_sync == "ipc" and is_separate, "rollout.weight_sync", rule
+    rule = "needs rollout.placement=separate: NCCL joins different GPUs"
+    yield rollout.weight_sync == "nccl" and not is_separate, "rollout.weight_sync", rule
+
+
+def _data(config: Config) -> Rules:
+    data, arithmetic, warms_up = config.data, config.arithmetic, config.sft.num_steps > 0
+    is_generated = arithmetic.num_train > 0
+    rule = "must be above 0 where arithmetic.num_train is"
+    yield is_generated and not arithmetic.num_val, "arithmetic.num_val", rule
+    rule = "must be above 0 where sft.num_steps is"
+    yield is_generated and warms_up and not arithmetic.num_sft, "arithmetic.num_sft", rule
+    rule = "must name at least one Parquet file"
+    yield not is_generated and not data.train_files, "data.train_files", rule
+    yield not is_generated and not data.val_files, "data.val_files", rule
+    rule = "must name a Parquet file where sft.num_steps is above 0"
+    yield not is_generated and warms_up and not config.sft.train_files, "sft.train_files", rule
