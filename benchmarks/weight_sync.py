@@ -111,7 +111,7 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
             seen.append(in_use())
             yield packed
 
-    actor = engine._replicas[0].actor
+    actor = next(iter(engine._replicas)).actor
     ray.get(actor.memory_peak.remote())
     push.pack_buckets = watched
     engine.load_weights(params, version=1)

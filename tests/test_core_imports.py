@@ -25,6 +25,8 @@ CORE_MODULES += [name for name in modules_of(*CORE_FOLDERS) if name not in SHELL
 ENGINE_MODULES = (
     "grpo_jax.rollout",
     "grpo_jax.rollout.base",
+    "grpo_jax.rollout.vllm",
+    "grpo_jax.rollout.vllm.api",
     "grpo_jax.rollout.vllm.server",
     "grpo_jax.weight_sync",
     "grpo_jax.weight_sync.wire",
@@ -34,6 +36,18 @@ ENGINE_MODULES = (
     "grpo_jax.weight_sync.cuda",
 )
 """Of both ends of a push: an engine's environment need not have JAX, nor the trainer's PyTorch."""
+TRAINER_MODULES = (
+    "grpo_jax.rollout.local",
+    "grpo_jax.rollout.vllm.check",
+    "grpo_jax.rollout.vllm.devices",
+    "grpo_jax.rollout.vllm.options",
+    "grpo_jax.rollout.vllm.cluster",
+    "grpo_jax.rollout.vllm.replicas",
+    "grpo_jax.rollout.vllm.requests",
+    "grpo_jax.rollout.vllm.push",
+    "grpo_jax.rollout.vllm.engine",
+)
+"""The trainer's side of the engines: vLLM and PyTorch may be absent, and Ray is imported when it is used."""
 
 
 def run(code):
@@ -65,6 +79,11 @@ def test_the_core_imports_no_shell_package():
 )
 def test_the_ends_of_a_push_need_nothing_of_each_other(packages):
     result = run_without(packages, ENGINE_MODULES)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_trainers_side_of_the_engines_needs_neither_vllm_nor_ray_to_be_imported():
+    result = run_without(("vllm", "torch", "ray", "transformers"), TRAINER_MODULES)
     assert result.returncode == 0, result.stderr
 
 

@@ -104,7 +104,7 @@ def test_an_engine_in_an_environment_of_its_own(tmp_path, reward_file):
     arguments = [trainer, "-m", "grpo_jax.train", *commands.train_argv(tmp_path / "run", overrides)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
     run = lambda *more: subprocess.run(
-        [*arguments, *more], capture_output=True, text=True, cwd=commands.ROOT, env=environment, timeout=400
+        [*arguments, *more], capture_output=True, text=True, cwd=commands.ROOT, env=environment, timeout=1200
     )
     without = run()
     assert without.returncode == 2

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import signal
+import time
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ from transformers import (
 from grpo_jax.config import MeshSection, RolloutSection
 from grpo_jax.model.hf import inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
-from grpo_jax.rollout import make_engine
+from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.types import Prompt
 
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
@@ -85,8 +87,8 @@ def section(**changes):
         enforce_eager=True,
         gpu_memory_utilization=0.1,
         bucket_mb=1,
-        timeout_s=60.0,
-        start_timeout_s=300.0,
+        timeout_s=600.0,  # on a slow machine that does other things too
+        start_timeout_s=1800.0,
     )
     return RolloutSection(**(tiny | changes))
 
@@ -116,6 +118,19 @@ def engine_for(folder, mesh, *, max_model_len=512, **changes):
 def pids(engine):
     """Process ids of the engines of a `VllmEngine`."""
     return [replica.pid for replica in engine._replicas]
+
+
+def wait_for_tokens(engine, count):
+    """Returns when rollouts under way have about so many tokens: as many as one that was asked for now."""
+    engine.generate(prompts([10], seed=99), SamplingParams(1, 1.0, count), seed=0)
+
+
+def kill_midway(engine, pid):
+    """Kills an engine when the first group of the batch under way has come back. Run it in a thread."""
+    (pending,) = engine._pending
+    while not pending._groups:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
 
 
 def perturbed(params, seed, scale=0.05):
@@ -156,12 +171,12 @@ def reference_logprobs(model, prompt, completion, temperature=1.0):
 
 
 @torch.no_grad()
-def reference_greedy(model, prompt, max_tokens):
-    """Greedy token ids by transformers, one at a time, the stop token included."""
+def reference_greedy(model, prompt, max_tokens, stop=STOP):
+    """Greedy token ids by transformers, one at a time, the stop token included. stop: None: there is none."""
     ids = list(prompt)
     for _ in range(max_tokens):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == STOP:
+        if ids[-1] == stop:
             break
     return tuple(ids[len(prompt) :])
 
@@ -174,6 +189,13 @@ def worst_difference(groups, model, temperature=1.0):
         for g in groups
         for c in g.completions
     )  # fmt: skip
+
+
+def moved(folder, mesh, tmp_path):
+    """(parameters, transformers' model of them) that differ from those of the folder."""
+    inspected, params = load(folder, mesh)
+    params = perturbed(params, seed=5)
+    return params, reference(save_as_folder(params, inspected.config, folder, tmp_path / "moved"))
 
 
 def save_as_folder(params, config, source, target):

@@ -16,7 +16,7 @@ import torch
 from weight_sync_helpers import bits, mesh_of, raw, unpack
 
 from grpo_jax.config import ConfigError
-from grpo_jax.weight_sync import Destination, WeightSyncError, choose_transport, make_sender
+from grpo_jax.weight_sync import Destination, WeightSyncError, choose_transport, ipc, make_sender, nccl
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.host import HostReceiver, HostSender
 from grpo_jax.weight_sync.wire import bucket_size, deadline_check
@@ -195,6 +195,44 @@ def test_a_bucket_is_let_go_before_the_next_one_is_packed(models, opened, patien
         sender.send(buckets(), patient)
         reader.result()
     assert [len(alive) for alive in held] == [0] * len(flats)
+
+
+# Between GPUs, without one: what the workers are told
+
+
+class FakeBuffer:
+    """Stands for memory of a GPU."""
+
+    def __init__(self, ordinal, num_bytes):
+        self.handle = f"{num_bytes} bytes of GPU {ordinal}"
+
+    def close(self):
+        pass
+
+
+def test_workers_read_their_own_counters_and_the_memory_of_their_gpu(models, opened, patient, monkeypatch):
+    layout = models("qwen2-tied").push(SPLIT)[0].layout
+    monkeypatch.setattr(ipc.cuda, "SharedBuffer", FakeBuffer)
+    monkeypatch.setattr(ipc.cuda, "device_uuid", lambda ordinal: f"uuid-{ordinal}")
+    sender = opened(ipc.IpcSender(layout, [0, 1], [local_engine(2), local_engine(1)]))
+    first, second = sender.links()
+    assert (first["first_reader"], second["first_reader"]) == (0, 2)
+    size = 2 * layout.bucket_bytes
+    handles = {f"uuid-{n}": f"{size} bytes of GPU {n}" for n in (0, 1)}
+    for link in (first, second):
+        assert link["handles"] == handles and link["slot_bytes"] == layout.bucket_bytes
+        assert (link["mailbox"]["num_readers"], link["mailbox"]["slot_bytes"]) == (3, 0)
+    sender.connect(patient)
+    assert Path(first["mailbox"]["path"]).exists()
+    sender.reset(patient)  # by now all have it open
+    assert not Path(first["mailbox"]["path"]).exists()
+
+
+def test_workers_join_the_group_after_the_trainer(monkeypatch):
+    monkeypatch.setattr(nccl, "unique_id", lambda: "an id")
+    sender = nccl.NcclSender([local_engine(2), remote_engine(relay_nothing), local_engine(4)], None)
+    assert sender.links() == [{"uid": "an id", "size": 8, "first_rank": rank} for rank in (1, 3, 4)]
+    sender.close()
 
 
 # To other hosts

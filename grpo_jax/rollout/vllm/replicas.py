@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 from grpo_jax.config import RolloutSection
 from grpo_jax.rollout.base import EngineError, SamplingParams
@@ -86,8 +86,8 @@ def wait_for_answers(streams: Iterable[AnswerStream], timeout_s: float) -> list[
     return [by_id[id(answers)] for answers in ready]
 
 
-class Replicas(Sequence[Replica]):
-    """The engines by their numbers. `close` them at the end."""
+class Replicas:
+    """The engines, in the order of their numbers. `close` them at the end."""
 
     def __init__(
         self,
@@ -106,22 +106,13 @@ class Replicas(Sequence[Replica]):
         self._section, self._options = section, options
         self._cluster = Cluster(section, num_replicas=num_replicas, uses_gpus=not installation.is_cpu)
         self._replicas = [Replica(number) for number in range(num_replicas)]
-        logger.info(
-            "Starting %d vLLM engine(s), version %s, while the trainer loads",
-            num_replicas,
-            installation.version,
-        )
+        text = "Starting %d vLLM engine(s), version %s, while the trainer loads"
+        logger.info(text, num_replicas, installation.version)
         for replica in self._replicas:
             self._launch(replica)
 
-    @overload
-    def __getitem__(self, index: int) -> Replica: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Replica]: ...
-
-    def __getitem__(self, index: int | slice) -> Replica | list[Replica]:
-        return self._replicas[index]
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas)
 
     def __len__(self) -> int:
         return len(self._replicas)
