@@ -42,20 +42,22 @@ def main() -> None:
 
 
 def device_bytes(name: str) -> int:
-    """Memory of a named device, of so many GB, or of the one at hand.
+    """Memory of a named device, of "N" GB, or of the local device ("").
 
-    Raises: ConfigError: there is no such device.
+    Raises: ConfigError: there is no such device, or the local one does not say how much memory it has.
     """
+    if not name:
+        return _local_memory()
     if name in DEVICE_BYTES:
         return DEVICE_BYTES[name]
     try:
-        return int(float(name) * GB) if name else _memory_at_hand()
+        return int(float(name) * GB)
     except ValueError:
         rule = f"must be a number of GB or one of {', '.join(DEVICE_BYTES)}{nearest(name, DEVICE_BYTES)}"
         raise ConfigError("device", name, rule) from None
 
 
-def _memory_at_hand() -> int:
+def _local_memory() -> int:
     import jax
 
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

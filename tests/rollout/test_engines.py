@@ -9,7 +9,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax import rollout
-from grpo_jax.config import CHOICES
+from grpo_jax.config import KEYS
 from grpo_jax.rollout import ENGINES
 from grpo_jax.rollout.vllm.requests import deal_out, make_requests
 from grpo_jax.types import Prompt
@@ -21,7 +21,7 @@ FUNCTIONS = (
 
 
 def test_the_engines_are_those_of_the_configuration():
-    assert ENGINES.keys() == set(CHOICES["rollout.engine"])
+    assert ENGINES.keys() == set(KEYS["rollout.engine"].choices)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
