@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout.vllm import check as vllm_check
 from grpo_jax.rollout.vllm import cluster as ray_cluster
 from grpo_jax.rollout.vllm.check import TESTED, VllmInstallation, find_vllm
