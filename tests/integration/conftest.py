@@ -1,36 +1,8 @@
-"""Shared by the whole-loop tests: a compilation cache, and folders that several tests read."""
-
-import os
+"""Shared by the whole-loop tests: folders that several tests read."""
 
 import integration_helpers as helpers
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-
-
-@pytest.fixture(scope="session")
-def compilation_cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation_cache")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(compilation_cache_dir):
-    """Runs of the same shapes compile once, in this process and in those that tests start."""
-    settings = {
-        "jax_compilation_cache_dir": str(compilation_cache_dir),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    old = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-        os.environ.pop(name.upper(), None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +30,7 @@ def whole_run_overrides(reward_file):
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory, whole_run_overrides, compilation_cache_dir):
+def whole_run(tmp_path_factory, whole_run_overrides):
     """A finished run that tests read and must not change: (workdir, what was printed)."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     return workdir, helpers.train_ok(workdir, whole_run_overrides)

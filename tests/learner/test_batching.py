@@ -25,38 +25,6 @@ GROUPS = [
 ]
 
 
-# Lengths
-
-
-@pytest.mark.parametrize(
-    ("n", "expected"),
-    [
-        (1, 16),
-        (16, 16),
-        (17, 32),
-        (128, 128),
-        (129, 160),
-        (161, 192),
-        (250, 256),
-        (256, 256),
-        (257, 320),
-        (1024, 1024),
-        (1025, 1280),
-        (2048, 2048),
-    ],
-)
-def test_bucket_length(n, expected):
-    assert batching.bucket_length(n) == expected
-
-
-def test_few_lengths_with_little_padding():
-    lengths = {n: batching.bucket_length(n) for n in range(1, 5000)}
-    assert len({length for n, length in lengths.items() if n <= 2048}) == 24
-    assert all(0 <= length - n <= max(15, n / 4) for n, length in lengths.items())
-    assert all(batching.bucket_length(length) == length for length in lengths.values())
-    assert batching.bucket_length(5, multiple=4) == 8
-
-
 # Rows
 
 

@@ -11,7 +11,9 @@ import pytest
 from grpo_jax import plan
 from grpo_jax.config import ConfigError, load_config, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
-from grpo_jax.model.transformer import ModelConfig, num_params
+from grpo_jax.model import fused_attention
+from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout import push_bytes, trainer_share
 from grpo_jax.run.devices import make_room_on_host
 
@@ -21,12 +23,12 @@ D, F, H, K, DH, V = 64, 160, 4, 2, 16, 512
 MODEL = ModelConfig(
     vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=DH,
     rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
-    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes",
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="cudnn",
 )  # fmt: skip
 QWEN_1_5B = ModelConfig(
     vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, num_kv_heads=2,
     head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False,
-    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="shapes", remat="dots",
+    dtype=jnp.bfloat16, param_dtype=jnp.float32, attention="cudnn", remat="dots",
 )  # fmt: skip
 
 
@@ -63,14 +65,21 @@ def test_cudnns_backward_pass_keeps_what_is_counted(monkeypatch, remat):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
     model = dataclasses.replace(MODEL, remat=remat, num_layers=8, num_kv_heads=H)
-    real = kept_for_backward(dataclasses.replace(model, attention="cudnn"), 3, 128)
+    real = kept_for_backward(dataclasses.replace(model, attention=fused_attention._cudnn), 3, 128)
     assert real == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
 
 
 def test_without_fused_attention_the_scores_are_kept():
     """Of 3 rows, 4 heads, 128 x 128 scores, the weights at least: 2 bytes each."""
     of = lambda kernel: kept_for_backward(dataclasses.replace(MODEL, attention=kernel), 3, 128)
-    assert of("plain") - of("shapes") >= 2 * 3 * H * 128 * 128 * 2
+    assert of("plain") - of("cudnn") >= 2 * 3 * H * 128 * 128 * 2
+
+
+def test_what_a_layer_keeps_on_a_tpu():
+    """Its input, what attention gave, and one float32 sum for each token and head, whatever the sequences."""
+    model = dataclasses.replace(MODEL, attention="splash", head_dim=128, remat="attention")
+    of = lambda n: kept_for_backward(dataclasses.replace(model, num_layers=n), 3, 128)
+    assert of(4) - of(3) == 3 * 128 * (D + H * 128 + 2 * H) * 2
 
 
 def test_what_is_held():
@@ -198,6 +207,21 @@ def test_only_what_is_not_set_is_advised():
     assert plan.ways_to_save(gsm8k(**changes)) == [
         "optim.offload=True", "more devices in mesh.fsdp", "optim.accumulator_dtype=bfloat16",
     ]  # fmt: skip
+
+
+def test_the_kernel_of_a_named_device_is_planned_with():
+    config = gsm8k(**{"model.path": "random", "random_model.hidden_size": 512, "random_model.num_heads": 4})
+    kernel = lambda device, config=config: plan.read_model(config, device).attention
+    assert [kernel(name) for name in ("h200", "a100", "tpu-v5e", "80")] == [
+        "cudnn",
+        "plain",
+        "splash",
+        "cudnn",
+    ]
+    assert kernel("h200", gsm8k(**{"model.path": "random", "model.attention": "plain"})) == "plain"
+    with pytest.raises(ConfigError, match=r"model.attention='cudnn': needs an NVIDIA GPU"):
+        kernel("tpu-v5e", gsm8k(**{"model.path": "random", "model.attention": "cudnn"}))
+    assert set(fused_attention.DEVICE_KINDS) == set(plan.DEVICE_BYTES)
 
 
 def test_devices_by_name_and_by_size():

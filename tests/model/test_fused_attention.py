@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import tiny_config
 
+from grpo_jax.config import ConfigError
 from grpo_jax.model import fused_attention
 from grpo_jax.model.attention import attend, causal_segment_mask
-from grpo_jax.model.fused_attention import choose_kernel, find_sequences, max_sequences
-from grpo_jax.model.transformer import REMAT_POLICIES
+from grpo_jax.model.fused_attention import DEVICE_KINDS, choose_kernel, find_sequences, max_sequences
+from grpo_jax.model.transformer import REMAT_POLICIES, abstract_params, forward
 
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
 
@@ -95,6 +97,20 @@ def test_splash_takes_the_largest_blocks_that_divide_a_row(length, block):
     assert kernel.fwd_mask_info.block_mask.shape[-1] == length // block
 
 
+def test_splash_is_traced_again_and_again_without_remat():
+    """Its tables of blocks must be constants: numbers of the first trace would be unknown to the next."""
+    fused_attention._splash_kernel.cache_clear()
+    config = tiny_config(head_dim=128, attention="splash")
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    for _ in range(2):
+        states = lambda params, tokens: forward(params, config, tokens, tokens, tokens)
+        assert jax.eval_shape(states, abstract_params(config)[0], tokens).shape == (
+            2,
+            128,
+            config.hidden_size,
+        )
+
+
 def test_splash_equals_plain_in_the_interpreter():
     inputs = random_inputs(2, 1, 128, jnp.float32, [(70, 1, 40), (128,)], 128)  # 17 columns of padding
     compare(functools.partial(fused_attention._splash, interpret=True), inputs, 1e-5)
@@ -118,3 +134,28 @@ def test_kernels_that_the_device_lacks_are_refused():
         choose_kernel("cudnn", "bfloat16", 128)
     with pytest.raises(ValueError, match="needs a TPU"):
         choose_kernel("splash", "bfloat16", 128)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "kernel"),
+    [
+        ("h100", "bfloat16", 128, "cudnn"),
+        ("b200", "float16", 64, "cudnn"),
+        ("h200", "float32", 128, "plain"),
+        ("h200", "bfloat16", 100, "plain"),  # not a multiple of 8
+        ("a100", "bfloat16", 128, "plain"),
+        ("tpu-v5p", "float32", 128, "splash"),
+        ("tpu-v5p", "bfloat16", 64, "plain"),
+    ],
+)
+def test_kernels_of_devices_that_need_not_be_there(device, dtype, head_dim, kernel):
+    assert choose_kernel("auto", dtype, head_dim, DEVICE_KINDS[device]) == kernel
+
+
+def test_a_kernel_that_a_named_device_lacks_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"model.attention='cudnn': needs compute capability 9.0 .* has 8.9"
+    ):
+        choose_kernel("cudnn", "bfloat16", 128, DEVICE_KINDS["l40s"])
+    with pytest.raises(ConfigError, match=r"model.attention='cudnn': needs model.dtype=bfloat16"):
+        choose_kernel("cudnn", "float32", 128, DEVICE_KINDS["h100"])

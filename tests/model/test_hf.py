@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +15,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import tiny_torch_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from grpo_jax.config import ConfigError, MeshSection
+from grpo_jax.config import ConfigError, MeshSection, ModelSection
 from grpo_jax.model import hf
-from grpo_jax.model.attention import RopeScaling
-from grpo_jax.model.hf import inspect_folder, load_params, parse_hf_config, save_folder
+from grpo_jax.model.config import RopeScaling, parse_hf_config
+from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
-SIZES = dict(
-    vocab_size=320,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    eos_token_id=2,
-    pad_token_id=0,
-    bos_token_id=None,
-)
+VOCAB = 320
 # Heads of 8 channels and theta 100: wavelengths 2 pi (1, 100^(1/4), 10, 100^(3/4)) = 6.3, 20, 63, 199 positions.
 # With 64 original positions those are 10.2, 3.2, 1.02 and 0.32 turns: the llama3 rule keeps the first (> 4),
 # mixes the next two, and slows the last (< 1) by the whole factor.
@@ -60,31 +43,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = {
-    "qwen2-tied": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE),
-    ),
-    "qwen2-untied": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE),
-    ),
-    "qwen3-tied": (
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        dict(tie_word_embeddings=True, head_dim=8, rope_parameters=DEFAULT_ROPE),
-    ),
-    "llama3": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        dict(tie_word_embeddings=False, head_dim=8, rope_parameters=LLAMA3_ROPE),
-    ),
-    "llama-linear": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        dict(tie_word_embeddings=True, head_dim=8, rope_parameters=LINEAR_ROPE),
-    ),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE)),
+    "qwen2-untied": ("qwen2", dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE)),
+    "qwen3-tied": ("qwen3", dict(tie_word_embeddings=True, head_dim=8, rope_parameters=DEFAULT_ROPE)),
+    "llama3": ("llama", dict(tie_word_embeddings=False, head_dim=8, rope_parameters=LLAMA3_ROPE)),
+    "llama-linear": ("llama", dict(tie_word_embeddings=True, head_dim=8, rope_parameters=LINEAR_ROPE)),
 }
 
 
@@ -97,17 +60,10 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def random_torch_model(family, **changes):
-    """Every weight random: biases and norms away from the 0 and 1 that they start with."""
-    config_type, model_type, extra = FAMILIES[family]
-    torch.manual_seed(sum(map(ord, family)))
-    model = model_type(config_type(**(SIZES | extra | changes))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.3)
+def random_torch_model(family):
+    kind, changes = FAMILIES[family]
+    ids = dict(vocab_size=VOCAB, eos_token_id=2, pad_token_id=0)
+    model = tiny_torch_model(kind, seed=sum(map(ord, family)), **ids, **changes)
     model.generation_config = GenerationConfig(eos_token_id=[2, 5], pad_token_id=0)
     return model
 
@@ -170,7 +126,7 @@ def torch_logits(model, tokens):
 
 
 def random_tokens(*shape):
-    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], shape).astype(np.int32)
+    return np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)
 
 
 # Logits
@@ -223,7 +179,8 @@ def test_rope_is_read_from_either_style_of_config(folders, tmp_path, family, rop
 
 
 def test_config_by_hand(folders):
-    config = inspect_folder(folders("llama3")[0], dtype=jnp.bfloat16, remat="full").config
+    section = ModelSection("", "bfloat16", "float32", remat="full", scan_layers=False, attention="plain")
+    config = inspect_folder(folders("llama3")[0], section).config
     assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (
         320,
         16,
@@ -239,6 +196,7 @@ def test_config_by_hand(folders):
         jnp.bfloat16,
         "full",
     )
+    assert (config.param_dtype, config.scan_layers, config.attention) == (jnp.float32, False, "plain")
     qwen2, qwen3 = (inspect_folder(folders(family)[0]).config for family in ("qwen2-tied", "qwen3-tied"))
     assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, 4)  # 16 / 4, where no key says so
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 8)
@@ -289,7 +247,7 @@ def test_round_trip_is_bit_identical(folders, tmp_path, tokenizer_folder, family
 def test_bfloat16_folders_round_trip_in_either_parameter_type(tmp_path, param_dtype):
     model = random_torch_model("qwen2-untied").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
-    folder = inspect_folder(tmp_path / "model", param_dtype=param_dtype)
+    folder = inspect_folder(tmp_path / "model").with_config(param_dtype=param_dtype)
     params = load_params(folder, folder.config, mesh_of(1, 1, 1))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
     embedding = model.model.embed_tokens.weight.detach().float().numpy()
@@ -411,17 +369,38 @@ def test_each_device_holds_only_its_slice(folders, sizes):
 
 
 @pytest.fixture
-def refused(folders, tmp_path, monkeypatch):
-    """Returns `refused(spoil, family)`: the one line with which a folder is refused after `spoil(folder)`."""
+def weights_unread(monkeypatch):
+    """Fails the test if a weight is read. Names, shapes and dtypes of a file may be."""
 
-    def forbidden(*_, **__):
-        raise AssertionError("a weight was opened")
+    class Header:
+        def __init__(self, file, framework):
+            self._file = safe_open(file, framework=framework)
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self._file.__exit__(*error)
+
+        def keys(self):
+            return self._file.keys()
+
+        def get_slice(self, name):
+            tensor = self._file.get_slice(name)
+            return SimpleNamespace(get_shape=tensor.get_shape, get_dtype=tensor.get_dtype)
+
+    monkeypatch.setattr(hf, "safe_open", Header)
+
+
+@pytest.fixture
+def refused(folders, tmp_path, weights_unread):
+    """Returns `refused(spoil, family)`: the one line with which a folder is refused after `spoil(folder)`."""
 
     def refuse(spoil, family="qwen2-untied"):
         path = copy_folder(folders(family)[0], tmp_path / "model")
         inspect_folder(path)
         spoil(path)
-        monkeypatch.setattr(hf, "safe_open", forbidden)
         with pytest.raises(ConfigError) as caught:
             inspect_folder(path)
         assert caught.value.key == "model.path"
@@ -531,7 +510,7 @@ def test_a_file_that_is_cut_short_is_refused(refused, where):
 
 
 def test_a_file_that_is_too_long_is_refused(refused):
-    """A download that was resumed at the wrong place; safetensors would refuse to open it later."""
+    """A download that was resumed at the wrong place."""
 
     def append(folder):
         with (folder / "model.safetensors").open("ab") as file:
@@ -585,6 +564,28 @@ def test_an_index_that_names_an_absent_file_is_refused(sharded):
     )
     with pytest.raises(ConfigError, match=r"model-9.safetensors.*missing"):
         inspect_folder(sharded)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_inspecting_takes_no_memory_for_the_weights(tmp_path):
+    """A sparse file of a billion bytes: nothing is there to be read."""
+    sizes = dict(vocab_size=1000, hidden_size=2500, intermediate_size=8000, num_hidden_layers=3)
+    config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 25, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    header, end = {}, 0
+    for name, size in hf.stored_bytes(parse_hf_config(config | sizes), np.float32).items():
+        header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + size]}
+        end += size
+    for spec, name, _, shape in hf.each_tensor(parse_hf_config(config | sizes)):
+        header[name]["shape"] = hf.stored_shape(spec, shape)
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident()
+    assert len(inspect_folder(tmp_path).tensors) == len(header) == 29 and end > 1e9
+    assert resident() - before < 50e6
 
 
 def test_unused_tensors_are_logged(folders, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Against the dense computation in float64 numpy."""
 
+import functools
 import re
 
 import jax
@@ -55,15 +56,20 @@ def weighted(hidden, head, tokens, weights, chunk_columns):
     return jnp.sum(weights[0] * logprobs + weights[1] * entropy)
 
 
+@functools.partial(jax.jit, static_argnums=4)
+def values_and_gradients(hidden, head, tokens, weights, chunk_columns):
+    """In one program, so that each number of chunks is compiled once."""
+    values = token_logprobs(hidden, head, tokens, temperature=TEMPERATURE, chunk_columns=chunk_columns)
+    return values, jax.grad(weighted, argnums=(0, 1))(hidden, head, tokens, weights, chunk_columns)
+
+
 CHUNKS = [1, 2, 5, 6, T, 1000]  # 5 does not divide 12: chunks of 4
 
 
 @pytest.mark.parametrize("chunk_columns", CHUNKS)
 def test_equals_the_dense_computation(chunk_columns):
-    hidden, head, tokens, _ = inputs()
-    logprobs, entropy = token_logprobs(
-        hidden, head, tokens, temperature=TEMPERATURE, chunk_columns=chunk_columns
-    )
+    hidden, head, tokens, weights = inputs()
+    (logprobs, entropy), _ = values_and_gradients(hidden, head, tokens, weights, chunk_columns)
     expected_logprobs, expected_entropy, _ = dense(hidden, head, tokens)
     assert logprobs.dtype == entropy.dtype == jnp.float32
     np.testing.assert_allclose(logprobs, expected_logprobs, rtol=0, atol=1e-5)
@@ -73,7 +79,7 @@ def test_equals_the_dense_computation(chunk_columns):
 @pytest.mark.parametrize("chunk_columns", CHUNKS)
 def test_gradients_equal_the_dense_ones(chunk_columns):
     hidden, head, tokens, weights = inputs()
-    gradients = jax.grad(weighted, argnums=(0, 1))(hidden, head, tokens, weights, chunk_columns)
+    _, gradients = values_and_gradients(hidden, head, tokens, weights, chunk_columns)
     for got, expected in zip(gradients, dense_gradients(hidden, head, tokens, weights), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 

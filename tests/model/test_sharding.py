@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_models import tiny_config
 
 from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.model import sharding
@@ -19,22 +20,9 @@ from grpo_jax.model.sharding import (
     replicated,
     tree_shardings,
 )
-from grpo_jax.model.transformer import ModelConfig, abstract_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, param_shardings
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    qkv_bias=True,
-    qk_norm=True,
-)
+CONFIG = tiny_config()
 
 
 def mesh_of(*sizes):

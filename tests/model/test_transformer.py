@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import tiny_config
 
 from grpo_jax.config import MeshSection
-from grpo_jax.model.attention import RopeScaling, apply_rope, causal_segment_mask, rope_frequencies
+from grpo_jax.model.attention import apply_rope, causal_segment_mask, rope_frequencies
+from grpo_jax.model.config import RopeScaling
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import (
-    ModelConfig,
     abstract_params,
+    bucket_length,
     forward,
     forward_cached,
     head_matrix,
@@ -22,20 +24,7 @@ from grpo_jax.model.transformer import (
     num_params,
 )
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    rope_theta=100.0,
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    qkv_bias=True,
-    qk_norm=True,
-)
+CONFIG = tiny_config(vocab_size=40, head_dim=6, rope_theta=100.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -275,3 +264,34 @@ def test_bfloat16_stays_near_float32():
     assert half.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits: each of some 20 roundings in a row costs up to 2^-9 of values of about 1.
     assert np.sqrt(np.mean((half.astype(np.float32) - full) ** 2)) < 0.05 * np.sqrt(np.mean(full**2))
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (1, 16),
+        (16, 16),
+        (17, 32),
+        (128, 128),
+        (129, 160),
+        (161, 192),
+        (250, 256),
+        (256, 256),
+        (257, 320),
+        (1024, 1024),
+        (1025, 1280),
+        (2048, 2048),
+    ],
+)
+def test_bucket_length(n, expected):
+    assert bucket_length(n) == expected
+
+
+def test_few_lengths_with_little_padding():
+    lengths = {n: bucket_length(n) for n in range(1, 5000)}
+    assert len({length for n, length in lengths.items() if n <= 2048}) == 24
+    assert all(0 <= length - n <= max(15, n / 4) for n, length in lengths.items())
+    assert all(bucket_length(length) == length for length in lengths.values())

@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import save_tiny_model
 
 from grpo_jax.config import MeshSection
 from grpo_jax.learner.batching import make_train_batch
@@ -29,19 +22,6 @@ from grpo_jax.rollout.local import LocalEngine, sample_completions, sample_token
 from grpo_jax.types import Prompt
 
 VOCAB = 48
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
-)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -50,10 +30,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+KEYS = dict(vocab_size=VOCAB, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)
 FAMILIES = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
-    "llama3": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=8, rope_parameters=LLAMA3_ROPE)),
+    "qwen2": ("qwen2", KEYS),
+    "qwen3": ("qwen3", dict(KEYS, head_dim=8)),
+    "llama3": ("llama", dict(KEYS, head_dim=8, rope_parameters=LLAMA3_ROPE)),
 }
 
 
@@ -86,14 +67,9 @@ def models(tmp_path_factory):
 
     def model(family):
         if family not in made:
-            model_type, config = FAMILIES[family]
-            torch.manual_seed(3)
-            torch_model = model_type(config).eval()
-            with torch.no_grad():
-                for name, parameter in torch_model.named_parameters():
-                    parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.4)
             path = tmp_path_factory.mktemp(family)
-            torch_model.save_pretrained(path)
+            kind, keys = FAMILIES[family]
+            torch_model = save_tiny_model(path, kind, seed=3, scale=0.4, **keys)
             made[family] = Model(torch_model, inspect_folder(path))
         return made[family]
 

@@ -8,15 +8,8 @@ import time
 import jax
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import tiny_torch_model
+from transformers import AutoModelForCausalLM
 
 from grpo_jax.config import MeshSection, RolloutSection
 from grpo_jax.model.hf import inspect_folder, load_params
@@ -45,10 +38,10 @@ SIZES = dict(
     pad_token_id=0,
 )
 FAMILIES = {
-    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-untied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=False)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
-    "llama3": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=False)),
+    "qwen2-tied": ("qwen2", dict(SIZES, tie_word_embeddings=True)),
+    "qwen2-untied": ("qwen2", dict(SIZES, tie_word_embeddings=False)),
+    "qwen3": ("qwen3", dict(SIZES, head_dim=32, tie_word_embeddings=False)),
+    "llama3": ("llama", dict(SIZES, head_dim=32, tie_word_embeddings=False)),
 }
 STOP = 2
 TOLERANCE = 3e-2 if IS_GPU else 1e-3
@@ -57,9 +50,8 @@ TOLERANCE = 3e-2 if IS_GPU else 1e-3
 
 def make_model(folder, family, seed=0):
     """Writes a random model, biases and norms random too, so that no tensor is like another."""
-    cls, config = FAMILIES[family]
-    torch.manual_seed(seed)
-    model = cls(config).float().eval()
+    kind, sizes = FAMILIES[family]
+    model = tiny_torch_model(kind, seed=seed, scale=None, **sizes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -100,15 +92,14 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 def load(folder, mesh, dtype=np.float32):
     """(inspected folder, parameters on the mesh)"""
-    inspected = inspect_folder(folder, dtype=np.dtype(dtype), param_dtype=np.dtype(np.float32))
+    inspected = inspect_folder(folder).with_config(dtype=np.dtype(dtype))
     return inspected, load_params(inspected, inspected.config, mesh)
 
 
 def engine_for(folder, mesh, *, max_model_len=512, **changes):
-    inspected = inspect_folder(folder, dtype=np.dtype(np.float32), param_dtype=np.dtype(np.float32))
     return make_engine(
         section(**changes),
-        folder=inspected,
+        folder=inspect_folder(folder),
         mesh=mesh,
         tokenizer=NumberTokenizer(),
         max_model_len=max_model_len,

@@ -7,14 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import save_tiny_model
 
 from grpo_jax.config import MeshSection
 from grpo_jax.model.hf import inspect_folder, load_params
@@ -29,18 +22,14 @@ SIZES = dict(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=None,
     eos_token_id=2,
     pad_token_id=0,
 )
 FAMILIES = {
-    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-untied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=False)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)),
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=False)),
+    "qwen2-tied": ("qwen2", dict(SIZES, tie_word_embeddings=True)),
+    "qwen2-untied": ("qwen2", dict(SIZES, tie_word_embeddings=False)),
+    "qwen3": ("qwen3", dict(SIZES, head_dim=16, tie_word_embeddings=False)),
+    "llama": ("llama", dict(SIZES, head_dim=8, tie_word_embeddings=False)),
 }
 NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LAYER_BLOCKS = 15
@@ -52,13 +41,8 @@ class Model:
     """One random model: transformers' tensors, the folder, and its parameters on any mesh."""
 
     def __init__(self, family, folder):
-        model_type, config = FAMILIES[family]
-        torch.manual_seed(sum(map(ord, family)))
-        model = model_type(config).float().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():  # no tensor is like another, and none is 0 or 1
-                parameter.normal_(0, 0.3)
-        model.save_pretrained(folder)
+        kind, sizes = FAMILIES[family]
+        model = save_tiny_model(folder, kind, seed=sum(map(ord, family)), **sizes)
         self.tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.folder = inspect_folder(folder)
         self.config = self.folder.config
