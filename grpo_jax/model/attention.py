@@ -159,19 +159,17 @@ class Attention(nn.Module):
                 )
             assert inputs.mask is not None
             out = checkpoint_name(attend(q, k, v, inputs.mask), KEPT)
-        sizes = dict(heads=c.num_heads, head_dim=c.head_dim, embed=c.hidden_size)
-        kernel = parameter(self, "o", c.param_dtype, NORMAL, **sizes)
-        return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.hidden_size)), cache
+        d, h, dh = c.hidden_size, c.num_heads, c.head_dim
+        kernel = parameter(self, "o", c.param_dtype, NORMAL, heads=h, head_dim=dh, embed=d)
+        return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, d)), cache
 
     def _project(self, x: jax.Array, name: str, **heads: int) -> jax.Array:
         """Returns x in heads, [B, T, heads, Dh]. Args: heads: their number, by the name of their axis."""
-        c = self.config
-        kernel = parameter(
-            self, name, c.param_dtype, NORMAL, embed=c.hidden_size, **heads, head_dim=c.head_dim
-        )
-        y = project(x, kernel.reshape(c.hidden_size, -1)).reshape(x.shape[:2] + kernel.shape[1:])
+        c, d, dh = self.config, self.config.hidden_size, self.config.head_dim
+        kernel = parameter(self, name, c.param_dtype, NORMAL, embed=d, **heads, head_dim=dh)
+        y = project(x, kernel.reshape(d, -1)).reshape(x.shape[:2] + kernel.shape[1:])
         if c.qkv_bias:
-            bias = parameter(self, f"{name}_bias", c.param_dtype, ZEROS, **heads, head_dim=c.head_dim)
+            bias = parameter(self, f"{name}_bias", c.param_dtype, ZEROS, **heads, head_dim=dh)
             y = y + bias.astype(x.dtype)[None, None]
         return y
 

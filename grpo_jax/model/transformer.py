@@ -60,9 +60,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = parameter(self, "gate", c.param_dtype, NORMAL, embed=c.hidden_size, mlp=c.intermediate_size)
-        up = parameter(self, "up", c.param_dtype, NORMAL, embed=c.hidden_size, mlp=c.intermediate_size)
-        down = parameter(self, "down", c.param_dtype, NORMAL, mlp=c.intermediate_size, embed=c.hidden_size)
+        d, f = c.hidden_size, c.intermediate_size
+        gate = parameter(self, "gate", c.param_dtype, NORMAL, embed=d, mlp=f)
+        up = parameter(self, "up", c.param_dtype, NORMAL, embed=d, mlp=f)
+        down = parameter(self, "down", c.param_dtype, NORMAL, mlp=f, embed=d)
         h = jax.nn.silu(project(x, gate)) * project(x, up)
         return project(constrain(h, "batch", None, "mlp"), down)
 
@@ -96,11 +97,10 @@ class Transformer(nn.Module):
         self, tokens: jax.Array, inputs: AttentionInputs, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        embedding = parameter(
-            self, "embedding", c.param_dtype, NORMAL, vocab=c.vocab_size, embed=c.hidden_size
-        )
+        d, v = c.hidden_size, c.vocab_size
+        embedding = parameter(self, "embedding", c.param_dtype, NORMAL, vocab=v, embed=d)
         if not c.tie_embeddings:
-            parameter(self, "lm_head", c.param_dtype, NORMAL, vocab=c.vocab_size, embed=c.hidden_size)
+            parameter(self, "lm_head", c.param_dtype, NORMAL, vocab=v, embed=d)
         # The table is gathered over its width once, before rows are taken. Otherwise rows would be gathered twice.
         table = constrain(embedding.astype(c.dtype), "vocab", None)
         x = constrain(table[tokens], "batch", None, None)
