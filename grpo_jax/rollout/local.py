@@ -234,12 +234,12 @@ def sample_completions(
     head = head_matrix(params)
     if not config.scan_layers:
         params, cache = split_layers(params, cache)
-    column_ids = jnp.arange(columns + limit - 1)[None]
+    column_ids, stops = jnp.arange(columns + limit - 1)[None], jnp.asarray(stop_token_ids, jnp.int32)[None]
 
     def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
         token, logprob = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
-        return token, logprob, jnp.any(token[:, None] == jnp.asarray(stop_token_ids, jnp.int32), axis=1)
+        return token, logprob, jnp.any(token[:, None] == stops, axis=1)
 
     def step(state: Any) -> Any:
         t, tokens, logprobs, counts, stopped, cache = state
