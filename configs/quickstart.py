@@ -1,4 +1,4 @@
-"""GRPO from nothing, on any machine: no network, no GPU, no model; under two minutes on two CPU cores.
+"""GRPO from nothing, on any machine: no network, no GPU, no model; two to five minutes on two CPU cores.
 
     python -m grpo_jax.train --config=configs/quickstart.py
 

@@ -69,7 +69,7 @@ def check_config(config: Config, path: Path) -> None:
 
     Raises: ConfigError: the first thing that is wrong.
     """
-    from grpo_jax.algorithm import load_algorithm
+    from grpo_jax.algorithm import load_algorithm, try_functions
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, memory_rows
@@ -82,9 +82,10 @@ def check_config(config: Config, path: Path) -> None:
     workdir.check(config)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
-    load_algorithm(config)
+    algorithm = load_algorithm(config)
     make_reward(config.reward, max_response_length=config.data.max_response_length).close()
     mesh = open_mesh(config)
+    try_functions(algorithm)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     rows += _memory_rows(config, mesh)

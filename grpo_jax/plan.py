@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--num_devices", default="1", help="how many of them")
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
         config, _, args = read_command_line(parser)
-        memory = device_bytes(args.device)
         if not args.num_devices.isdigit() or int(args.num_devices) < 1:
             raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
+        memory = device_bytes(args.device)
         sizes = mesh_sizes(config, int(args.num_devices))
         print_plan(config, read_model(config, args.device), memory, sizes)
 
@@ -62,7 +62,9 @@ def _local_memory() -> int:
 
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if not limit:
-        raise ConfigError("device", "", f"{jax.devices()[0].device_kind} does not say how much memory it has")
+        raise ConfigError(
+            "device", "", f"{jax.devices()[0].device_kind} does not say its memory: name a device"
+        )
     # JAX reports what it may take, by default three quarters.
     return int(limit / 0.75)
 

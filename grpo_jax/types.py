@@ -13,7 +13,8 @@ is 0. Log-probabilities therefore line up with `tokens` and `completion_mask` wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.struct
@@ -25,6 +26,9 @@ Params = Any
 
 Metrics = dict[str, Any]
 """Metric name -> scalar."""
+
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Measures the phase of the given name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,7 @@ class TrainBatch:
     """Completions ready for the trainer; every field is [B, T].
 
     On the host, numpy, one completion a row. In the jitted steps, `jax.Array`: rows hold several sequences one
-    after the other, or nothing but padding (`batching.pack`).
+    after the other, or nothing but padding (`learner/packing.py`).
     """
 
     tokens: jax.Array

@@ -17,7 +17,21 @@ FLOORS = (  # a folder imports from the floors below its own, never from beside 
     {"run"},
     COMMANDS,
 )
-FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in sorted(floor)}
+PURE = ("types", "algorithm", "model", "learner")
+SHELL = {
+    "os",
+    "io",
+    "time",
+    "shutil",
+    "subprocess",
+    "socket",
+    "tempfile",
+    "threading",
+    "multiprocessing",
+    "ray",
+}
+"""Modules of files, clocks and other processes."""
 SIBLINGS = ("learner", "rollout")
 
 
@@ -81,6 +95,19 @@ def test_siblings_know_nothing_of_one_another(room):
     (other,) = set(SIBLINGS) - {room}
     files = [path for name, path in FILES.items() if room_of(name) == room]
     assert not [module for path in files for module in imports_of(path) if room_of(module) == other]
+
+
+@pytest.mark.parametrize("room", PURE)
+def test_pure_folders_know_no_file_clock_or_process(room):
+    files = {name: path for name, path in FILES.items() if room_of(name) == room}
+    found = {}
+    for name in files.keys() - {"grpo_jax.model.hf", "grpo_jax.model.random_model"}:
+        nodes = list(ast.walk(ast.parse(files[name].read_text())))
+        used = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        used |= {(n.module or "").split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+        used |= {"io" for n in nodes if isinstance(n, ast.Name) and n.id == "open"}
+        found[name] = used & SHELL
+    assert files and not any(found.values()), found
 
 
 def test_no_file_imports_itself_by_way_of_others():

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import AlgorithmSection, Config, ConfigError, nearest, split_file_name
-from grpo_jax.config.user_code import load_function
+from grpo_jax.config.user_code import describe, load_function
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.advantages import AdvantageEstimator
@@ -58,6 +59,46 @@ def load_algorithm(config: Config) -> Algorithm:
     if not algorithm.policy_loss.has_ratio:
         _check_loss_without_ratio(config)
     return algorithm
+
+
+def try_functions(algorithm: Algorithm) -> None:
+    """Calls the functions of the user's own with small arrays. It comes when devices may be touched.
+
+    Raises: ConfigError: one of them fails, or returns something else than a shipped one would.
+    """
+    import jax
+    import numpy as np
+
+    from grpo_jax.algorithm.policy_losses import PolicyTokens
+
+    section, shape = algorithm.section, (2, 8)
+    floats = jax.ShapeDtypeStruct(shape, np.float32)
+    arrays: Any = [*[floats] * 4, jax.ShapeDtypeStruct(shape, np.int32)]
+    tokens = PolicyTokens(*arrays)
+    numbers = np.arange(16, dtype=np.float32).reshape(shape)  # rewards [P, G], or of tokens [B, T]
+    for key, function, num_results in (
+        ("policy_loss", lambda: jax.eval_shape(lambda t: algorithm.policy_loss(t, section), tokens), 3),
+        ("kl_estimator", lambda: jax.eval_shape(algorithm.kl, floats, floats), 1),
+        ("adv_estimator", lambda: algorithm.estimator(numbers, np.ones(shape, np.float32)), 1),
+    ):
+        name = getattr(section, key)
+        if named := split_file_name(name):
+            _try_function(
+                f"algorithm.{key}", name, function, str(Path(named[0]).resolve()), [shape] * num_results
+            )
+
+
+def _try_function(key: str, name: str, function: Callable[[], Any], file: str, shapes: list[Any]) -> None:
+    import jax
+    import numpy as np
+
+    try:
+        got = [np.shape(array) for array in jax.tree.leaves(function())]
+    except Exception as error:  # the function is the user's, and so is whatever it raises
+        raise ConfigError(key, name, f"fails: {describe(error, file)}") from None
+    if got != shapes:
+        show = lambda shapes: " and ".join(map(str, shapes)) or "none"
+        raise ConfigError(key, name, f"must return shape {show(shapes)} for {shapes[0]}, returns {show(got)}")
 
 
 def _find(key: str, name: str, functions: Mapping[str, Any]) -> Any:

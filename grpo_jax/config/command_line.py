@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from grpo_jax.config.rules import NO_SECTION, ConfigError, nearest, parse_config, unread_keys
 from grpo_jax.config.sections import KEYS, Config
+from grpo_jax.config.user_code import describe
 
 USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]"
 
@@ -180,10 +181,14 @@ def load_config(path: str | Path, variant: str = "") -> Any:
     """
     from ml_collections import ConfigDict
 
-    get_config = runpy.run_path(str(path))["get_config"]
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if not callable(get_config):
+        raise ConfigError("--config", str(path), "has no function get_config()")
     config = get_config(variant) if variant else get_config()
     if not isinstance(config, ConfigDict):
         raise ConfigError("--config", str(path), "its get_config() must return an ml_collections.ConfigDict")
+    if strange := [name for name in config if not isinstance(name, str)]:
+        raise ConfigError("--config", str(path), f"has a section named {strange[0]!r}, which is no text")
     with config.unlocked():
         return _complete(config)
 
@@ -209,13 +214,13 @@ def _load_config_file(name: str) -> Any:
             "--config", name, "must name a configuration file, as --config=configs/quickstart.py"
         )
     if not Path(path).is_file():
-        raise ConfigError("--config", name, "there is no such file")
+        raise ConfigError("--config", name, "is a folder" if Path(path).is_dir() else "there is no such file")
     try:
         return load_config(path, variant)
     except ConfigError:
         raise
-    except Exception as error:  # the file is the user's, and so is whatever it raises
-        raise ConfigError("--config", name, f"cannot be loaded: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # the file is the user's, and so is whatever it raises
+        raise ConfigError("--config", name, f"cannot be loaded: {describe(error, path)}") from None
 
 
 def _complete(config: Any) -> Any:

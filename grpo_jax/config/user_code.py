@@ -27,7 +27,7 @@ def load_function(key: str, value: str) -> Any:
     try:
         module = load_module(file)
         check_function(module, name)
-    except Exception as error:  # the file is the user's, and so is whatever it raises
+    except (Exception, SystemExit) as error:  # the file is the user's, and so is whatever it raises
         raise ConfigError(key, value, f"cannot be loaded: {describe(error, file)}") from None
     return getattr(module, name)
 

@@ -12,8 +12,7 @@ Host batches and rewards enter, a new train state and metrics leave. In order:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,10 +38,7 @@ from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.types import Metrics, Params, ScoredBatch, TrainBatch, TrainState
-
-Timer = Callable[[str], AbstractContextManager[None]]
-"""Measures the phase of the given name."""
+from grpo_jax.types import Metrics, Params, ScoredBatch, Timer, TrainBatch, TrainState
 
 
 class Learner:

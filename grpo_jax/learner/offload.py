@@ -2,9 +2,8 @@
 
 With `optim.offload`, a device holds only the parameters from step to step, in the dtype of the computation. The
 parameters in `model.param_dtype` (the masters) and Adam's moments lie in pinned memory of the host. An update
-copies
-the state of one parameter, all its layers, to the device, changes it there, and copies it back before the next
-one: the device needs room for the largest only, and every byte of the state crosses the bus twice.
+copies the state of one parameter, all its layers, to the device, changes it there, and copies it back before the
+next one: the device needs room for the largest only, and every byte of the state crosses the bus twice.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Rollout engines: where completions come from.
 
-An engine is a module or a folder of this package. `make_engine` and the functions above it look up the module that
+An engine is a module or a folder of this package. The functions below look up the module that
 `rollout.engine` names and call its function of the same name; nothing else in the package asks for that name. So
 a new engine is a new file with these functions, and one line in `ENGINES`.
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.types import RolloutGroup, ScoredBatch
+from grpo_jax.types import RolloutGroup, ScoredBatch, Timer
 
 if TYPE_CHECKING:
     from grpo_jax.data.prompts import PromptIterator
     from grpo_jax.rewards.base import Reward
     from grpo_jax.rollout.base import RolloutEngine, SamplingParams
-
-Timer = Callable[[str], AbstractContextManager[None]]
-"""Measures the phase of the given name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +43,9 @@ class RolloutBatches(Protocol):
 class Ahead:
     """Prompts, completions and rewards of each step; with `max_lag`, sampled while earlier steps are trained.
 
-    With `max_lag` 0 each batch is sampled when it is taken, with the newest weights. With k, batch s + k is asked
-    for
-    as soon as batch s has come back: it is sampled while the trainer works on batch s, with weights at most k
-    steps old.
+    With `max_lag` 0 each batch is sampled when it is taken, with the newest weights. With k, batch s + k is
+    requested as soon as batch s has come back: it is sampled while the trainer works on batch s, with weights at
+    most k steps old.
     """
 
     def __init__(

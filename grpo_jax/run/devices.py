@@ -76,9 +76,8 @@ def _set_determinism(section: TrainerSection) -> None:
 def _keep_compiled_programs(section: TrainerSection) -> None:
     """Has JAX keep compiled programs for accelerators on disk, for the next run with the same shapes.
 
-    A cache that the user has set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its very
-    model
-    and compile quickly: they are not kept.
+    A cache that the user has set, as by JAX_COMPILATION_CACHE_DIR, stays. Programs for a CPU depend on its exact
+    model and compile quickly: they are not kept.
     """
     if (
         section.compile_cache

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grpo_jax.algorithm import Algorithm, load_algorithm
+from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.config import Config
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.learner import optimizer_class
@@ -64,6 +64,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
         mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+        try_functions(algorithm)
         workdir.open(config)
         run = Run(config, algorithm, workdir, inputs, reward, mesh, resources)
         with reported_failure(run.timers, run.checkpointer), jax.set_mesh(mesh):

@@ -141,7 +141,7 @@ class NcclReceiver:
         self._communicator = Communicator(link["uid"], link["first_rank"] + rank, link["size"], ordinal)
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """As `IpcReceiver.buckets`. The receive buffers exist during the push only."""
+        """As `IpcReceiver.buckets`; `check` is not called: NCCL waits on the GPU. Buffers last one push."""
         import torch
 
         receive, load = torch.cuda.Stream(self._device), torch.cuda.current_stream()

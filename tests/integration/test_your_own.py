@@ -6,7 +6,7 @@ import integration_helpers as helpers
 import numpy as np
 import pytest
 
-from grpo_jax.algorithm import Algorithm, load_algorithm
+from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.algorithm.policy_losses import POLICY_LOSSES, PolicyLoss
 from grpo_jax.config import AlgorithmSection, Config, ConfigError
 
@@ -84,3 +84,48 @@ def test_a_misspelt_loss_names_the_nearest():
     with pytest.raises(ConfigError, match=r"clip, gspo, cispo, .*did you mean cispo\?"):
         Algorithm.of(AlgorithmSection(policy_loss="cipso"))
     assert next(iter(POLICY_LOSSES)) == AlgorithmSection().policy_loss
+
+
+@pytest.mark.parametrize(
+    ("key", "function", "complaint"),
+    [
+        (
+            "policy_loss",
+            "lambda tokens: tokens",
+            r"fails: TypeError: .* 1 positional argument but 2 were given",
+        ),
+        ("policy_loss", "lambda t, a: t.logprob", r"fails: AttributeError: .*'logprob' \(mine.py:1\)"),
+        ("policy_loss", "lambda t, a: t.mask", r"must return shape \(2, 8\) and .*, returns \(2, 8\)$"),
+        (
+            "policy_loss",
+            "lambda t, a: (t.mask.sum(), t.mask, t.mask)",
+            r"returns \(\) and \(2, 8\) and \(2, 8\)$",
+        ),
+        (
+            "kl_estimator",
+            "lambda p, q: (p - q).sum()",
+            r"must return shape \(2, 8\) for \(2, 8\), returns \(\)$",
+        ),
+        ("adv_estimator", "lambda rewards, lengths: rewards[0]", r"returns \(8,\)$"),
+        ("adv_estimator", "lambda rewards: rewards", r"fails: TypeError: .* 2 were given"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_refused_before_anything_is_computed(
+    tmp_path, key, function, complaint
+):
+    path = tmp_path / "mine.py"
+    path.write_text(f"f = {function}\n")
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        try_functions(Algorithm.of(AlgorithmSection(**{key: f"{path}:f"})))
+    assert (caught.value.key, caught.value.value) == (f"algorithm.{key}", f"{path}:f")
+
+
+def test_every_function_of_the_page_can_be_used(file):
+    for estimator in ("sign", "discounted"):
+        try_functions(of(file, adv_estimator=estimator, policy_loss="one_sided", kl_estimator="huber"))
+
+
+def test_a_file_that_ends_the_process_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys; sys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"cannot be loaded: SystemExit: 0 \(mine.py:1\)"):
+        of(tmp_path / "mine.py", policy_loss="f")

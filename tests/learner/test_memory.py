@@ -231,7 +231,7 @@ def test_devices_by_name_and_by_size():
         ConfigError, match=r"'h20': must be a number of GB or one of h100, h200, .* \(did you mean h200\?\)"
     ):
         plan.device_bytes("h20")
-    with pytest.raises(ConfigError, match="cpu does not say how much memory it has"):
+    with pytest.raises(ConfigError, match="cpu does not say its memory: name a device"):
         plan.device_bytes("")
 
 
