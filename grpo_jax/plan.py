@@ -60,7 +60,9 @@ def device_bytes(name: str) -> int:
 def _local_memory() -> int:
     import jax
 
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    from grpo_jax.run.devices import memory_limit
+
+    limit = memory_limit()
     if not limit:
         raise ConfigError(
             "device", "", f"{jax.devices()[0].device_kind} does not say its memory: name a device"

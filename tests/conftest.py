@@ -35,6 +35,17 @@ def compile_once(tmp_path_factory):
     compilation_cache.reset_cache()  # programs may have been compiled while tests were collected
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """For modules in which compiling is most of the work: unoptimized code takes half as long to make."""
+    import torch
+
+    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -308,6 +308,11 @@ class Config:
     def updates_per_step(self) -> int:
         return self.actor.num_minibatches * self.actor.num_epochs
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Of the whole run."""
+        num_steps = self.trainer.total_epochs * steps_per_epoch
+        return min(num_steps, self.trainer.num_steps or num_steps)
+
     @property
     def uses_reference(self) -> bool:
         return self.algorithm.kl_coef > 0

@@ -33,16 +33,23 @@ def load_function(key: str, value: str) -> Any:
 
 
 def load_module(name: str) -> ModuleType:
-    """Imports a module by its dotted name or by the path of its file."""
+    """Imports a module by its dotted name or by the path of its file. A file runs once, in however many keys."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     path = Path(name)
+    loaded = sys.modules.get(f"user_{path.stem}")
+    if loaded is not None and loaded.__file__ == name:
+        return loaded
     sys.path.append(str(path.parent))  # last: what lies beside the file can be imported, but hides nothing
     spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module
 
 

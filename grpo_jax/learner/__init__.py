@@ -1,12 +1,11 @@
-"""What a step computes on the trainer's devices: scores, advantages, updates, the reference. Pure of files and
-clocks.
+"""What a step computes on the trainer's devices: scores, advantages, updates, the reference. No files, no clocks.
 
 The factory of the optimizer stands here: the one place that asks whether `optim.offload` is set.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh, Mesh
@@ -21,8 +20,7 @@ def optimizer_class(section: OptimSection) -> type[Optimizer]:
     from grpo_jax.learner.offload import HostOptimizer
     from grpo_jax.learner.optimizer import DeviceOptimizer
 
-    chosen: Any = HostOptimizer if section.offload else DeviceOptimizer
-    return chosen
+    return HostOptimizer if section.offload else DeviceOptimizer
 
 
 def make_optimizer(
@@ -32,5 +30,4 @@ def make_optimizer(
     from grpo_jax.learner.optimizer import make_adamw, make_schedule
 
     schedule = make_schedule(section, num_updates)
-    make: Any = optimizer_class(section)
-    return make(make_adamw(section, schedule), schedule, model, mesh)
+    return optimizer_class(section)(make_adamw(section, schedule), schedule, model, mesh)

@@ -14,11 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
-from grpo_jax.learner.optimizer import Apply, GradientCheck, Schedule, abstract_state, first_step
+from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer, abstract_state, first_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import abstract_like, replicated
 from grpo_jax.model.transformer import abstract_params, param_shardings
@@ -59,20 +58,10 @@ def to_host(tree: Any, shardings: Any, dtype: Any) -> Any:
     return jax.tree.map(copy, tree, on_host(shardings))
 
 
-class HostOptimizer:
+class HostOptimizer(Optimizer):
     """Masters and moments on the host, streamed through the devices a parameter at a time."""
 
     is_on_host = True
-
-    def __init__(
-        self,
-        adamw: optax.GradientTransformation,
-        schedule: Schedule,
-        model: ModelConfig,
-        mesh: Mesh | AbstractMesh,
-    ):
-        self.schedule = schedule
-        self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
     def stored_model(model: ModelConfig) -> ModelConfig:
@@ -158,8 +147,8 @@ class HostOptimizer:
 class _StreamedApply:
     """The optimizer's step: the smallest parameter of a device first.
 
-    Each gradient is given back when its parameter is done: when the largest states come, no other gradients are
-        left.
+    Each gradient is given back when its parameter is done: when the largest states come, no other gradients
+    are left.
     """
 
     def __init__(self, check: Any, updates: Any):

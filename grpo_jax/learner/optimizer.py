@@ -5,8 +5,9 @@ lives beside the parameters, or `offload.HostOptimizer`, whose state lives in th
 which.
 """
 
+import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,42 +33,60 @@ Apply = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """(train state, sum of gradients and metrics) -> (new train state, metrics). Takes both arguments over."""
 
 
-class Optimizer(Protocol):
+class Optimizer(abc.ABC):
     """AdamW over the parameters of one model."""
 
     is_on_host: ClassVar[bool]
     """Whether the state is in the host's memory, with no room for a copy of it there."""
-    schedule: Schedule
+
+    def __init__(
+        self,
+        adamw: optax.GradientTransformation,
+        schedule: Schedule,
+        model: ModelConfig,
+        mesh: Mesh | AbstractMesh,
+    ):
+        """Args: adamw: with this schedule."""
+        self.schedule = schedule
+        self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
+    @abc.abstractmethod
     def stored_model(model: ModelConfig) -> ModelConfig:
         """The model with the dtype in which the devices hold its parameters from step to step."""
 
     @staticmethod
+    @abc.abstractmethod
     def held_bytes(
         section: OptimSection, model: ModelConfig, num_params: int
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes from step to step of parameters and state, by name: on the device, and in the host's memory."""
 
     @staticmethod
+    @abc.abstractmethod
     def step_bytes(section: OptimSection, model: ModelConfig, leaf_sizes: list[int]) -> int:
         """The most that one optimizer step takes on a device beside what is held, its gradients included.
 
         Args: leaf_sizes: numbers of each parameter on one device.
         """
 
+    @abc.abstractmethod
     def shardings(self) -> TrainState:
         """`NamedSharding` of every leaf of the train state."""
 
+    @abc.abstractmethod
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the train state."""
 
+    @abc.abstractmethod
     def init_state(self, params: Params) -> TrainState:
         """A train state at step 0. Takes `params` (of `stored_model`) over: the first update donates them."""
 
+    @abc.abstractmethod
     def make_apply(self, check: GradientCheck) -> Apply:
         """Returns the optimizer's step. Where `check` finds something that is not finite, it changes nothing."""
 
+    @abc.abstractmethod
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """Compiles `apply` for the abstract sum `total`. Returns bytes by phase, as `Learner.compile`."""
 
@@ -109,20 +128,10 @@ def make_adamw(section: OptimSection, schedule: Schedule) -> optax.GradientTrans
     )
 
 
-class DeviceOptimizer:
+class DeviceOptimizer(Optimizer):
     """Parameters and state on the devices: moments are sharded as their parameters are."""
 
     is_on_host = False
-
-    def __init__(
-        self,
-        adamw: optax.GradientTransformation,
-        schedule: Schedule,
-        model: ModelConfig,
-        mesh: Mesh | AbstractMesh,
-    ):
-        self.schedule = schedule
-        self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
     def stored_model(model: ModelConfig) -> ModelConfig:

@@ -1,5 +1,4 @@
-"""Packing: sequences into rows of one length, rows into micro-batches of one shape, and the sizes of both. Host
-side.
+"""Packing: sequences into rows of one length, rows into micro-batches of one shape; and their sizes. Host side.
 
 Packed rows hold as many sequences as fit, one after the other. All micro-batches of a run have one shape, so its
 steps are compiled once, whatever lengths the policy comes to.

@@ -58,23 +58,21 @@ class Reference:
         return jax.device_put(self.params, self._shardings) if self._section.ref_offload else self.params
 
     def adapt(self, kl: float, num_completions: int) -> None:
-        """Changes the coefficient for the next step, where it is adaptive.
+        """Changes the coefficient, which must be adaptive, for the next step.
 
         Args: kl: nats a token, of this step; num_completions: of this step.
         """
-        section = self._section
-        if self.is_adaptive:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                kl,
-                target=section.kl_target,
-                horizon=section.kl_horizon,
-                num_completions=num_completions,
-            )
+        target, horizon = self._section.kl_target, self._section.kl_horizon
+        self.kl_coef = adapted_kl_coef(
+            self.kl_coef, kl, target=target, horizon=horizon, num_completions=num_completions
+        )
 
     def refresh(self, policy: Params, steps_done: int) -> bool:
-        """Makes the policy the reference where that is due after so many steps; returns whether it was."""
-        if not self.is_refreshed or steps_done % self._section.ref_refresh_every:
+        """Makes the policy the reference where that is due after so many steps; returns whether it was.
+
+        The reference must be one that is refreshed.
+        """
+        if steps_done % self._section.ref_refresh_every:
             return False
         self.copy_from(policy)
         return True

@@ -4,6 +4,7 @@
 all logits, [B, T, V]. Every parameter names its logical axes where it is declared.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -207,6 +208,7 @@ def split_layers(params: Params, cache: Cache) -> tuple[Params, tuple[KVCache, .
     return rest | layers, tuple(caches)
 
 
+@functools.lru_cache(maxsize=16)  # traced once: a dozen places ask for it before the first step
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
     """Returns shape (`jax.ShapeDtypeStruct`) and logical axes (`PartitionSpec` of names) of every parameter."""
     boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))

@@ -60,12 +60,8 @@ class Dynamic:
             num_groups: P, groups of a batch.
             max_rounds: of one step, at least 1.
         """
-        self._rounds, self._prompts, self._num_groups, self._max_rounds = (
-            rounds,
-            prompts,
-            num_groups,
-            max_rounds,
-        )
+        self._rounds, self._prompts = rounds, prompts
+        self._num_groups, self._max_rounds = num_groups, max_rounds
         self._surplus: list[_ScoredGroup] = []
 
     def take(self) -> ScoredBatch:

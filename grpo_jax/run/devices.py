@@ -114,6 +114,11 @@ def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> M
     return plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))
 
 
+def memory_limit() -> int | None:
+    """Bytes that a device gives to JAX; None where it does not say so."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def check_memory(phases: dict[str, int], limit: int | None) -> None:
     """Checks what `Learner.compile` says against the memory that a device gives to JAX.
 

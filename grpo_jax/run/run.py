@@ -33,7 +33,7 @@ from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress
-from grpo_jax.run.devices import check_memory, open_devices, plan_run
+from grpo_jax.run.devices import check_memory, memory_limit, open_devices, plan_run
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
@@ -106,8 +106,7 @@ class Run:
             shuffle=config.data.shuffle,
         )
         self.steps_per_epoch = self._prompts.steps_per_epoch
-        num_steps = config.trainer.total_epochs * self.steps_per_epoch
-        self.num_steps = min(num_steps, config.trainer.num_steps or num_steps)
+        self.num_steps = config.num_steps(self.steps_per_epoch)
 
     # ---- opening ----
 
@@ -173,7 +172,7 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
-        check_memory(self.learner.compile(), (jax.devices()[0].memory_stats() or {}).get("bytes_limit"))
+        check_memory(self.learner.compile(), memory_limit())
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)

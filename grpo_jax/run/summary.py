@@ -100,9 +100,6 @@ def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -
     num_completions = config.completions_per_update
     rows, length = micro_batch_shape(config, num_completions, num_data_shards)
     most = -(-num_completions // rows)
-    num_steps = config.trainer.total_epochs * steps_per_epoch
-    if config.trainer.num_steps:
-        num_steps = min(num_steps, config.trainer.num_steps)
     most_tokens = config.completions_per_step * (data.max_prompt_length + data.max_response_length)
     return [
         ("prompts per step", f"{data.train_batch_size:,}"),
@@ -119,7 +116,7 @@ def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -
         ),
         ("tokens per step, at most", f"{most_tokens:,}"),
         ("steps per epoch", f"{steps_per_epoch:,}"),
-        ("steps in all", f"{num_steps:,}"),
+        ("steps in all", f"{config.num_steps(steps_per_epoch):,}"),
     ]
 
 

@@ -142,7 +142,7 @@ def _pack_bucket(
 
 def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -> jax.Array:
     """Returns a parameter as the Hugging Face tensor that it is stored as: one layer of it, [outputs, inputs]."""
-    leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
+    leaf = spec.of(params)
     if spec.is_stacked:
         leaf = jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False)
     shape = stored_shape(spec, leaf.shape)

@@ -129,3 +129,27 @@ def test_a_file_that_ends_the_process_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("import sys; sys.exit(0)\n")
     with pytest.raises(ConfigError, match=r"cannot be loaded: SystemExit: 0 \(mine.py:1\)"):
         of(tmp_path / "mine.py", policy_loss="f")
+
+
+def test_a_file_runs_once_for_all_the_keys_that_name_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("runs = []\ndef f(*args): return runs\ndef g(*args): return runs\n")
+    found = of(path, policy_loss="f", kl_estimator="g")
+    assert found.policy_loss.function() is found.kl()
+
+
+def test_a_file_that_failed_is_read_again(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        of(path, policy_loss="f")
+    path.write_text("def f(tokens, algorithm): return 3\n")
+    assert of(path, policy_loss="f").policy_loss.function(None, None) == 3
+
+
+def test_files_of_one_name_in_two_folders_are_two(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(f"def f(*args): return {name!r}\n")
+    found = of(tmp_path / "a" / "mine.py", kl_estimator="f"), of(tmp_path / "b" / "mine.py", kl_estimator="f")
+    assert [algorithm.kl() for algorithm in found] == ["a", "b"]

@@ -1,32 +1,12 @@
 import numpy as np
 import pytest
 from config_helpers import gsm8k
+from group_helpers import GROUPS, PAD
 
 from grpo_jax.algorithm import loss as losses
 from grpo_jax.config import ActorSection
 from grpo_jax.learner import batching, packing
 from grpo_jax.model.fused_attention import max_sequences
-from grpo_jax.types import Completion, Prompt, RolloutGroup
-
-PAD = 0
-
-
-def make_group(prompt_ids, *completions, prompt_id="train/0"):
-    """Each completion is a pair (token ids, log-probabilities)."""
-    prompt = Prompt(prompt_id, tuple(prompt_ids), "", "", "test", {})
-    return RolloutGroup(
-        prompt, tuple(Completion(tuple(t), tuple(lp), "", "stop", 0) for t, lp in completions)
-    )
-
-
-GROUPS = [
-    make_group([5, 6, 7], ([8, 9], [-0.5, -1.5]), ([PAD], [-2.5])),  # the second is just an EOS, which is pad
-    make_group([4], ([3, PAD, 2, PAD], [-1.0, -2.0, -3.0, -4.0]), ([1, PAD], [-0.25, -0.75])),
-]
-
-
-def actor(**changes):
-    return ActorSection(**changes)
 
 
 def test_places_by_hand():
@@ -97,7 +77,7 @@ def test_rows_of_padding_have_no_weight(mode):
     ("tokens", "length", "expected"), [(0, 1024, 4), (4096, 1024, 4), (4096, 640, 6), (4096, 5120, 1)]
 )
 def test_micro_batch_rows(tokens, length, expected):
-    assert packing.micro_batch_rows(actor(micro_batch_tokens_per_device=tokens), length) == expected
+    assert packing.micro_batch_rows(ActorSection(micro_batch_tokens_per_device=tokens), length) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,13 +92,13 @@ def test_micro_batch_rows(tokens, length, expected):
     ],
 )
 def test_micro_batches_are_few_and_even(num_rows, shards, expected):
-    assert packing.plan_rows(num_rows, 512, actor(), shards) == expected
+    assert packing.plan_rows(num_rows, 512, ActorSection(), shards) == expected
 
 
 def test_micro_batches_always_hold_all_rows_within_memory():
     for num_rows in range(1, 70):
         for shards in (1, 2, 3, 8):
-            rows = packing.plan_rows(num_rows, 512, actor(), shards)
+            rows = packing.plan_rows(num_rows, 512, ActorSection(), shards)
             assert rows % shards == 0 and rows // shards <= 4
             num = -(-num_rows // rows)
             assert num * rows < num_rows + num * shards  # less than a row a shard is lost

@@ -31,6 +31,8 @@ from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 VOCAB = 56
 TEMPERATURE = 0.8
 ALGORITHM = dataclasses.replace(
@@ -41,15 +43,6 @@ ACTOR = ActorSection(micro_batch_size_per_device=100, logits_chunk_tokens=8)
 LENGTHS = [(3, 9), (3, 2), (7, 1), (7, 4), (2, 13), (2, 6)]  # prompt and completion of each row: B = 6
 COMPLETION_LENGTHS = np.array([n for _, n in LENGTHS])
 T = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
-    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 VOCAB = 320
 # Heads of 8 channels and theta 100: wavelengths 2 pi (1, 100^(1/4), 10, 100^(3/4)) = 6.3, 20, 63, 199 positions.
 # With 64 original positions those are 10.2, 3.2, 1.02 and 0.32 turns: the llama3 rule keeps the first (> 4),
@@ -49,15 +51,6 @@ FAMILIES = {
     "llama3": ("llama", dict(tie_word_embeddings=False, head_dim=8, rope_parameters=LLAMA3_ROPE)),
     "llama-linear": ("llama", dict(tie_word_embeddings=True, head_dim=8, rope_parameters=LINEAR_ROPE)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiling is most of what these tests do; unoptimized code takes half as long to make."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_torch_model(family):

@@ -24,15 +24,9 @@ from grpo_jax.model.transformer import (
     num_params,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CONFIG = tiny_config(vocab_size=40, head_dim=6, rope_theta=100.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_params(config=CONFIG):

@@ -21,6 +21,8 @@ from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.rollout.local import LocalEngine, sample_completions, sample_token
 from grpo_jax.types import Prompt
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 VOCAB = 48
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -36,15 +38,6 @@ FAMILIES = {
     "qwen3": ("qwen3", dict(KEYS, head_dim=8)),
     "llama3": ("llama", dict(KEYS, head_dim=8, rope_parameters=LLAMA3_ROPE)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiling is nearly all that these tests do; unoptimized code takes half as long to make."""
-    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Model:

@@ -1,14 +1,10 @@
 """What tells an engine that computes something else: a difference of log-probabilities."""
 
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "weight_sync"))
 from weight_sync_helpers import VOCAB, Model, mesh_of
 
 from grpo_jax.learner.update import make_score_step, score_rows
@@ -18,6 +14,8 @@ from grpo_jax.run.probe import PROBE_PROMPTS, PROBE_TOKENS, make_probe
 from grpo_jax.types import Prompt
 from grpo_jax.weight_sync.wire import WeightSyncError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TEMPERATURE = 0.7
 THRESHOLD = 1e-3  # nats; the same functions on the same parameters differ by about 1e-6
 
@@ -25,14 +23,6 @@ THRESHOLD = 1e-3  # nats; the same functions on the same parameters differ by ab
 class Digits:
     def batch_decode(self, rows, skip_special_tokens):
         return [" ".join(map(str, row)) for row in rows]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compiling is most of what these tests do; unoptimized code takes half as long to make."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
