@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.forward import token_scores
 from grpo_jax.learner.packing import micro_batch_shape
-from grpo_jax.learner.update import token_scores
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
