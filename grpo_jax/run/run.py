@@ -246,7 +246,10 @@ class Run:
             metrics |= self._validate(step=done)
         timings = self.timers.collect()
         lengths = sequence_lengths(rollouts.groups)
-        metrics |= timings | performance_metrics(self.folder.config, lengths, self._mesh.size, timings)
+        num_passes, num_devices = config.actor.num_epochs, self._mesh.size
+        metrics |= timings | performance_metrics(
+            self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
+        )
         metrics["perf/memory_planned_gb"] = self._memory_plan.peak / 1e9
         self._watch.note(result)
         # Read once: a request that comes while saving is for the next step.
