@@ -6,6 +6,7 @@ another, and the host never holds more than one tensor. `save_folder` writes suc
 """
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import logging
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 MAX_SHARD_BYTES = 5 * 10**9
+SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "licen[cs]e*", "notice*",
+    "readme*", "use_policy*",
+)  # fmt: skip
+"""What is copied beside a model's weights, in small letters: configuration, tokenizer, chat template, licence."""
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,11 +331,13 @@ def save_folder(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies everything but the weights: config, tokenizer, chat template, licence."""
-    for file in sorted(source.iterdir()):
-        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".gguf") or ".index.json" in file.name
-        if file.is_file() and not is_weights and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
+    """Copies the files of `SIDE_FILES` and `NAMED_TEMPLATES`. A trainer's states and other weights stay where they are."""
+    for file in [*source.iterdir(), *source.glob(NAMED_TEMPLATES)]:
+        is_named = file.parent != source or any(fnmatch.fnmatchcase(file.name.lower(), p) for p in SIDE_FILES)
+        if is_named and file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def stored_bytes(config: ModelConfig, dtype: Any) -> dict[str, int]:
