@@ -331,7 +331,7 @@ def save_folder(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies the files of `SIDE_FILES` and `NAMED_TEMPLATES`. A trainer's states and other weights stay where they are."""
+    """Copies the files of `SIDE_FILES` and `NAMED_TEMPLATES`: no trainer's states, no other weights."""
     for file in [*source.iterdir(), *source.glob(NAMED_TEMPLATES)]:
         is_named = file.parent != source or any(fnmatch.fnmatchcase(file.name.lower(), p) for p in SIDE_FILES)
         if is_named and file.is_file():
