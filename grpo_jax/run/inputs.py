@@ -16,7 +16,7 @@ from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.config import ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
@@ -66,6 +66,7 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
     """
     rows, generated = _read_rows(config)
     folder, tokenizer = _read_model(config, workdir, rows)
+    _check_model(config, folder)
     prompts = {}
     for split, key in (("train", "data.train_files"), ("val", "data.val_files")):
         prompts[split], counts = encode_prompts(
@@ -126,6 +127,46 @@ def load_model_tokenizer(folder: ModelFolder) -> Any:
         rule = f"its tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {vocab_size}"
         raise ConfigError("model.path", str(folder.path), rule)
     return tokenizer
+
+
+def check_positions(
+    limit: int | None, prompt: tuple[str, int], response: tuple[str, int], allow: str
+) -> None:
+    """Checks that prompt and response together are no longer than what the model was made for.
+
+    Args:
+        limit: `ModelFolder.max_position`.
+        prompt, response: the key or flag that says how long it may be, and the tokens.
+        allow: the setting that goes beyond the limit.
+
+    Raises: ConfigError: they are longer.
+    """
+    total = prompt[1] + response[1]
+    if limit is not None and total > limit:
+        rule = f"makes {total} tokens with {prompt[0]}={prompt[1]}, beyond max_position_embeddings={limit} of the "
+        rule += f"model's config.json; {allow} if its RoPE extrapolates so far"
+        raise ConfigError(*response, rule)
+
+
+def _check_model(config: Config, folder: ModelFolder | None) -> None:
+    """Checks what the configuration asks of the model; None: a random one, still to be made.
+
+    Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
+    """
+    limit = RANDOM_MAX_POSITION if folder is None else folder.max_position
+    data = config.data
+    if not config.model.allow_beyond_max_position:
+        check_positions(
+            limit,
+            ("data.max_prompt_length", data.max_prompt_length),
+            ("data.max_response_length", data.max_response_length),
+            allow="model.allow_beyond_max_position=True",
+        )
+    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
+    for stop in config.rollout.stop_token_ids:
+        if not 0 <= stop < vocab_size:
+            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
+            raise ConfigError("rollout.stop_token_ids", stop, rule)
 
 
 def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:

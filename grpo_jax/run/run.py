@@ -21,7 +21,7 @@ from grpo_jax.config import Config
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.learner import Learner
-from grpo_jax.model.hf import copy_side_files, load_params, save_folder
+from grpo_jax.model.hf import copy_side_files, load_params, save_folder, write_eos_token_ids
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
@@ -172,6 +172,8 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
+        stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
+        write_eos_token_ids(self._workdir.model_files, stops)
         check_memory(self.learner.compile(), memory_limit())
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step

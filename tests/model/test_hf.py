@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from grpo_jax.config import ConfigError, MeshSection, ModelSection
 from grpo_jax.model import hf
 from grpo_jax.model.config import RopeScaling, parse_hf_config
-from grpo_jax.model.hf import copy_side_files, inspect_folder, load_params, save_folder
+from grpo_jax.model.hf import copy_side_files, inspect_folder, load_params, save_folder, write_eos_token_ids
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
@@ -202,6 +202,32 @@ def test_stop_tokens_come_from_the_generation_config_first(folders, tmp_path):
     assert inspect_folder(path).eos_token_ids == (2,)  # config.json's
     edit_config(path, eos_token_id=None)
     assert inspect_folder(path).eos_token_ids == ()
+
+
+def test_the_longest_sequence_is_that_of_config_json(folders, tmp_path):
+    path = copy_folder(folders("qwen2-untied")[0], tmp_path / "model")
+    held = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    assert inspect_folder(path).max_position == held
+    linear = {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}
+    changes = {"max_position_embeddings": 100, "rope_parameters": linear}
+    edit_json(path / "config.json", lambda content: content.update(changes))
+    assert inspect_folder(path).max_position == 250
+    edit_json(path / "config.json", lambda content: content.pop("max_position_embeddings"))
+    assert inspect_folder(path).max_position is None
+
+
+def test_stop_ids_are_written_where_they_are_read(folders, tmp_path):
+    path = copy_folder(folders("qwen2-untied")[0], tmp_path / "model")  # whose ids are 2 and 5, and pad 0
+    before = (path / "generation_config.json").read_bytes()
+    write_eos_token_ids(path, (2, 5, 5))
+    assert (path / "generation_config.json").read_bytes() == before
+    write_eos_token_ids(path, (2, 5, 9, 2))
+    assert inspect_folder(path).eos_token_ids == (2, 5, 9)
+    assert json.loads((path / "generation_config.json").read_text())["pad_token_id"] == 0
+    assert GenerationConfig.from_pretrained(path).eos_token_id == [2, 5, 9]
+    (path / "generation_config.json").unlink()
+    write_eos_token_ids(path, (2, 7))  # config.json has 2 alone
+    assert inspect_folder(path).eos_token_ids == (2, 7)
 
 
 # Loading and saving
