@@ -367,6 +367,8 @@ class Run:
         ]
         for line in summary.table_lines(rows):
             logger.info(line)
+        for line in summary.doubts(self.config, self.num_steps):
+            logger.warning(line)
         if is_resumed and self.first_step >= self.num_steps:
             logger.info(
                 "This run is finished: all of its %d steps are done, and nothing is trained.", self.first_step

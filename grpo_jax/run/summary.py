@@ -15,6 +15,12 @@ from grpo_jax.run.writer import read_metrics
 logger = logging.getLogger(__name__)
 
 NUM_PROBLEMS = 3
+TYPICAL_WEIGHT = 0.02
+"""The standard deviation that the families of models here are initialized with."""
+LOST_BELOW = 2.0**-8 * TYPICAL_WEIGHT
+"""7.8e-5, the learning rate from which on bfloat16 parameters take up what Adam gives them, about the learning
+rate itself. With 8 significant bits the neighbours of a weight are 2^-8 to 2^-7 of it away, and a change of less
+than half of that, 2^-8 at most, is rounded away."""
 
 
 def print_report(config: Config, workdir: Workdir, model: Path) -> None:
@@ -129,6 +135,23 @@ def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -
         ("steps per epoch", f"{steps_per_epoch:,}"),
         ("steps in all", f"{config.num_steps(steps_per_epoch):,}"),
     ]
+
+
+def doubts(config: Config, num_steps: int) -> list[str]:
+    """What the configuration says and hardly means, one line each. Args: num_steps: of the whole run."""
+    optim, updates, lines = config.optim, num_steps * config.updates_per_step, []
+    if optim.warmup_steps > updates:
+        share = updates / optim.warmup_steps
+        lines.append(
+            f"WARNING: optim.warmup_steps={optim.warmup_steps} is beyond the {updates} updates of this run: the "
+            f"learning rate ends at {share:.0%} of optim.learning_rate={optim.learning_rate:g}"
+        )
+    if config.model.param_dtype == "bfloat16" and optim.learning_rate < LOST_BELOW:
+        lines.append(
+            f"WARNING: optim.learning_rate={optim.learning_rate:g} is below {LOST_BELOW:.2g}: parameters "
+            "with model.param_dtype=bfloat16, which has 8 bits, lose most of such updates in rounding; take float32"
+        )
+    return lines
 
 
 def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:

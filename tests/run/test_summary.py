@@ -2,12 +2,14 @@
 
 import logging
 
+import ml_dtypes
+import numpy as np
 import pytest
 from config_helpers import gsm8k
 from matplotlib import pyplot
 
 from grpo_jax.rollout.evaluation import write_jsonl
-from grpo_jax.run.summary import batch_table, draw_learning_curve, print_report
+from grpo_jax.run.summary import LOST_BELOW, batch_table, doubts, draw_learning_curve, print_report
 from grpo_jax.run.workdir import Workdir
 
 
@@ -89,3 +91,42 @@ def test_the_learning_curve_shows_every_reward(tmp_path, monkeypatch, rewards, b
     ((low, high),) = limits
     assert low <= bottom and high >= max(rewards)
     assert low == 0.0 or bottom < 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"optim.warmup_steps": 12}, []),  # the last of 3 steps with 4 updates has the peak
+        (
+            {"optim.warmup_steps": 16},
+            ["optim.warmup_steps=16", "12 updates", "ends at 75% of optim.learning_rate=1e-06"],
+        ),
+        ({"model.param_dtype": "bfloat16", "optim.learning_rate": 7.9e-5}, []),
+        (
+            {"model.param_dtype": "bfloat16", "optim.learning_rate": 7.8e-5},
+            ["optim.learning_rate=7.8e-05", "below 7.8e-05", "model.param_dtype=bfloat16"],
+        ),
+    ],
+)
+def test_what_is_hardly_meant_is_said_in_a_line(changes, said):
+    lines = doubts(gsm8k(**{"actor.num_minibatches": 2, "actor.num_epochs": 2} | changes), num_steps=3)
+    assert len(lines) == bool(said)
+    for line in lines:
+        assert line.startswith("WARNING: ") and all(part in line for part in said)
+
+
+def test_from_which_learning_rate_on_bfloat16_takes_up_an_update():
+    """The bound is that of the weights which are coarsest for their size, just above a power of two."""
+    coarsest = np.float32(
+        2**-6
+    )  # 0.0156; of 0.02, which has the same neighbours' distance, it takes the same
+    kept = lambda change: np.float32((coarsest + np.float32(change)).astype(ml_dtypes.bfloat16)) != coarsest
+    assert not kept(0.99 * coarsest * 2**-8) and kept(1.01 * coarsest * 2**-8)
+    assert pytest.approx(2**-8 * 0.02) == LOST_BELOW
+    # And so all that Adam gives to a matrix of such weights stays, or next to nothing does.
+    weights = np.random.default_rng(0).normal(0, 0.02, 10_000).astype(ml_dtypes.bfloat16)
+    share = lambda rate: np.mean(
+        (weights.astype(np.float32) + np.float32(rate)).astype(weights.dtype) != weights
+    )
+    assert share(1e-6) < 0.02 and share(LOST_BELOW) > 0.8
