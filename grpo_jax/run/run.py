@@ -65,7 +65,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
         mesh = open_devices(config, inputs.model_config, engine=config.rollout)
         try_functions(algorithm)
-        workdir.open(config)
+        workdir.open(config, inputs.beginning)
         run = Run(config, algorithm, workdir, inputs, reward, mesh, resources)
         with reported_failure(run.timers, run.checkpointer), jax.set_mesh(mesh):
             run.start()
@@ -151,8 +151,13 @@ class Run:
         )
         if not rounds:
             return ahead
-        num_groups = config.data.train_batch_size
-        return Dynamic(ahead, self._inputs.train_prompts, num_groups=num_groups, max_rounds=rounds)
+        return Dynamic(
+            ahead,
+            self._inputs.train_prompts,
+            num_groups=config.data.train_batch_size,
+            group_size=config.algorithm.group_size,
+            max_rounds=rounds,
+        )
 
     def _make_probe(self) -> Any:
         return make_probe(
@@ -172,6 +177,7 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
+        self._workdir.record_beginning(self._inputs.beginning)
         stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
         write_eos_token_ids(self._workdir.model_files, stops)
         check_memory(self.learner.compile(), memory_limit())
@@ -201,7 +207,9 @@ class Run:
         )
         if reference.is_refreshed:
             reference.params = saved_reference
-        reference.kl_coef = progress.kl_coef
+        kl_coef = self.config.algorithm.kl_coef
+        if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
+            reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
         position = Position(progress.prompt_iterator, progress.num_rollout_batches, progress.surplus)
         self.rollouts.restore(position)
         return state
@@ -331,6 +339,7 @@ class Run:
             num_rollout_batches=position.num_rollout_batches,
             surplus=position.surplus,
             kl_coef=self.learner.reference.kl_coef,
+            initial_kl_coef=self.config.algorithm.kl_coef,
         )
 
     # ---- reports ----

@@ -149,7 +149,7 @@ def doubts(config: Config, num_steps: int) -> list[str]:
     if config.model.param_dtype == "bfloat16" and optim.learning_rate < LOST_BELOW:
         lines.append(
             f"WARNING: optim.learning_rate={optim.learning_rate:g} is below {LOST_BELOW:.2g}: parameters "
-            "with model.param_dtype=bfloat16, which has 8 bits, lose most of such updates in rounding; take float32"
+            "with model.param_dtype=bfloat16, which has 8 bits, lose most such updates in rounding; take float32"
         )
     return lines
 
