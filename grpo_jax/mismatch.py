@@ -3,10 +3,10 @@
     python -m grpo_jax.mismatch --config=FILE.py [--num=32] [--json=OUT.json] [--engine_head_float32]
         [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
-Samples one completion of each of the first N training prompts with the configured engine, and scores the same tokens
+Samples one completion of each of the first N training prompts with the configured engine, and scores these tokens
 by every program there is: the engine with the tokens given, the trainer, plain attention, a head in float32, other
-dtypes, and float32 in full, which all are measured against. Writes nothing but OUT.json. docs/trust.md says what the
-numbers mean.
+dtypes, and float32 in full, which all are measured against. Writes nothing but OUT.json. docs/trust.md explains
+the numbers.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
     from grpo_jax.weight_sync import WeightSyncError
 
     start_logging()
+    check_model(config)
     second = with_float32_head(config.rollout) if args.engine_head_float32 else None
     check_engine(config.rollout)
     inputs = read_inputs(config, Workdir(path))
-    folder = check_model(inputs.model, config)
-    mesh = open_devices(config, folder.config, engine=config.rollout)
-    folder, prompts = with_kernel(folder, config), inputs.train_prompts[: args.num]
+    assert inputs.model is not None  # it would be a random one
+    mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+    folder, prompts = with_kernel(inputs.model, config), inputs.train_prompts[: args.num]
     try:
         return compare(config, folder, inputs.tokenizer, prompts, mesh, float32_head=second)
     except (EngineError, WeightSyncError) as failure:

@@ -70,14 +70,13 @@ class Program:
         return jnp.dtype(self.model.dtype) == jnp.float32
 
 
-def check_model(folder: ModelFolder | None, config: Config) -> ModelFolder:
+def check_model(config: Config) -> None:
     """Raises: ConfigError: the run would still have to make the model that it starts from."""
     rule = "makes a model of its own first: name a finished Hugging Face folder in model.path"
-    if folder is None:
+    if config.model.path == "random":
         raise ConfigError("model.path", config.model.path, rule)
     if config.sft.num_steps:
         raise ConfigError("sft.num_steps", config.sft.num_steps, f"{rule}, with sft.num_steps=0")
-    return folder
 
 
 def compare(

@@ -181,8 +181,8 @@ def _of_engine(found: Comparison, now: float) -> list[Setting]:
 def _of_dtypes(found: Comparison) -> list[Setting]:
     """Other dtypes of both sides.
 
-    The engine was not run in them. It is taken to be as much farther from float32 than the trainer as it is now, and
-    both to round independently; what top-p and top-k cut off stays.
+    The engine was not run in them. It is taken to be as much farther from float32 than the trainer as it is now,
+    and both to round independently; what top-p and top-k cut off stays.
     """
     scores = found.logprobs
     if TRUTH not in scores:
