@@ -39,9 +39,11 @@ def test_every_program_is_measured(found):
     assert len({values.shape for values in found.logprobs.values()}) == 1
 
 
-def test_a_head_in_float32_rounds_logits_no_more(found):
-    """vLLM's logits have 8 bits otherwise, while the trainer's product is summed in float32."""
-    truth, of = found.logprobs[mismatch.TRUTH], lambda key: found.logprobs[key]
-    as_it_is, with_head = (difference(of(key), truth).nats for key in (mismatch.GIVEN, mismatch.GIVEN_HEAD))
-    assert with_head < as_it_is < 0.5
-    assert not np.array_equal(of(mismatch.GIVEN), of(mismatch.GIVEN_HEAD))
+def test_a_head_in_float32_takes_away_the_rounding_of_logits(found):
+    """vLLM's logits have 8 bits otherwise: between 4 and 8 they lie 2^-5 apart, and are rounded by at most 2^-6.
+
+    So is, on average, the sum that they are divided by. All else is the same in both engines.
+    """
+    given, with_head = found.logprobs[mismatch.GIVEN], found.logprobs[mismatch.GIVEN_HEAD]
+    assert difference(given, with_head).nats > 1e-4
+    assert np.abs(given - with_head).max() < 2 * 2**-6
