@@ -60,7 +60,7 @@ def device_bytes(name: str) -> int:
 def _local_memory() -> int:
     import jax
 
-    from grpo_jax.run.devices import memory_limit
+    from grpo_jax.run.memory import memory_limit
 
     limit = memory_limit()
     if not limit:
@@ -100,48 +100,40 @@ def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, i
     from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch
     from grpo_jax.learner.packing import micro_batch_shape
     from grpo_jax.rollout import push_bytes, trainer_share
-    from grpo_jax.run.devices import plan_run
+    from grpo_jax.run.memory import Budget
 
-    mesh = abstract_mesh(*sizes)
-    plan = plan_run(config, model, mesh)
     share = trainer_share(config.rollout)
     limit = share * memory
+    budget = Budget(config, model, abstract_mesh(*sizes), limit)
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
     print(f"Device          {memory / GB:.1f} GB, {share:.0%} of it for the trainer: {limit / GB:.1f} GB")
     print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
-    print("Held from step to step, GB a device")
-    for name, size in plan.held.items():
-        print(f"  {name:<18}{size / GB:>8.2f}")
-    if plan.host:
-        print("Held in the host's memory, GB for all devices")
-        for name, size in plan.host.items():
-            print(f"  {name:<18}{size / GB:>8.2f}")
-    print("The most in each phase, GB a device")
-    for name, size in plan.phases.items():
-        print(f"  {name:<18}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
-    most = largest_micro_batch(config, model, mesh, limit, push_bytes=push_bytes(config.rollout))
+    print_memory(budget)
+    most = largest_micro_batch(config, model, budget.mesh, limit, push_bytes=push_bytes(config.rollout))
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )
     print(f"Largest micro-batch that fits: {advice}")
-    if not most:
-        print(f"Less is taken with {', '.join(ways_to_save(config))}.")
+    if budget.plan.peak > limit:
+        print(f"Phase {budget.plan.fullest} does not fit. {budget.advice(budget.plan.fullest)}")
 
 
-def ways_to_save(config: Config) -> list[str]:
-    """What takes less memory and is not set yet, the cheapest first."""
-    from grpo_jax.rollout import memory_savers
-
-    ways = [
-        (not config.optim.offload, "optim.offload=True"),
-        (config.uses_reference and not config.algorithm.ref_offload, "algorithm.ref_offload=True"),
-        (config.model.remat != "full", "model.remat=full"),
-        (True, "more devices in mesh.fsdp"),
-        *((True, setting) for setting in memory_savers(config.rollout)),
-        (config.optim.accumulator_dtype != "bfloat16", "optim.accumulator_dtype=bfloat16"),
-    ]
-    return [way for is_open, way in ways if is_open]
+def print_memory(budget: Any) -> None:
+    """Tables of a `Budget`."""
+    plan = budget.plan
+    print("Held from step to step, GB a device")
+    for name, size in plan.held.items():
+        print(f"  {name:<32}{size / GB:>8.2f}")
+    if plan.host:
+        print("Held in the host's memory, GB for all devices")
+        for name, size in plan.host.items():
+            print(f"  {name:<32}{size / GB:>8.2f}")
+    print("The most in each phase, GB a device, and what of it is beside what is held")
+    for phase, size in plan.phases.items():
+        print(f"  {phase:<32}{size / GB:>8.2f}{'' if size <= budget.limit else '   does not fit'}")
+        for name, part in plan.beside[phase].items():
+            print(f"    {name:<38}{part / GB:>8.2f}")
 
 
 if __name__ == "__main__":

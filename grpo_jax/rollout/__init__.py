@@ -92,8 +92,8 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return _engine(section).memory_rows(section)
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
-    """Settings of the engine that leave the trainer more memory and are not set yet, as KEY=VALUE."""
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
+    """Settings of the engine that leave the trainer more memory and are not set yet, as (key, value)."""
     return _engine(section).memory_savers(section)
 
 

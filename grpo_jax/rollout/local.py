@@ -68,7 +68,7 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return []
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
     """See `rollout.memory_savers`."""
     return []
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.config import Config
@@ -33,8 +32,9 @@ from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress
-from grpo_jax.run.devices import check_memory, memory_limit, open_devices, plan_run
-from grpo_jax.run.inputs import Inputs, make_model, read_inputs
+from grpo_jax.run.devices import open_devices
+from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
+from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
 from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
@@ -64,10 +64,12 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
         mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+        budget = Budget(config, read_model_config(config), mesh, memory_limit())
+        budget.check_plan()
         try_functions(algorithm)
         workdir.open(config)
-        run = Run(config, algorithm, workdir, inputs, reward, mesh, resources)
-        with reported_failure(run.timers, run.checkpointer), jax.set_mesh(mesh):
+        run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
+        with reported_failure(run.timers, run.checkpointer, budget.explain), jax.set_mesh(mesh):
             run.start()
             yield run
 
@@ -85,10 +87,10 @@ class Run:
         workdir: Workdir,
         inputs: Inputs,
         reward: Reward,
-        mesh: Mesh,
+        budget: Budget,
         resources: contextlib.ExitStack,
     ):
-        """Args: resources: closes, after the run, what the run opens."""
+        """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
         self.config, self.timers = config, Timers()
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
@@ -98,7 +100,7 @@ class Run:
         )
         resources.callback(self.checkpointer.close)
         self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
-        self._mesh, self._resources = mesh, resources
+        self._budget, self._mesh, self._resources = budget, budget.mesh, resources
         self._prompts = PromptIterator(
             inputs.train_prompts,
             batch_size=config.data.train_batch_size,
@@ -133,7 +135,6 @@ class Run:
             timer=self.timers,
         )
         self.rollouts = self._make_rollouts()
-        self._memory_plan = plan_run(config, self.folder.config, self._mesh)
         self._probe = None if shares_parameters(config.rollout) else self._make_probe()
 
     def _make_rollouts(self) -> RolloutBatches:
@@ -172,7 +173,7 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
-        check_memory(self.learner.compile(), memory_limit())
+        self._budget.check_compiled(self.learner.compile())
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
@@ -247,7 +248,7 @@ class Run:
         timings = self.timers.collect()
         lengths = sequence_lengths(rollouts.groups)
         metrics |= timings | performance_metrics(self.folder.config, lengths, self._mesh.size, timings)
-        metrics["perf/memory_planned_gb"] = self._memory_plan.peak / 1e9
+        metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result)
         # Read once: a request that comes while saving is for the next step.
         is_stopping = self._stop.requested

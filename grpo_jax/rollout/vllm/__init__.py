@@ -68,11 +68,11 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return [("vLLM", f"{section.gpu_memory_utilization:.0%} of the memory of each of its GPUs")]
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
     """See `rollout.memory_savers`."""
     if section.placement == "separate":
         return []
-    return [*([] if section.sleep else ["rollout.sleep=True"]), "rollout.placement=separate"]
+    return [*([] if section.sleep else [("rollout.sleep", True)]), ("rollout.placement", "separate")]
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
