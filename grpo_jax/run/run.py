@@ -20,6 +20,7 @@ from grpo_jax.config import Config
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.learner import Learner
+from grpo_jax.model.cards import find_card
 from grpo_jax.model.hf import copy_side_files, load_params, save_folder
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
@@ -37,6 +38,7 @@ from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_conf
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
+from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
@@ -135,6 +137,8 @@ class Run:
             timer=self.timers,
         )
         self.rollouts = self._make_rollouts()
+        card = find_card(jax.devices()[0].device_kind)
+        self._speed = Speed(config, self.folder.config, self._mesh, card)
         self._probe = None if shares_parameters(config.rollout) else self._make_probe()
 
     def _make_rollouts(self) -> RolloutBatches:
@@ -268,7 +272,7 @@ class Run:
         self.checkpointer.wait()
         epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
-        summary.print_report(self.config, self._workdir, model)
+        summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
 
     def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
         """True after each `every_steps` steps and `every_epochs` epochs, and at the end; 0 is never."""
@@ -336,6 +340,9 @@ class Run:
         epoch, step_of_epoch = (done - 1) // per_epoch + 1, (done - 1) % per_epoch + 1
         writer.write(metrics, step=done, epoch=epoch)
         writer.console(metrics, epoch=epoch, step=step_of_epoch, steps_per_epoch=per_epoch)
+        if done == self.first_step + WARM_UP + 1:
+            for line in self._speed.compared([metrics]):
+                logger.info(line)
         records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
         writer.write_text("rollouts", self._samples(records), step=done)
         if self.config.logging.save_rollouts:

@@ -12,6 +12,7 @@ from grpo_jax import plan
 from grpo_jax.config import ConfigError, load_config, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model import fused_attention
+from grpo_jax.model.cards import CARDS
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout import push_bytes, trainer_share
@@ -222,7 +223,7 @@ def test_the_kernel_of_a_named_device_is_planned_with():
     assert kernel("h200", gsm8k(**{"model.path": "random", "model.attention": "plain"})) == "plain"
     with pytest.raises(ConfigError, match=r"model.attention='cudnn': needs an NVIDIA GPU"):
         kernel("tpu-v5e", gsm8k(**{"model.path": "random", "model.attention": "cudnn"}))
-    assert set(fused_attention.DEVICE_KINDS) == set(plan.DEVICE_BYTES)
+    assert set(fused_attention.DEVICE_KINDS) == set(CARDS)
 
 
 def test_devices_by_name_and_by_size():
