@@ -126,13 +126,19 @@ class Budget:
         assert self.limit
         plan, asked = self.plan, asked_bytes(message)
         phase = max(PLANNED.get(timed_phase, (timed_phase,)), key=plan.need)
+        wanted = f"JAX asked for {_gb(asked)} more" if asked else "JAX asked for more"
+        full = f"a device's memory is full: {wanted}, with {_gb(self.limit)} in all"
+        if phase not in plan.beside:
+            ways = [self._described(way, phase, 1.0) for way in self.ways(phase)][:MOST_ADVICE]
+            return (
+                f"{full}. What is held from step to step is {_gb(plan.need(phase))}: {_listed(plan.held)}. Of it, "
+                f"memory is given back by {', '.join(ways) or 'no setting'}; docs/troubleshooting.md has more"
+            )
         free = self.limit - device_stats().get("bytes_in_use", self.limit - asked)
         # It did not fit, whatever was counted.
         needed = max(plan.need(phase), self.limit + max(asked - free, 0.02 * self.limit))
-        wanted = f"JAX asked for {_gb(asked)} more" if asked else "JAX asked for more"
         return (
-            f"a device's memory is full: {wanted}, with {_gb(self.limit)} in all. The plan counts "
-            f"{_gb(plan.need(phase))} for {phase}: {_listed(plan.parts(phase))}. "
+            f"{full}. The plan counts {_gb(plan.need(phase))} for {phase}: {_listed(plan.parts(phase))}. "
             f"{self.advice(phase, needed / plan.need(phase))}"
         )
 

@@ -180,8 +180,13 @@ def test_a_failed_allocation_is_told_in_words():
     text = budget().explain(error.value, "update_actor")
     assert "JAX asked for 281475.0 GB more, with 45.3 GB in all. The plan counts 51.2 GB for update: " in text
     assert "It fits with optim.offload=True (" in text
-    # While completions are sampled, the plan knows what is held.
-    assert "The plan counts 21.6 GB for gen: parameters 6.2 GB" in budget().explain(error.value, "gen")
+    # While completions are sampled, the plan knows what is held, and promises nothing.
+    text = budget().explain(error.value, "gen")
+    assert "What is held from step to step is 21.6 GB: parameters 6.2 GB" in text and "It fits" not in text
+    # Parameters in half of the bytes, 3.1 GB, and 12.3 GB of moments; the reference, 3.1.
+    assert (
+        "given back by optim.offload=True (15.4 GB back, 18.5 GB more on the host), algorithm.ref_off" in text
+    )
 
 
 def test_other_errors_keep_their_own_words():
