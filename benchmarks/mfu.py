@@ -136,7 +136,8 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     from grpo_jax.algorithm import Algorithm
     from grpo_jax.algorithm.loss import grpo_loss
     from grpo_jax.learner import make_optimizer
-    from grpo_jax.learner.update import make_score_step, make_update_step, to_micro_batches
+    from grpo_jax.learner.forward import make_forward_step, to_micro_batches
+    from grpo_jax.learner.update import make_update_step
     from grpo_jax.model.fused_attention import choose_kernel
     from grpo_jax.model.transformer import init_params
 
@@ -149,10 +150,9 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
         model, param_dtype=jnp.dtype(args.param_dtype), remat=remat, scan_layers=True, attention=kernel
     )
     optimizer = make_optimizer(optim, model, mesh, num_updates=100)
-    head = dict(temperature=1.0, chunk_tokens=chunk)
+    forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=chunk)
     loss = functools.partial(grpo_loss, algorithm=Algorithm.of(defaults.algorithm))
-    update = make_update_step(model, mesh, optimizer, loss, optim=optim, **head)
-    score = make_score_step(model, mesh, **head)
+    update = make_update_step(model, mesh, optimizer, forward, loss, optim=optim)
     state = optimizer.init_state(init_params(optimizer.stored_model(model), jax.random.key(0), mesh))
     micro_batches, _ = to_micro_batches(batch, shape, mesh)
 
@@ -163,7 +163,7 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
 
     def run_score() -> None:
         params = update.to_compute_dtype(state.params)
-        jax.block_until_ready([score(params, micro) for micro in micro_batches])
+        jax.block_until_ready([forward.score(params, micro) for micro in micro_batches])
 
     return model, run_update, run_score
 

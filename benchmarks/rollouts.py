@@ -169,14 +169,14 @@ def difference(args: Any, engine: Any, params: Any, folder: Any, mesh: Any, prom
     The final norm is scaled up first: a random model is otherwise so undecided that any two agree.
     """
     from grpo_jax.learner.batching import make_train_batch
-    from grpo_jax.learner.update import make_score_step, score_rows
+    from grpo_jax.learner.forward import make_forward_step, score_rows
     from grpo_jax.rollout import SamplingParams
 
     params = params | {"final_norm": {"scale": params["final_norm"]["scale"] * 12}}
     engine.load_weights(params, version=1)
     groups = engine.generate(prompts, SamplingParams(args.samples, 1.0, args.new), seed=99)
     batch = make_train_batch(groups, pad_id=0)
-    score = make_score_step(folder.config, mesh, temperature=1.0, chunk_tokens=1024)
+    score = make_forward_step(folder.config, mesh, temperature=1.0, chunk_tokens=1024)
     trainer = score_rows(score, params, batch, (4, batch.tokens.shape[1]), mesh)
     mask = np.asarray(batch.completion_mask) > 0
     trainer, sampler = trainer[mask], np.asarray(batch.sampler_logprobs)[mask]

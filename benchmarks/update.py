@@ -107,7 +107,8 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
     from grpo_jax.learner import make_optimizer
     from grpo_jax.learner.batching import add_loss_weights
-    from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
+    from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
+    from grpo_jax.learner.update import make_update_step
     from grpo_jax.model.hf import inspect_folder, load_params
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.model.transformer import bucket_length
@@ -118,17 +119,17 @@ def our_update(folder: Path, batch: Any, args: Any) -> tuple[Callable[[], tuple[
     algorithm = AlgorithmSection(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_clip=DUAL_CLIP, kl_coef=KL_COEF)
     optim = OptimSection(offload=False, **OPTIM)
     optimizer = make_optimizer(optim, model, mesh, num_updates=1)
-    head: dict[str, Any] = dict(temperature=1.0, chunk_tokens=args.chunk_tokens)
+    forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=args.chunk_tokens)
     loss = functools.partial(grpo_loss, algorithm=Algorithm.of(algorithm))
     with jax.set_mesh(mesh):
         params = load_params(inspect_folder(folder), model, mesh)
-        logprobs = score_rows(make_score_step(model, mesh, **head), params, batch, shape, mesh)
+        logprobs = score_rows(forward, params, batch, shape, mesh)
         noise = np.random.default_rng(1).normal(0, 0.2, (2, *logprobs.shape)).astype(np.float32)
         old, ref = np.where(batch.completion_mask > 0, logprobs + noise, np.float32(0))
         batch = batch.replace(old_logprobs=old, ref_logprobs=ref, sampler_logprobs=old)
         weighted = add_loss_weights(batch, "token-mean", 1.0)
         state = optimizer.init_state(params)
-        update = make_update_step(model, mesh, optimizer, loss, optim=optim, **head)
+        update = make_update_step(model, mesh, optimizer, forward, loss, optim=optim)
 
     def run() -> tuple[float, float]:
         nonlocal state

@@ -11,6 +11,7 @@ import jax
 
 from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.config.command_line import load_saved_config, make_parser, one_line_errors
+from grpo_jax.learner import optimizer_class
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
@@ -33,7 +34,8 @@ def export(checkpoint: Path, output: Path) -> int:
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     with jax.set_mesh(mesh):
         abstract = abstract_like(abstract_params(model)[0], param_shardings(model, mesh))
-        params, progress = load_for_export(step_folder, abstract)
+        has_masters = optimizer_class(config.optim).stored_model(model) != model
+        params, progress = load_for_export(step_folder, abstract, are_on_host=has_masters)
         save_folder(output, params, model, files_from=workdir.model_files, dtype=progress.hf_dtype)
     return progress.global_step
 

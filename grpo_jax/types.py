@@ -187,6 +187,16 @@ class TrainBatch:
 
 
 @flax.struct.dataclass
+class LossScale:
+    """Where the loss scaling of float16 stands (`learner/loss_scale.py`)."""
+
+    scale: jax.Array
+    """float32 scalar: what the loss is multiplied by before it is differentiated."""
+    good_updates: jax.Array
+    """int32 scalar: updates since the scale changed."""
+
+
+@flax.struct.dataclass
 class TrainState:
     """All that training changes. The frozen reference parameters travel beside it."""
 
@@ -194,3 +204,5 @@ class TrainState:
     """int32 scalar: updates applied, the skipped ones not counted."""
     params: Params
     opt_state: Any
+    loss_scale: LossScale | None = None
+    """None where the computation is not in float16."""

@@ -32,7 +32,7 @@ from grpo_jax.types import Metrics, TrainBatch
 
 MISMATCH_MEANS = ("training/rollout_probs_diff_mean", "training/token_mult_prob_error")
 MISMATCH_MAX = "training/rollout_probs_diff_max"
-SUMMED = ("actor/skipped_updates",)
+SUMMED = ("actor/skipped_updates", "actor/overflows")
 MAXIMA = (MISMATCH_MAX, "rollout_corr/is_weight_max")
 """How the metrics of several updates become those of a step: sums, maxima, and means for all others."""
 

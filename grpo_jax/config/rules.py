@@ -217,6 +217,10 @@ def _sizes(config: Config) -> Rules:
     is_coarse = config.optim.moments_dtype == "bfloat16" and config.optim.beta2 > 0.99
     rule = "needs optim.beta2 of 0.99 or less: a smaller change is lost in rounding the second moment"
     yield is_coarse, "optim.moments_dtype", rule
+    rule = "must be float32 with model.dtype=float16, whose 11 bits it would round away"
+    is_float16 = config.model.dtype == "float16"
+    for key in ("model.param_dtype", "optim.accumulator_dtype"):
+        yield is_float16 and config.get(key) != "float32", key, rule
 
 
 def _kl(config: Config) -> Rules:

@@ -51,6 +51,7 @@ def key(default: Any, meaning: str, *, choices: str = "", **facts: Any) -> Any:
 
 
 DTYPES = "float32 bfloat16"
+"""Of what is kept; computed is also in float16."""
 NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
 """Of functions: `algorithm.load_algorithm` checks them."""
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
@@ -58,7 +59,7 @@ REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `F
 ALL_LEFT = (-1, "all devices that are left")
 
 # What `only` says of several keys.
-RANDOM = "model.path=random"
+RANDOM, FLOAT16, FLOAT32 = "model.path=random", "model.dtype=float16", "model.dtype=float32"
 FILES, GENERATED = "arithmetic.num_train=0", "arithmetic.num_train>0"
 SFT = "sft.num_steps>0"
 CLIP, SAPO = "algorithm.policy_loss=clip", "algorithm.policy_loss=sapo"
@@ -76,7 +77,8 @@ IN_WORKERS = "reward.function=math or reward.extra_functions=math"
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     path: str = key("", "Hugging Face folder, or `random`: a model is made from the `random_model` section", rule="not empty")
-    dtype: str = key("bfloat16", "dtype of activations and matrix products", choices=DTYPES, resume=ARRAYS)
+    dtype: str = key("bfloat16", "dtype of activations and products, in trainer and engine", choices=f"{DTYPES} float16", resume=ARRAYS)
+    float32_products: str = key("full", "NVIDIA GPUs: in full, or with 10 bits (TF32), faster", choices="full tf32", only=FLOAT32)
     param_dtype: str = key("float32", "dtype of the policy parameters that the optimizer changes", choices=DTYPES, resume=ARRAYS)
     remat: str = key("dots", "what the backward pass computes again", choices="none dots attention full")
     scan_layers: bool = key(True, "True: one compiled layer, quick to compile; False: unrolled, which can run faster")
@@ -171,6 +173,8 @@ class OptimSection:
     max_grad_norm: float = key(1.0, "gradients are clipped to this global norm", above=0)
     accumulator_dtype: str = key("float32", "dtype of the gradients summed over micro-batches", choices=DTYPES)
     moments_dtype: str = key("float32", "dtype of Adam's moments", choices=DTYPES, resume=ARRAYS)
+    loss_scale: float = key(2.0**16, "what the loss is multiplied by at first", at_least=1, at_most=2**24, only=FLOAT16)
+    loss_scale_growth: int = key(100, "updates without overflow until it is doubled; 0: it stays", unit="updates", at_least=0, only=FLOAT16)
     offload: bool = key(True, "True: parameters and moments live in the host's memory, streamed in an update", resume=ARRAYS)
 
 

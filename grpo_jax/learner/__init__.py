@@ -27,7 +27,8 @@ def make_optimizer(
     section: OptimSection, model: ModelConfig, mesh: Mesh | AbstractMesh, num_updates: int
 ) -> Optimizer:
     """The configured optimizer. Args: num_updates: of the whole run, for the schedule of the learning rate."""
+    from grpo_jax.learner.loss_scale import make_loss_scaling
     from grpo_jax.learner.optimizer import make_adamw, make_schedule
 
-    schedule = make_schedule(section, num_updates)
-    return optimizer_class(section)(make_adamw(section, schedule), schedule, model, mesh)
+    schedule, scaling = make_schedule(section, num_updates), make_loss_scaling(section, model.dtype)
+    return optimizer_class(section)(make_adamw(section, schedule), schedule, model, mesh, scaling)

@@ -32,12 +32,14 @@ from grpo_jax.learner.batching import (
     make_sft_batch,
     split_minibatches,
 )
+from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.reference import Reference
-from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
+from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import num_batch_shards
+from grpo_jax.model.transformer import largest_activations
 from grpo_jax.types import Metrics, Params, ScoredBatch, Timer, TrainBatch, TrainState
 
 
@@ -60,26 +62,30 @@ class Learner:
         self.reference = Reference(config.algorithm, model, mesh)
         self._config, self._algorithm, self._timer = config, algorithm, timer
         self._shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
-        head: dict[str, Any] = dict(
-            temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
+        self._forward = make_forward_step(
+            model, mesh, temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
         )
-        self._score = make_score_step(model, mesh, **head)
         loss = functools.partial(grpo_loss, algorithm=algorithm)
-        self._update = make_update_step(model, mesh, self.optimizer, loss, optim=config.optim, **head)
+        self._update = make_update_step(model, mesh, self.optimizer, self._forward, loss, optim=config.optim)
 
     def init(self, params: Params) -> TrainState:
-        """A train state at step 0; the reference is a copy of its parameters. Takes `params` over."""
+        """A train state at step 0; the reference is a copy of its parameters. Args: as `Optimizer.init_state`."""
+        state = self.optimizer.init_state(params)
         if self._config.uses_reference:
-            self.reference.copy_from(params)
-        return self.optimizer.init_state(params)
+            self.reference.copy_from(self.params(state))
+        return state
 
     def params(self, state: TrainState) -> Params:
-        """The policy's parameters as the devices hold them: for engines, folders, the reference."""
+        """The policy's parameters as the devices hold them: for engines and the reference."""
         return state.params
+
+    def masters(self, state: TrainState) -> Params:
+        """The policy's parameters as the optimizer changes them, perhaps on the host: for folders."""
+        return self.optimizer.masters(state)
 
     def score(self, params: Params, batch: TrainBatch) -> np.ndarray:
         """Log-probabilities of a host batch, [B, T] float32, on the host and 0 outside the completions."""
-        return score_rows(self._score, params, batch, self._shape, self.mesh)
+        return score_rows(self._forward, params, batch, self._shape, self.mesh)
 
     def learn(
         self, state: TrainState, batch: TrainBatch, rollouts: ScoredBatch, step: int
@@ -205,10 +211,22 @@ class Learner:
         # Nothing outside this function holds these parameters: they must not stay in memory during the updates.
         is_old = field == "old_logprobs"
         params = self._update.to_compute_dtype(self.params(state)) if is_old else self.reference.on_device()
-        score = lambda micro: dataclasses.replace(micro, **{field: self._score(params, micro)})
+        score = lambda micro: dataclasses.replace(micro, **{field: self._forward.score(params, micro)})
         return [[score(micro) for micro in minibatch] for minibatch in placed]
 
     # ---- before the first step ----
+
+    def overflowing_layer(self, params: Params, batch: TrainBatch) -> int | None:
+        """The first layer, counted from 0, whose results are beyond the range of the dtype; None: all are within.
+
+        Args: batch: of the host; as many of its rows are looked at as a micro-batch has.
+        """
+        micro = to_micro_batches(batch, self._shape, self.mesh)[0][0]
+        look = jax.jit(largest_activations, static_argnames="config")
+        params = self._update.to_compute_dtype(params)
+        largest = look(params, self.model, micro.tokens, micro.positions, micro.segment_ids)
+        beyond = np.flatnonzero(~np.isfinite(jax.device_get(largest)))
+        return int(beyond[0]) if len(beyond) else None
 
     def compile(self) -> dict[str, int]:
         """Compiles all programs of a step from shapes alone: nothing is computed, no parameters are needed.
@@ -224,8 +242,8 @@ class Learner:
         [micro] = self._place(example)
         state = self.optimizer.abstract_state()
         params = self._update.compile_params(state.params)
-        if missing or self._config.algorithm.kl_in == "reward":
-            logprobs = self._score.compile(params, micro)
+        if missing:
+            (logprobs, _), _ = self._forward.compile(params, micro)[0]
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
         sizes = self._update.compile(self.optimizer, params, micro)
         # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.

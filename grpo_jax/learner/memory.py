@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.forward import token_scores
 from grpo_jax.learner.packing import micro_batch_shape
-from grpo_jax.learner.update import token_scores
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
@@ -89,17 +89,18 @@ def plan_memory(
     words = math.ceil(model.vocab_size / mesh.shape["tensor"])
     logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
-    copy = {COPY: cast}
+    once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
+    copy, kept = {COPY: cast}, kept_for_backward(model, rows, length)
     beside = {
         "update": copy
         | {
             "sums of gradients": parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize,
             "gradients of a micro-batch": parameters * computed,
-            "kept for the backward pass": kept_for_backward(model, rows, length),
+            "kept for the backward pass": kept,
         }
         | _largest(
             {
-                "a layer computed again": layer if model.remat != "none" else 0,
+                "a layer computed again": once,
                 "logits and the head's gradient": logits + logits // 2 + words * model.hidden_size * 4,
             }
         ),
@@ -109,8 +110,8 @@ def plan_memory(
         beside["score"] = (
             copy
             | {"reference, copied": host.get("reference", 0)}
-            | {"hidden states": 4 * rows * length * model.hidden_size * computed}
-            | _largest({"a layer": layer, "logits": logits})
+            | {"kept, as for a backward pass": kept}  # the one forward pass returns it
+            | _largest({"a layer": once, "logits": logits})
         )
     if push_bytes:
         beside["weight sync"] = {"buckets of a push": push_bytes}

@@ -17,7 +17,7 @@ import optax
 
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
-from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer, abstract_state, first_step
+from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer, read_leaf
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import abstract_like, replicated
 from grpo_jax.model.transformer import abstract_params, param_shardings
@@ -91,12 +91,13 @@ class HostOptimizer(Optimizer):
 
     def _init_leaf(self, param: jax.Array) -> LeafState:
         """The state of one parameter at step 0."""
-        master = None if param.dtype == self._model.param_dtype else param.astype(self._model.param_dtype)
-        return LeafState(master, self._adamw.init(param if master is None else master))
+        param = param.astype(self._model.param_dtype)
+        has_master = self.stored_model(self._model) != self._model
+        return LeafState(param if has_master else None, self._adamw.init(param))
 
     def _abstract_leaves(self) -> Any:
         """Shape and dtype of every leaf of the state."""
-        params = abstract_params(self.stored_model(self._model))[0]
+        params = abstract_params(self._model)[0]
         return jax.eval_shape(lambda params: jax.tree.map(self._init_leaf, params), params)
 
     def shardings(self) -> TrainState:
@@ -110,26 +111,39 @@ class HostOptimizer(Optimizer):
 
         params = param_shardings(self._model, self._mesh)
         moments = jax.tree.map(of_leaf, abstract_params(self._model)[0], self._abstract_leaves(), params)
-        return TrainState(step=replicated(self._mesh), params=params, opt_state=moments)  # type: ignore[arg-type]
+        return self._state_shardings(params, moments)
 
     def abstract_state(self) -> TrainState:
         """See `Optimizer`."""
         params = abstract_params(self.stored_model(self._model))[0]
-        return abstract_state(params, self._abstract_leaves(), self.shardings())
+        return self._abstract_state(params, self._abstract_leaves())
 
     def init_state(self, params: Params) -> TrainState:
-        """See `Optimizer`; made and put away a parameter at a time."""
+        """See `Optimizer`; read, made and put away a parameter at a time."""
+        dtype, shardings = self.stored_model(self._model).param_dtype, self.shardings()
 
-        def make(param: jax.Array, target: LeafState) -> LeafState:
+        def make(param: Any, sharding: Any, target: LeafState) -> tuple[jax.Array, LeafState]:
+            param = read_leaf(param)
             state = jax.jit(self._init_leaf, out_shardings=on_device(target))(param)
-            return jax.block_until_ready(jax.device_put(state, target))
+            state = jax.block_until_ready(jax.device_put(state, target))
+            return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(param), state
 
-        opt_state = jax.tree.map(make, params, self.shardings().opt_state)
-        return TrainState(step=first_step(self._mesh), params=params, opt_state=opt_state)
+        tree: Any = jax.tree.structure(params)
+        columns = (params, shardings.params, shardings.opt_state)
+        made = [make(*leaves) for leaves in zip(*map(tree.flatten_up_to, columns), strict=True)]
+        of = lambda part: tree.unflatten([both[part] for both in made])
+        return self._first_state(of(0), of(1))
+
+    def masters(self, state: TrainState) -> Params:
+        """See `Optimizer`."""
+        is_leaf = lambda x: isinstance(x, LeafState)
+        master = lambda leaf, param: param if leaf.master is None else leaf.master
+        return jax.tree.map(master, state.opt_state, state.params, is_leaf=is_leaf)
 
     def make_apply(self, check: GradientCheck) -> Apply:
         """See `Optimizer`. Waits for the device."""
-        return _StreamedApply(jax.jit(check), self._leaf_updates())
+        next_scale = jax.jit(self.loss_scaling.next) if self.loss_scaling else None
+        return _StreamedApply(jax.jit(check), self._leaf_updates(), next_scale)
 
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """See `Optimizer`: one small program a parameter."""
@@ -151,12 +165,12 @@ class _StreamedApply:
     are left.
     """
 
-    def __init__(self, check: Any, updates: Any):
-        """Args: check: jitted; updates: a `_LeafUpdate` for each parameter."""
-        self._check, self._updates = check, updates
+    def __init__(self, check: Any, updates: Any, next_scale: Any):
+        """Args: updates: a `_LeafUpdate` for each parameter; check, next_scale (or None): jitted."""
+        self._check, self._updates, self._next_scale = check, updates, next_scale
 
     def __call__(self, state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
-        scale, is_finite, metrics = self._check(total, state.step)
+        scale, is_finite, metrics = self._check(total, state.step, state.loss_scale)
         tree: Any = jax.tree.structure(state.params)
         leaves = (self._updates, state.params, state.opt_state, total[0])
         each = list(zip(*map(tree.flatten_up_to, leaves), strict=True))
@@ -167,11 +181,12 @@ class _StreamedApply:
             new[i] = update(param, leaf, grad, scale, is_finite)
             grad.delete()
         take = lambda part: tree.unflatten([new[i][part] for i in range(len(each))])
-        return TrainState(state.step + is_finite, take(0), take(1)), metrics
+        loss_scale = self._next_scale and self._next_scale(state.loss_scale, is_finite)
+        return TrainState(state.step + is_finite, take(0), take(1), loss_scale), metrics
 
     def compile(self, state: TrainState, total: Any) -> None:
         """Compiles every program for abstract arguments."""
-        (scale, is_finite, _), _ = compile_ahead(self._check, total, state.step)
+        (scale, is_finite, _), _ = compile_ahead(self._check, total, state.step, state.loss_scale)
         tree: Any = jax.tree.structure(state.params)
         leaves = (self._updates, state.params, state.opt_state, total[0])
         for update, *rest in zip(*map(tree.flatten_up_to, leaves), strict=True):

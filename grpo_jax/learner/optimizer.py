@@ -6,6 +6,7 @@ which.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,17 +18,18 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
+from grpo_jax.learner.loss_scale import LossScaling
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import abstract_like, replicated
 from grpo_jax.model.transformer import abstract_params, param_shardings
-from grpo_jax.types import Metrics, Params, TrainState
+from grpo_jax.types import LossScale, Metrics, Params, TrainState
 
 Schedule = Callable[[Any], Any]
 """Number of updates applied so far -> learning rate."""
 
-GradientCheck = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
-"""(sum of gradients and metrics, updates applied) -> (factor that clips the gradients' norm, whether loss and norm
-are finite, metrics)."""
+GradientCheck = Callable[[Any, jax.Array, Any], tuple[jax.Array, jax.Array, Metrics]]
+"""(sum of gradients and metrics, updates applied, `LossScale` or None) -> (factor that undoes the scale and clips
+the gradients' norm, whether loss and norm are finite, metrics)."""
 
 Apply = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """(train state, sum of gradients and metrics) -> (new train state, metrics). Takes both arguments over."""
@@ -45,9 +47,10 @@ class Optimizer(abc.ABC):
         schedule: Schedule,
         model: ModelConfig,
         mesh: Mesh | AbstractMesh,
+        loss_scaling: LossScaling | None = None,
     ):
-        """Args: adamw: with this schedule."""
-        self.schedule = schedule
+        """Args: adamw: with this schedule; loss_scaling: None: the loss is differentiated as it is."""
+        self.schedule, self.loss_scaling = schedule, loss_scaling
         self._adamw, self._model, self._mesh = adamw, model, mesh
 
     @staticmethod
@@ -80,7 +83,15 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def init_state(self, params: Params) -> TrainState:
-        """A train state at step 0. Takes `params` (of `stored_model`) over: the first update donates them."""
+        """A train state at step 0.
+
+        Args: params: arrays, which the first update may donate, or functions that read them (`hf.param_readers`),
+            so that no more are held at once than have to be. In `param_dtype`: what is rounded stays so.
+        """
+
+    @abc.abstractmethod
+    def masters(self, state: TrainState) -> Params:
+        """The parameters as the optimizer changes them, `ModelConfig.param_dtype`: on the devices or the host."""
 
     @abc.abstractmethod
     def make_apply(self, check: GradientCheck) -> Apply:
@@ -89,6 +100,31 @@ class Optimizer(abc.ABC):
     @abc.abstractmethod
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """Compiles `apply` for the abstract sum `total`. Returns bytes by phase, as `Learner.compile`."""
+
+    def _first_state(self, params: Params, opt_state: Any) -> TrainState:
+        step = jax.device_put(np.int32(0), replicated(self._mesh))
+        scale = None if self.loss_scaling is None else self.loss_scaling.init(self._mesh)
+        return TrainState(step, params, opt_state, scale)
+
+    def _state_shardings(self, params: Params, opt_state: Any) -> TrainState:
+        one: Any = replicated(self._mesh)
+        return TrainState(one, params, opt_state, None if self.loss_scaling is None else LossScale(one, one))
+
+    def _abstract_state(self, params: Params, opt_state: Any) -> TrainState:
+        """`jax.ShapeDtypeStruct`s with shardings, from shapes."""
+        step: Any = jax.ShapeDtypeStruct((), np.int32)
+        scale = None if self.loss_scaling is None else self.loss_scaling.abstract()
+        return abstract_like(TrainState(step, params, opt_state, scale), self.shardings())
+
+    def _with_next_scale(self, state: TrainState, is_finite: jax.Array) -> TrainState:
+        if self.loss_scaling is None or state.loss_scale is None:
+            return state
+        return dataclasses.replace(state, loss_scale=self.loss_scaling.next(state.loss_scale, is_finite))
+
+
+def read_leaf(param: Any) -> jax.Array:
+    """A parameter that is there, or the result of the function that reads it."""
+    return param() if callable(param) else param
 
 
 def make_schedule(section: OptimSection, num_updates: int) -> Schedule:
@@ -163,44 +199,38 @@ class DeviceOptimizer(Optimizer):
             params,
             transform_non_params=lambda _: replicated(self._mesh),
         )
-        return TrainState(step=replicated(self._mesh), params=params, opt_state=opt_state)  # type: ignore[arg-type]
+        return self._state_shardings(params, opt_state)
 
     def abstract_state(self) -> TrainState:
         """See `Optimizer`."""
         params = abstract_params(self._model)[0]
-        opt_state = jax.eval_shape(self._adamw.init, params)
-        return abstract_state(params, opt_state, self.shardings())
+        return self._abstract_state(params, jax.eval_shape(self._adamw.init, params))
 
     def init_state(self, params: Params) -> TrainState:
         """See `Optimizer`."""
+        params = jax.tree.map(read_leaf, params)
         opt_state = jax.jit(self._adamw.init, out_shardings=self.shardings().opt_state)(params)
-        return TrainState(step=first_step(self._mesh), params=params, opt_state=opt_state)
+        return self._first_state(params, opt_state)
+
+    def masters(self, state: TrainState) -> Params:
+        """See `Optimizer`."""
+        return state.params
 
     def make_apply(self, check: GradientCheck) -> Apply:
         """See `Optimizer`."""
 
         def apply(state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
             with jax.named_scope("optimizer"):
-                scale, is_finite, metrics = check(total, state.step)
+                scale, is_finite, metrics = check(total, state.step, state.loss_scale)
                 grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, total[0])
                 updates, opt_state = self._adamw.update(grads, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)
-                new = TrainState(state.step + 1, params, opt_state)
-                return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state), metrics
+                new = TrainState(state.step + 1, params, opt_state, state.loss_scale)
+                kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
+                return self._with_next_scale(kept, is_finite), metrics
 
         return jax.jit(apply, donate_argnums=0, out_shardings=(self.shardings(), replicated(self._mesh)))
 
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """See `Optimizer`."""
         return {"optimizer": compile_ahead(apply, self.abstract_state(), total)[1]}
-
-
-def abstract_state(params: Params, opt_state: Any, shardings: TrainState) -> TrainState:
-    """`jax.ShapeDtypeStruct`s with shardings, from shapes and shardings."""
-    step: Any = jax.ShapeDtypeStruct((), np.int32)
-    return abstract_like(TrainState(step=step, params=params, opt_state=opt_state), shardings)
-
-
-def first_step(mesh: Any) -> jax.Array:
-    """The number of updates applied, 0, on every device."""
-    return jax.device_put(np.int32(0), replicated(mesh))

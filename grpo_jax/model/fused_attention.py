@@ -105,11 +105,13 @@ def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind | N
     """Returns the kernel that `model.attention` stands for on a device: "cudnn", "splash" or "plain".
 
     Args:   device: None: the local devices.
-    Raises: ConfigError: the device has no such kernel, or the kernel cannot compute this model; says why.
+    Raises: ConfigError: the device has no such kernel or dtype, or the kernel cannot compute this model; says why.
     """
+    device = device or local_device_kind()
+    if device.platform == "tpu" and jnp.dtype(dtype) == jnp.float16:
+        raise ConfigError("model.dtype", "float16", "needs an NVIDIA GPU: TPUs multiply in bfloat16")
     if wanted == "plain":
         return wanted
-    device = device or local_device_kind()
     obstacles = {
         "cudnn": _why_not_cudnn(device, dtype, head_dim),
         "splash": _why_not_splash(device, head_dim),
@@ -127,7 +129,7 @@ def _why_not_cudnn(device: DeviceKind, dtype: Any, head_dim: int) -> str:
     if device.compute_capability < 9:
         return f"needs compute capability 9.0 (Hopper) or later, and this GPU has {device.compute_capability}"
     if jnp.dtype(dtype).itemsize != 2:
-        return "needs model.dtype=bfloat16"
+        return "needs model.dtype=bfloat16 or float16"
     return "" if head_dim % 8 == 0 and head_dim <= 256 else f"does not know heads of width {head_dim}"
 
 

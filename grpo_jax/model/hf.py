@@ -218,15 +218,20 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
 
 def load_params(folder: ModelFolder, config: ModelConfig, mesh: Mesh) -> Params:
     """Reads the weights into sharded arrays of `config.param_dtype`, one tensor at a time."""
+    return jax.tree.map(lambda read: read(), param_readers(folder, config, mesh))
+
+
+def param_readers(folder: ModelFolder, config: ModelConfig, mesh: Mesh) -> Params:
+    """A tree like the parameters, with a function in the place of each that reads it as `load_params` does."""
     shapes, shardings = abstract_params(config)[0], param_shardings(config, mesh)
-    params: dict[tuple[str, ...], jax.Array] = {}
+    readers: dict[tuple[str, ...], Any] = {}
     for spec in tensor_specs(config):
         leaf, sharding = spec.of(shapes), spec.of(shardings)
         if spec.is_stacked:
-            params[spec.path] = _read_stacked(folder, spec, leaf, sharding)
+            readers[spec.path] = functools.partial(_read_stacked, folder, spec, leaf, sharding)
         else:
-            params[spec.path] = _read_tensor(folder, spec.name, spec, leaf, sharding)
-    return unflatten_dict(params)
+            readers[spec.path] = functools.partial(_read_tensor, folder, spec.name, spec, leaf, sharding)
+    return unflatten_dict(readers)
 
 
 def _read_stacked(
@@ -313,8 +318,12 @@ def save_folder(
     )
     sources = {name: (spec, layer) for spec, name, layer, _ in each_tensor(config)}
     for file, names in plan.filename_to_tensors.items():
-        tensors = {name: _to_stored(params, *sources[name], DTYPES[dtype]) for name in names}
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
+        tensors: dict[str, np.ndarray] = {}
+        for spec in {sources[name][0]: None for name in names}:
+            leaf = _on_device(spec.of(params))
+            of_spec = [name for name in names if sources[name][0] == spec]
+            tensors |= {name: _to_stored(leaf, *sources[name], DTYPES[dtype]) for name in of_spec}
+        save_file({name: tensors[name] for name in names}, temporary / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -336,8 +345,13 @@ def stored_bytes(config: ModelConfig, dtype: Any) -> dict[str, int]:
     return {name: math.prod(shape) * itemsize for _, name, _, shape in each_tensor(config)}
 
 
-def _to_stored(params: Params, spec: TensorSpec, layer: int | None, dtype: Any) -> np.ndarray:
-    leaf = spec.of(params)
+def _on_device(leaf: Any) -> Any:
+    """A parameter whose layers can be taken out one by one: on the host, JAX could only copy all of it."""
+    is_on_host = isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host"
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if is_on_host else leaf
+
+
+def _to_stored(leaf: Any, spec: TensorSpec, layer: int | None, dtype: Any) -> np.ndarray:
     array = np.asarray(leaf if layer is None else leaf[layer])
     stored = stored_shape(spec, array.shape)
     array = array.reshape(stored[::-1]).T if spec.num_inputs else array.reshape(stored)

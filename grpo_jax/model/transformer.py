@@ -41,6 +41,10 @@ REMAT_POLICIES = {
 the results of matrix products; "full": nothing."""
 
 
+SEEN = "intermediates"
+"""Flax's collection of what `largest_activations` looks at."""
+
+
 def bucket_length(n: int) -> int:
     """Rounds the length of a row up to one of few, since every length is compiled separately.
 
@@ -85,6 +89,8 @@ class Block(nn.Module):
         x = constrain(x + h, "batch", None, None)
         h = RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="mlp_norm")(x)
         x = constrain(x + MLP(c, name="mlp")(h), "batch", None, None)
+        if self.is_mutable_collection(SEEN):
+            self.sow(SEEN, "largest", jnp.max(jnp.abs(x.astype(jnp.float32))))
         return (x, cache), None
 
 
@@ -119,7 +125,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES[c.remat])
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, SEEN: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
@@ -150,13 +156,28 @@ def forward(
     Args:    tokens, positions, segment_ids: [B, T] int32, as in `TrainBatch`.
     Returns: [B, T, D] in `config.dtype`; the states of padding are arbitrary, but finite.
     """
-    cos, sin = _rope_tables(config, positions)
-    if config.attention == "plain":
-        inputs = AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
-    else:
-        inputs = AttentionInputs(cos, sin, None, sequences=find_sequences(segment_ids))
+    inputs = _whole_rows(config, positions, segment_ids)
     hidden, _ = Transformer(config).apply({"params": params}, tokens, inputs, None)
     return hidden
+
+
+def _whole_rows(config: ModelConfig, positions: jax.Array, segment_ids: jax.Array) -> AttentionInputs:
+    cos, sin = _rope_tables(config, positions)
+    if config.attention == "plain":
+        return AttentionInputs(cos, sin, causal_segment_mask(segment_ids))
+    return AttentionInputs(cos, sin, None, sequences=find_sequences(segment_ids))
+
+
+def largest_activations(
+    params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """The largest absolute value among the results of each layer, [N] float32; not finite after an overflow.
+
+    Args: as `forward`.
+    """
+    inputs = _whole_rows(config, positions, segment_ids)
+    _, seen = Transformer(config).apply({"params": params}, tokens, inputs, None, mutable=[SEEN])
+    return seen[SEEN]["layers"]["largest"][0]
 
 
 def forward_cached(

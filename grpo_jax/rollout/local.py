@@ -301,10 +301,17 @@ def sample_token(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -
         token = _argmax(logits)
     else:
         logits = _truncate(logits / sampling.temperature, sampling)
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-        token = _argmax(logits + noise)  # Gumbel-max: a draw from the softmax
+        token = _argmax(logits + gumbel_noise(keys, logits.shape[1]))  # Gumbel-max: a draw from the softmax
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def gumbel_noise(keys: jax.Array, size: int) -> jax.Array:
+    """Gumbel noise, [B, size] float32, for [B] random keys.
+
+    With its whole tail: JAX's default ends at 16.6, and tokens of a probability below 1e-6 are drawn too rarely.
+    """
+    return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32, mode="high"))(keys)
 
 
 def _argmax(x: jax.Array) -> jax.Array:

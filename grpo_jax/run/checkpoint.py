@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import ConfigError
@@ -63,7 +64,7 @@ class Checkpointer:
         """
         if self.latest_step == progress.global_step:
             return
-        rest = {"step": state.step, "opt_state": state.opt_state}
+        rest = _rest(state)
         items = {
             "params": ocp.args.PyTreeSave(state.params),
             "optimizer": ocp.args.PyTreeSave(rest),
@@ -83,7 +84,7 @@ class Checkpointer:
         Args:   both `jax.ShapeDtypeStruct`s with shardings; without the second no reference is read.
         Raises: ConfigError: it holds other arrays, as of another model after checkpoint.resume=force.
         """
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        rest = _rest(abstract)
         items = {
             "params": _restore_like(abstract.params),
             "optimizer": _restore_like(rest),
@@ -111,9 +112,15 @@ class Checkpointer:
         self._manager.close()
 
 
-def _restore_like(abstract: Any) -> Any:
+def _rest(state: TrainState) -> dict[str, Any]:
+    """All of a train state but the parameters."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    return rest if state.loss_scale is None else rest | {"loss_scale": state.loss_scale}
+
+
+def _restore_like(abstract: Any, **options: Any) -> Any:
     return ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), **options
     )
 
 
@@ -131,13 +138,26 @@ def find_checkpoint(folder: Path) -> Path:
     return candidates / str(max(steps))
 
 
-def load_for_export(step_folder: Path, abstract_params: Params) -> tuple[Params, Progress]:
-    """Reads the parameters and the progress of one checkpoint, and nothing else of it."""
+def load_for_export(
+    step_folder: Path, abstract_params: Params, *, are_on_host: bool
+) -> tuple[Params, Progress]:
+    """Reads the parameters and the progress of one checkpoint, and nothing else of it.
+
+    Args: are_on_host: the parameters that the optimizer changes were on the host, among its state.
+    """
+    item, abstract, options = "params", abstract_params, {}
+    if are_on_host:
+        masters = jax.tree.map(lambda x: {"master": x}, abstract_params)
+        item, abstract, options = "optimizer", {"opt_state": masters}, {"partial_restore": True}
+    arguments = {item: _restore_like(abstract, **options), "progress": ocp.args.JsonRestore()}
     with ocp.CheckpointManager(
         step_folder.parent.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
     ) as manager:
         restored = manager.restore(
             int(step_folder.name),
-            args=ocp.args.Composite(params=_restore_like(abstract_params), progress=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(**arguments),
         )
-    return restored.params, Progress(**restored.progress)
+    params = restored[item]
+    if are_on_host:
+        params = jax.tree.map(lambda _, leaf: leaf["master"], abstract_params, params["opt_state"])
+    return params, Progress(**restored.progress)

@@ -16,12 +16,13 @@ from typing import Any
 import jax
 
 from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.learner import optimizer_class
+from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
 from grpo_jax.model.cards import find_card
-from grpo_jax.model.hf import copy_side_files, load_params, save_folder
+from grpo_jax.model.hf import copy_side_files, load_params, param_readers, save_folder
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
@@ -45,6 +46,9 @@ from grpo_jax.run.writer import MetricsWriter
 from grpo_jax.types import Metrics, StepResult, TrainState
 
 logger = logging.getLogger(__name__)
+
+NUM_RANGE_PROMPTS = 64
+"""Looked at to see whether float16 has the range for a model."""
 
 
 @contextlib.contextmanager
@@ -178,6 +182,8 @@ class Run:
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
         self._budget.check_compiled(self.learner.compile())
+        if is_new and self.config.model.dtype == "float16":
+            self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
@@ -190,15 +196,29 @@ class Run:
         self._watch = RunWatch(self.config.trainer, self._reward)
         return state
 
+    def _check_range(self, state: TrainState) -> None:
+        """Raises: ConfigError: the model does not fit the range of float16."""
+        prompts = [prompt.token_ids for prompt in self._inputs.train_prompts[:NUM_RANGE_PROMPTS]]
+        rows = [(ids[:-1], ids[-1:]) for ids in prompts if len(ids) > 1]
+        layer = rows and self.learner.overflowing_layer(
+            self.learner.params(state), make_sft_batch(rows, pad_id=self.pad_id)
+        )
+        if layer is not None and rows:
+            rule = (
+                f"the results of layer {layer} (of {self.folder.config.num_layers}, from 0) overflow: beyond "
+            )
+            raise ConfigError("model.dtype", "float16", f"{rule}65,504 on its own prompts; take bfloat16")
+
     def _new_state(self) -> TrainState:
         self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
         copy_side_files(self.folder.path, self._workdir.model_files)
-        return self.learner.init(self._load_params())
+        return self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
 
     def _restored_state(self) -> TrainState:
         reference, optimizer = self.learner.reference, self.learner.optimizer
         if self.config.uses_reference and not reference.is_refreshed:
-            reference.copy_from(self._load_params())
+            model = self.learner.optimizer.stored_model(self.folder.config)
+            reference.copy_from(load_params(self.folder, model, self._mesh))
         state, progress, saved_reference = self.checkpointer.restore(
             optimizer.abstract_state(), reference.abstract() if reference.is_refreshed else None
         )
@@ -208,9 +228,6 @@ class Run:
         position = Position(progress.prompt_iterator, progress.num_rollout_batches, progress.surplus)
         self.rollouts.restore(position)
         return state
-
-    def _load_params(self) -> Any:
-        return load_params(self.folder, self.learner.optimizer.stored_model(self.folder.config), self._mesh)
 
     # ---- steps ----
 
@@ -310,7 +327,7 @@ class Run:
                 is_epoch = done % per_epoch == 0
                 save_folder(
                     self._workdir.epoch_model(done // per_epoch) if is_epoch else self._workdir.final_model,
-                    self.learner.params(state),
+                    self.learner.masters(state),
                     self.folder.config,
                     files_from=self._workdir.model_files,
                     dtype=self.folder.dtype,

@@ -16,9 +16,10 @@ from grpo_jax.algorithm.loss import nll_loss
 from grpo_jax.config import Config, OptimSection
 from grpo_jax.learner import make_optimizer
 from grpo_jax.learner.batching import add_loss_weights, make_sft_batch
+from grpo_jax.learner.forward import make_forward_step, to_micro_batches
 from grpo_jax.learner.packing import micro_batch_shape
-from grpo_jax.learner.update import make_update_step, to_micro_batches
-from grpo_jax.model.hf import ModelFolder, load_params, save_folder
+from grpo_jax.learner.update import make_update_step
+from grpo_jax.model.hf import ModelFolder, param_readers, save_folder
 from grpo_jax.model.sharding import num_batch_shards
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,10 @@ def warm_start(
     logger.info("warm start: %d updates of %d examples", section.num_steps, section.batch_size)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optim, model, mesh, section.num_steps)
-        state = optimizer.init_state(load_params(folder, optimizer.stored_model(model), mesh))
+        state = optimizer.init_state(param_readers(folder, model, mesh))
         chunk_tokens = config.actor.logits_chunk_tokens
-        update = make_update_step(
-            model, mesh, optimizer, nll_loss, optim=optim, temperature=1.0, chunk_tokens=chunk_tokens
-        )
+        forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=chunk_tokens)
+        update = make_update_step(model, mesh, optimizer, forward, nll_loss, optim=optim)
         steps = range(1, section.num_steps + 1)
         for step in tqdm(steps, desc="warm start", unit="update", disable=None, leave=False):
             batch = make_sft_batch(next(batches), pad_id=tokenizer.pad_token_id or 0)
@@ -63,7 +63,7 @@ def warm_start(
         loss = float(metrics["actor/loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the warm start's loss is {loss}; lower sft.learning_rate")
-        save_folder(target, state.params, model, files_from=folder.path, dtype=folder.dtype)
+        save_folder(target, optimizer.masters(state), model, files_from=folder.path, dtype=folder.dtype)
     logger.info("warm-started model: %s", target)
     return loss
 

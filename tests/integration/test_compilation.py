@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax.rollout.local import LocalEngine
 
-STEPS = ("score", "zeros", "accumulate", "apply")
+STEPS = ("forward_pass", "zeros", "backward", "apply")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_an_offloaded_state_has_its_programs_compiled_before_too(tmp_path, whole
     changes = {"optim.offload": True, "model.dtype": "bfloat16", "trainer.num_steps": 2}
     helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)
     before = helpers.read_lines(tmp_path / "run")[0]["time"]
-    names = ("score", "zeros", "accumulate", "check", "_changed")
+    names = ("forward_pass", "zeros", "backward", "check", "_changed")
     of_steps = [(name, when) for name, when in compiled if name in names]
     assert {name for name, _ in of_steps} == set(names)
     assert max(when for _, when in of_steps) < before

@@ -22,11 +22,12 @@ from grpo_jax.algorithm.loss import grpo_loss
 from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import add_loss_weights, make_train_batch
+from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import LeafState
 from grpo_jax.learner.optimizer import make_adamw, make_schedule
 from grpo_jax.learner.packing import plan_rows
 from grpo_jax.learner.reference import Reference
-from grpo_jax.learner.update import make_score_step, make_update_step, score_rows, to_micro_batches
+from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.hf import inspect_folder, load_params, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.types import Completion, Prompt, RolloutGroup
@@ -112,10 +113,9 @@ def _update_step(config, sizes, algorithm, chunk_tokens, optim):
         config,
         mesh_of(*sizes),
         optimizer_for(config, sizes, optim),
+        make_forward_step(config, mesh_of(*sizes), temperature=TEMPERATURE, chunk_tokens=chunk_tokens),
         functools.partial(grpo_loss, algorithm=Algorithm.of(algorithm)),
         optim=optim,
-        temperature=TEMPERATURE,
-        chunk_tokens=chunk_tokens,
     )
 
 
@@ -376,7 +376,10 @@ def test_the_logits_of_all_tokens_never_exist(model, batch):
         with jax.set_mesh(mesh):
             step = update_step(folder.config, ONE, ALGORITHM, chunk_tokens)
             params, part = place(model).params, micro(batch)[0]
-            text = step.accumulate.lower(params, step.zeros(params, part), part).as_text()
+            scores, kept = step.forward(params, part)
+            tokens = (part.tokens, part.positions, part.segment_ids)
+            text = step.forward.step.lower(params, *tokens).as_text()
+            text += step.backward.lower(params, kept, scores, step.zeros(params, part), part, None).as_text()
         shapes = [
             [int(n) for n in dims.split("x")[:-1]] for dims in re.findall(r"tensor<([\dx]+x)f32>", text)
         ]
@@ -395,7 +398,7 @@ def test_scores_equal_transformers(model, batch, sizes, length):
     folder, mesh = model[1], mesh_of(*sizes)
     rows = 2 * sizes[0] * sizes[1]
     with jax.set_mesh(mesh):
-        score = make_score_step(folder.config, mesh, temperature=TEMPERATURE, chunk_tokens=8)
+        score = make_forward_step(folder.config, mesh, temperature=TEMPERATURE, chunk_tokens=8)
         got = score_rows(score, load_params(folder, folder.config, mesh), batch, (rows, length), mesh)
     expected = torch_logprobs(model[0], batch)[0].detach().numpy() * batch.completion_mask
     assert got.dtype == np.float32 and got.shape == (6, T)
@@ -729,7 +732,7 @@ def test_the_streamed_update_begins_with_the_smallest_parameter_and_gives_gradie
         state = optimizer.init_state(load_params(model[1], optimizer.stored_model(config), mesh))
         sizes = sorted(x.size for x in jax.tree.leaves(state.params))
         grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), state.params)
-        apply = optimizer.make_apply(lambda total, step: (jnp.float32(1), jnp.bool_(True), {}))
+        apply = optimizer.make_apply(lambda total, step, scale: (jnp.float32(1), jnp.bool_(True), {}))
 
         def noted(x, *args):
             if isinstance(x, LeafState) and x.inner[0].mu.sharding.memory_kind == "pinned_host":

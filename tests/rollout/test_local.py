@@ -14,7 +14,7 @@ from tiny_models import save_tiny_model
 
 from grpo_jax.config import MeshSection
 from grpo_jax.learner.batching import make_train_batch
-from grpo_jax.learner.update import make_score_step, score_rows
+from grpo_jax.learner.forward import make_forward_step, score_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
@@ -409,7 +409,7 @@ def test_log_probabilities_equal_the_trainers(models, sample, sizes):
     assert len({len(completion.token_ids) for group in groups for completion in group.completions}) > 2
     batch = make_train_batch(groups, pad_id=0)
     with jax.set_mesh(mesh):
-        score = make_score_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
+        score = make_forward_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
         logprobs = score_rows(score, model.params(*sizes), batch, (4, batch.tokens.shape[1]), mesh)
     assert np.count_nonzero(logprobs) == batch.completion_mask.sum() > 50
     np.testing.assert_allclose(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from weight_sync_helpers import VOCAB, Model, mesh_of
 
-from grpo_jax.learner.update import make_score_step, score_rows
+from grpo_jax.learner.forward import make_forward_step, score_rows
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.local import LocalEngine
 from grpo_jax.run.probe import PROBE_PROMPTS, PROBE_TOKENS, make_probe
@@ -44,7 +44,7 @@ def engine(model, mesh):
 
 @pytest.fixture(scope="module")
 def score(model, mesh):
-    step = make_score_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
+    step = make_forward_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
     return functools.partial(score_rows, step, shape=(4, 48), mesh=mesh)
 
 

@@ -14,7 +14,7 @@ import pytest
 import vllm_helpers as helpers
 
 from grpo_jax.learner.batching import make_train_batch
-from grpo_jax.learner.update import make_score_step, score_rows
+from grpo_jax.learner.forward import make_forward_step, score_rows
 from grpo_jax.rollout import EngineError, SamplingParams
 from grpo_jax.weight_sync import WeightSyncError
 
@@ -152,7 +152,7 @@ def test_trainer_and_sampler_agree(made, engine):
     sampling = SamplingParams(num_samples=2, temperature=0.8, max_tokens=20)
     groups = engine.generate(helpers.prompts([5, 40, 12]), sampling, seed=2)
     batch = make_train_batch(groups, pad_id=0)
-    score = make_score_step(made.inspected.config, made.mesh, temperature=0.8, chunk_tokens=1024)
+    score = make_forward_step(made.inspected.config, made.mesh, temperature=0.8, chunk_tokens=1024)
     ours = score_rows(score, made.params, batch, (4, 128), made.mesh)
     mask = np.asarray(batch.completion_mask) > 0
     assert np.abs(ours - np.asarray(batch.sampler_logprobs))[mask].max() < helpers.TOLERANCE
@@ -311,7 +311,7 @@ def probe(made):
     """A probe with prompts that are longer than a block of the cache."""
     from grpo_jax.run.probe import Probe
 
-    score = make_score_step(made.inspected.config, made.mesh, temperature=1.0, chunk_tokens=1024)
+    score = make_forward_step(made.inspected.config, made.mesh, temperature=1.0, chunk_tokens=1024)
     score = functools.partial(score_rows, score, shape=(4, 320), mesh=made.mesh)
     long = helpers.prompts([LONG, 260], seed=6)
     return Probe(long, SamplingParams(1, 1.0, 8), score, threshold=helpers.TOLERANCE, pad_id=0)
