@@ -75,7 +75,7 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.rollout import check_engine, memory_rows
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
-    from grpo_jax.run.summary import batch_table, table_lines
+    from grpo_jax.run.summary import batch_table, doubts, table_lines
     from grpo_jax.run.workdir import Workdir
 
     workdir = Workdir(path)
@@ -92,7 +92,7 @@ def check_config(config: Config, path: Path) -> None:
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
-    print(*table_lines(rows), sep="\n")
+    print(*table_lines(rows), *doubts(config, config.num_steps(steps)), sep="\n")
 
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:

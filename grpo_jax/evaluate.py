@@ -36,6 +36,11 @@ def main() -> None:
     parser.add_argument(
         "--max_prompt_length", type=int, default=2048, help="tokens; longer prompts are left out"
     )
+    parser.add_argument(
+        "--allow_beyond_max_position",
+        action="store_true",
+        help="prompt and response may exceed config.json's max_position_embeddings",
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="local: completions decoded at once")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.5, help="vllm: share of a GPU")
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="vllm: GPUs of the engine")
@@ -101,7 +106,7 @@ def _run(args: Any) -> None:
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, shares_parameters
     from grpo_jax.run.devices import open_devices
-    from grpo_jax.run.inputs import load_model_tokenizer
+    from grpo_jax.run.inputs import check_positions, load_model_tokenizer
     from grpo_jax.run.workdir import start_logging
 
     config = make_config(args)
@@ -111,6 +116,9 @@ def _run(args: Any) -> None:
     folder = inspect_folder(args.model, config.model)
     tokenizer = load_model_tokenizer(folder)
     prompts = _read_prompts(args, tokenizer)
+    if not args.allow_beyond_max_position:
+        lengths = ("longest prompt", _longest(prompts)), ("--max_response_length", args.max_response_length)
+        check_positions(folder.max_position, *lengths, allow="--allow_beyond_max_position")
     with make_reward(config.reward, max_response_length=args.max_response_length) as reward:
         mesh = open_devices(config, folder.config, engine=config.rollout)
         _report(args, _evaluate(args, config, folder, tokenizer, prompts, reward, mesh))
@@ -130,6 +138,10 @@ def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:
     return prompts[: args.num or None]
 
 
+def _longest(prompts: list[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)
+
+
 def _evaluate(
     args: Any, config: Config, folder: Any, tokenizer: Any, prompts: list[Prompt], reward: Any, mesh: Any
 ) -> Evaluation:
@@ -137,13 +149,12 @@ def _evaluate(
     from grpo_jax.rollout import EngineError, SamplingParams, make_engine
     from grpo_jax.rollout.evaluation import evaluate
 
-    longest = max(len(prompt.token_ids) for prompt in prompts)
     engine = make_engine(
         config.rollout,
         folder=folder,
         mesh=mesh,
         tokenizer=tokenizer,
-        max_model_len=longest + args.max_response_length,
+        max_model_len=_longest(prompts) + args.max_response_length,
     )
     with contextlib.closing(engine):
         try:

@@ -25,7 +25,7 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         mesh = open_devices(config, inputs.model_config, engine=None)
-        workdir.open(config)
+        workdir.open(config, inputs.beginning)
         try:
             make_model(config, inputs, workdir, mesh)
         except FloatingPointError as error:

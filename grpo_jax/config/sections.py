@@ -82,6 +82,7 @@ class ModelSection:
     param_dtype: str = key("float32", "dtype of the policy parameters that the optimizer changes", choices=DTYPES, resume=ARRAYS)
     remat: str = key("dots", "what the backward pass computes again", choices="none dots attention full")
     scan_layers: bool = key(True, "True: one compiled layer, quick to compile; False: unrolled, which can run faster")
+    allow_beyond_max_position: bool = key(False, "True: sequences may exceed `max_position_embeddings`, as RoPE can extrapolate", resume=FREE)
     attention: str = key("auto", "the trainer's attention kernel; `auto`: what the devices have", choices="auto cudnn splash plain")
 
 

@@ -5,7 +5,11 @@ restored from its state goes on exactly where the saved one stood.
 """
 
 import dataclasses
+import datetime
+import hashlib
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +20,8 @@ from grpo_jax.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TODAY = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
+"""In a chat template: today's date, in the form between the quotation marks."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them holds the vocabulary
 
 
@@ -60,6 +66,7 @@ def encode_prompts(
     max_prompt_length: int,
     overlong: str,
     key: str,
+    date: datetime.datetime | None = None,
 ) -> tuple[list[Prompt], PromptCounts]:
     """Encodes rows: chat messages through the chat template, generation prompt included; strings as they are.
 
@@ -68,6 +75,7 @@ def encode_prompts(
         max_prompt_length: tokens, the chat template included.
         overlong: "filter" drops longer prompts, "truncate" cuts their left end.
         key: the configuration key that named the rows, for messages.
+        date: what a chat template takes for today's; None: the day it is.
 
     Returns:
         The prompts, in the order of the rows, and how many were too long.
@@ -76,7 +84,7 @@ def encode_prompts(
         ConfigError: messages without a chat template, a prompt of no tokens, or no prompt left.
     """
     prompts, num_overlong = [], 0
-    for row, (text, ids) in zip(rows, _encode_rows(rows, tokenizer, key), strict=True):
+    for row, (text, ids) in zip(rows, _encode_rows(rows, tokenizer, key, date), strict=True):
         if len(ids) > max_prompt_length:
             num_overlong += 1
             if overlong == "filter":
@@ -113,8 +121,9 @@ def sft_examples(
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int,
     max_response_length: int,
+    date: datetime.datetime | None = None,
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Encodes worked examples: prompts as in `encode_prompts`, `extra_info.answer` and EOS as responses.
+    """Encodes worked examples: prompts and `date` as in `encode_prompts`, responses `extra_info.answer` and EOS.
 
     Returns:
         Pairs (prompt ids, response ids), and how many examples were dropped because one part was too long.
@@ -134,7 +143,9 @@ def sft_examples(
     responses = tokenizer(answers, add_special_tokens=False)["input_ids"]
     pairs = [
         (prompt_ids, [*response_ids, eos_id])
-        for (_, prompt_ids), response_ids in zip(_encode_rows(rows, tokenizer, key), responses, strict=True)
+        for (_, prompt_ids), response_ids in zip(
+            _encode_rows(rows, tokenizer, key, date), responses, strict=True
+        )
     ]
     kept = [
         (prompt, response)
@@ -150,8 +161,19 @@ def sft_examples(
     return kept, len(pairs) - len(kept)
 
 
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of token ids and ground truths: equal for the same prompts in the same order."""
+    hashed = hashlib.sha256()
+    for prompt in prompts:
+        hashed.update(json.dumps([prompt.token_ids, prompt.ground_truth]).encode())
+    return hashed.hexdigest()
+
+
 def _encode_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", key: str
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    key: str,
+    date: datetime.datetime | None,
 ) -> list[tuple[str, list[int]]]:
     """Returns (text, token ids) of each row's prompt.
 
@@ -164,7 +186,7 @@ def _encode_rows(
     for indices, is_chat in ((chats, True), (plain, False)):
         if not indices:
             continue
-        texts = [_render(rows[i], tokenizer, key) if is_chat else rows[i]["prompt"] for i in indices]
+        texts = [_render(rows[i], tokenizer, key, date) if is_chat else rows[i]["prompt"] for i in indices]
         # A rendered template holds its special tokens already.
         ids = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         for i, text, text_ids in zip(indices, texts, ids, strict=True):
@@ -174,17 +196,36 @@ def _encode_rows(
     return encoded
 
 
-def _render(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", key: str) -> str:
+def _render(
+    row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", key: str, date: datetime.datetime | None
+) -> str:
     if tokenizer.chat_template is None:
         rule = f"its tokenizer has no chat template, and prompt {row['prompt_id']} is a list of chat messages"
         raise ConfigError("model.path", tokenizer.name_or_path, rule)
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            row["prompt"],
+            chat_template=_template(tokenizer, date),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
     except jinja2.TemplateError as error:  # templates refuse, say, a system message or a second user turn
         raise ConfigError(key, row["prompt_id"], f"the chat template refuses its messages: {error}") from None
     return str(text)
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", date: datetime.datetime | None) -> str:
+    """The chat template, which takes `date` for today's; None: the day it is.
+
+    transformers lets nobody choose what `strftime_now` returns, and hands no function to a template. So the date
+    takes the place of the call.
+    """
+    template = tokenizer.get_chat_template()
+    if date is None:
+        return template
+    return TODAY.sub(lambda call: json.dumps(date.strftime(call[1][1:-1]), ensure_ascii=False), template)
 
 
 class PromptIterator:

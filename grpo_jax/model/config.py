@@ -14,6 +14,9 @@ from grpo_jax.config import ConfigError, ModelSection, RandomModelSection
 KEY = "model.path"
 """The key that errors about a model's folder name."""
 
+RANDOM_MAX_POSITION = 4096
+"""Tokens, `max_position_embeddings` of a random model."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": dict(qkv_bias=True, qk_norm=False),
     "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True),
@@ -129,7 +132,7 @@ def hf_config(config: ModelConfig, eos_token_id: int, pad_token_id: int) -> dict
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": RANDOM_MAX_POSITION,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,

@@ -6,13 +6,14 @@ another, and the host never holds more than one tensor. `save_folder` writes suc
 """
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import logging
 import math
 import operator
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 MAX_SHARD_BYTES = 5 * 10**9
+SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "licen[cs]e*", "notice*",
+    "readme*", "use_policy*",
+)  # fmt: skip
+"""What is copied beside a model's weights, in small letters: configuration, tokenizer, chat template, licence."""
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,8 @@ class ModelFolder:
     dtype: str
     """Of the stored tensors: "F32", "BF16" or "F16". Models saved from this one have it too."""
     eos_token_ids: tuple[int, ...]
+    max_position: int | None = None
+    """The longest sequence that the model was made for, tokens; None: its config.json does not say."""
 
     def with_config(self, **changes: Any) -> "ModelFolder":
         """Returns the same folder with other values of some fields of its `ModelConfig`."""
@@ -134,7 +144,9 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     _check_tensors(config, tensors, folder)
     dtypes = {stored.dtype for stored in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    return ModelFolder(folder, config, tensors, dtype, _eos_token_ids(folder, hf))
+    return ModelFolder(
+        folder, config, tensors, dtype, _eos_token_ids(folder, hf), max_position=_max_position(config, hf)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -211,6 +223,14 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _max_position(config: ModelConfig, hf: dict[str, Any]) -> int | None:
+    """`max_position_embeddings`. Linear scaling multiplies it: some folders have it from before the scaling."""
+    length, scaling = hf.get("max_position_embeddings"), config.rope_scaling
+    if not length:
+        return None
+    return int(length * (scaling.factor if scaling is not None and scaling.kind == "linear" else 1))
 
 
 # ---- loading ----
@@ -332,11 +352,23 @@ def save_folder(
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies everything but the weights: config, tokenizer, chat template, licence."""
-    for file in sorted(source.iterdir()):
-        is_weights = file.suffix in (".safetensors", ".bin", ".pth", ".gguf") or ".index.json" in file.name
-        if file.is_file() and not is_weights and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
+    """Copies the files of `SIDE_FILES` and `NAMED_TEMPLATES`: no trainer's states, no other weights."""
+    for file in [*source.iterdir(), *source.glob(NAMED_TEMPLATES)]:
+        is_named = file.parent != source or any(fnmatch.fnmatchcase(file.name.lower(), p) for p in SIDE_FILES)
+        if is_named and file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def write_eos_token_ids(folder: Path, eos_token_ids: Iterable[int]) -> None:
+    """Lets generation_config.json name these ids: wherever the model goes, completions end at any of them."""
+    ids = list(dict.fromkeys(eos_token_ids))
+    if set(ids) == set(_eos_token_ids(folder, read_json(folder / "config.json"))):
+        return
+    file = folder / "generation_config.json"
+    content = read_json(file) if file.exists() else {}
+    file.write_text(json.dumps(content | {"eos_token_id": ids}, indent=2) + "\n")
 
 
 def stored_bytes(config: ModelConfig, dtype: Any) -> dict[str, int]:

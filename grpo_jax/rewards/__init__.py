@@ -13,6 +13,14 @@ from grpo_jax.config import ConfigError, RewardSection, nearest, split_file_name
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
 
+
+class UnreadableError(Exception):
+    """A reward function of ours gave up on an answer, for which the completion is to blame and not the run.
+
+    It scores 0 and is counted among the errors, whatever `reward.on_error` says.
+    """
+
+
 NAMES = ("gsm8k", "gsm8k_flexible", "gsm8k_format", "think_format", "math")
 
 

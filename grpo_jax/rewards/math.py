@@ -2,8 +2,9 @@ r"""Mathematical answers, compared by math-verify: 1 where the answer equals the
 
 `\boxed{...}`, LaTeX between dollars and plain numbers are found, "1/2" equals "0.5". Runs in the worker
 processes: importing sympy takes a second, and a comparison may take for ever. math-verify stops itself by
-SIGALRM after the times below (an answer as good as wrong: 10^10^10 is no fault of the run); what a signal
-cannot interrupt, the pool kills.
+SIGALRM after the times below; what a signal cannot interrupt, the pool kills. An answer that cannot be read in
+time scores 0 and is counted as an error, but does not end the run: no run is to be at the mercy of what a model
+writes. One that cannot be compared in time is as good as wrong.
 """
 
 import functools
@@ -11,6 +12,9 @@ import logging
 from typing import Any
 
 from math_verify import parse, verify
+from math_verify.errors import TimeoutException
+
+from grpo_jax.rewards import UnreadableError
 
 # Whole seconds, as SIGALRM counts. Together below reward.timeout_s as shipped (10 s), which is for the pool.
 PARSE_TIMEOUT_S = 2
@@ -26,13 +30,17 @@ def compute_score(
 
     Raises:
         ValueError: math-verify cannot read the ground truth.
+        UnreadableError: nor the answer, in the time that it has.
     """
     return float(_is_equal(_parse_truth(ground_truth), _parse(solution_str)))
 
 
 def explain(solution_str: str, ground_truth: str) -> str:
     """Says in a few words why the answer did or did not count."""
-    answer = _parse(solution_str)
+    try:
+        answer = _parse(solution_str)
+    except UnreadableError as error:
+        return f"it {error}"
     if not answer:
         return "no answer that math-verify can read"
     verdict = "equals" if _is_equal(_parse_truth(ground_truth), answer) else "does not equal"
@@ -40,7 +48,13 @@ def explain(solution_str: str, ground_truth: str) -> str:
 
 
 def _parse(text: str) -> list[Any]:
-    return parse(text, parsing_timeout=PARSE_TIMEOUT_S)
+    """What math-verify finds, or nothing. Raises: UnreadableError: it takes too long."""
+    try:
+        return parse(text, parsing_timeout=PARSE_TIMEOUT_S, raise_on_error=True)
+    except TimeoutException:
+        raise UnreadableError(f"could not be read within {PARSE_TIMEOUT_S} s") from None
+    except Exception:  # what math-verify itself takes for an answer that is none
+        return []
 
 
 def _is_equal(truth: list[Any], answer: list[Any]) -> bool:
@@ -50,7 +64,10 @@ def _is_equal(truth: list[Any], answer: list[Any]) -> bool:
 @functools.lru_cache(maxsize=64)  # the completions of a group share it
 def _parse_truth(ground_truth: str) -> list[Any]:
     # Data sets hold the bare expression, in which LaTeX would not be looked for.
-    truth = _parse(ground_truth if r"\boxed" in ground_truth else rf"\boxed{{{ground_truth}}}")
+    try:
+        truth = _parse(ground_truth if r"\boxed" in ground_truth else rf"\boxed{{{ground_truth}}}")
+    except UnreadableError:
+        truth = []
     if not truth:
         raise ValueError(f"math-verify cannot read the ground truth {ground_truth!r}")
     return truth

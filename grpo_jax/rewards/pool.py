@@ -81,8 +81,10 @@ class WorkerPool:
             self.close()
             raise
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, bool, Any]]:
-        """Yields (number of the job, whether it went well, its value or what happened), as they finish.
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str, Any]]:
+        """Yields (number of the job, status, its value or what happened), as they finish.
+
+        The status is "ok", "error", "dead" or "unreadable".
 
         Raises:
             RewardError: a replacement could not load the module any more.
@@ -108,7 +110,7 @@ class WorkerPool:
             worker.kill()
         self._workers = []
 
-    def _wait(self) -> list[tuple[int, bool, Any]]:
+    def _wait(self) -> list[tuple[int, str, Any]]:
         """Waits until a busy worker answers, dies or is late; returns the jobs that finished so."""
         busy = [worker for worker in self._workers if worker.is_busy]
         timeout = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
@@ -123,7 +125,7 @@ class WorkerPool:
                 continue
             job, worker.job = worker.job, None
             if job is not None:
-                finished.append((job, status == "ok", value))
+                finished.append((job, status, value))
             elif status == "ok":
                 worker.is_ready = True
             else:
@@ -178,13 +180,13 @@ class PoolReward(Reward):
         jobs = [(self._function, arguments(prompt, completion)) for prompt, _, completion in sources]
         rewards = np.zeros(len(jobs), np.float32)
         errors: dict[int, str] = {}
-        for number, is_ok, value in self._pool.run(jobs):
-            if is_ok:
+        for number, status, value in self._pool.run(jobs):
+            if status == "ok":
                 rewards[number] = value
                 continue
             prompt, index, _ = sources[number]
             line = f"prompt {prompt.prompt_id}, completion {index}: {self._name} {value}"
-            if self._on_error == "stop":
+            if self._on_error == "stop" and status != "unreadable":
                 raise RewardError(line)
             errors[number] = line
         return RewardResult.of_one(

@@ -2,7 +2,8 @@
 
 `pool.py` starts it and talks to it over the socket FD. It loads MODULE (a dotted name, or the path of a .py
 file) and says ("ok", None); then each ("name of a function", its keyword arguments) that comes in is answered
-by ("ok", value), a float from FUNCTION and a string from any other, or by ("error", what happened).
+by ("ok", value), a float from FUNCTION and a string from any other, by ("error", what happened), or by
+("unreadable", why) after an `UnreadableError`.
 
 Standard library only: a worker should be there in a tenth of a second, and never touch an accelerator.
 """
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from grpo_jax.config.user_code import check_function, describe, load_module
+from grpo_jax.rewards import UnreadableError
 
 FLOAT32_MAX = 3.4028234e38
 
@@ -38,6 +40,9 @@ def main(fd: int, module_name: str, function_name: str) -> None:
             return
         try:
             value = getattr(module, name)(**kwargs)
+        except UnreadableError as error:
+            connection.send(("unreadable", str(error)))
+            continue
         except BaseException as error:  # sys.exit() included: only the function's own, not the run's
             connection.send(("error", f"raised {describe(error, module_name)}"))
             continue

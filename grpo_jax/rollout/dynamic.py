@@ -53,15 +53,18 @@ class Rounds(Protocol):
 class Dynamic:
     """Fills batches from rounds; keeps the groups that are left over for the next step."""
 
-    def __init__(self, rounds: Rounds, prompts: Sequence[Prompt], *, num_groups: int, max_rounds: int):
+    def __init__(
+        self, rounds: Rounds, prompts: Sequence[Prompt], *, num_groups: int, group_size: int, max_rounds: int
+    ):
         """
         Args:
             prompts: all of the training data, among which `restore` finds those of the groups that were kept.
             num_groups: P, groups of a batch.
+            group_size: G, completions of a group.
             max_rounds: of one step, at least 1.
         """
         self._rounds, self._prompts = rounds, prompts
-        self._num_groups, self._max_rounds = num_groups, max_rounds
+        self._num_groups, self._group_size, self._max_rounds = num_groups, group_size, max_rounds
         self._surplus: list[_ScoredGroup] = []
 
     def take(self) -> ScoredBatch:
@@ -127,11 +130,22 @@ class Dynamic:
         )
 
     def restore(self, position: Position) -> None:
-        """See `batches.RolloutBatches.restore`."""
+        """See `batches.RolloutBatches.restore`. Groups that do not fit this run are dropped.
+
+        Such are left where checkpoint.resume=force goes on with another group size or other prompts; without them
+        the run has lost a few completions, and nothing else.
+        """
         self._rounds.restore(position)
-        if position.surplus:
-            by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}
-            self._surplus = [_from_json(entry, by_id) for entry in position.surplus]
+        if not position.surplus:
+            return
+        by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}
+        found = [_from_json(entry, by_id) for entry in position.surplus]
+        self._surplus = [s for s in found if s is not None and len(s.group.completions) == self._group_size]
+        if num_lost := len(found) - len(self._surplus):
+            logger.warning(
+                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts or "
+                "algorithm.group_size=%d are others than theirs.", num_lost, len(found), self._group_size,
+            )  # fmt: skip
 
 
 def _joined(scored: Sequence[_ScoredGroup]) -> ScoredBatch:
@@ -175,14 +189,19 @@ def _to_json(scored: _ScoredGroup) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: dict[str, Any], prompts: dict[tuple[str, tuple[int, ...]], Prompt]) -> _ScoredGroup:
+def _from_json(
+    entry: dict[str, Any], prompts: dict[tuple[str, tuple[int, ...]], Prompt]
+) -> _ScoredGroup | None:
+    """A group that `_to_json` wrote; None where its prompt is not among `prompts`, (id, token ids) -> prompt."""
+    prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
+    if prompt is None:
+        return None
     completions = tuple(
         Completion(
             **c | {"token_ids": tuple(c["token_ids"]), "sampler_logprobs": tuple(c["sampler_logprobs"])}
         )
         for c in entry["completions"]
     )
-    prompt = prompts[entry["prompt_id"], tuple(entry["prompt_token_ids"])]
     # float32 -> float64 -> text -> float32 gives the same bits back.
     values = {name: np.array(entry[name], np.float32) for name in ("rewards", "unshaped", "correctness")}
     parts = {name: np.array(value, np.float32) for name, value in entry["parts"].items()}

@@ -34,6 +34,8 @@ class Progress:
     """Groups that dynamic sampling has left for the next step."""
     kl_coef: float
     """As the adaptive coefficient is now."""
+    initial_kl_coef: float | None = None
+    """As it was configured; None in checkpoints from before this was saved."""
 
 
 HOST_GB = 8

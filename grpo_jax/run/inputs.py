@@ -5,6 +5,7 @@ it once: a run that goes on finds what it made the first time.
 """
 
 import dataclasses
+import datetime
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data import arithmetic
-from grpo_jax.data.prompts import encode_prompts, load_tokenizer, sft_examples
+from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.config import ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
-from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.workdir import Beginning, Workdir
 from grpo_jax.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Inputs:
     """None: a random model, still to be made."""
     generated: dict[str, list[dict[str, Any]]]
     """Generated problems by split, still to be written; empty where files were read."""
+    beginning: Beginning
+    """Of the run: as its workdir has it, or as it is now."""
 
     @property
     def model_config(self) -> ModelConfig | None:
@@ -66,6 +69,29 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
     """
     rows, generated = _read_rows(config)
     folder, tokenizer = _read_model(config, workdir, rows)
+    _check_model(config, folder)
+    held = workdir.read_beginning(is_forced=config.checkpoint.resume == "force")
+    date = held.date if held else datetime.datetime.now().replace(microsecond=0)
+    prompts = _encode(config, rows, tokenizer, date)
+    beginning = Beginning(date, fingerprint(prompts["train"]))
+    if held:
+        workdir.check_prompts(config, held, beginning.prompts)
+    examples: list[tuple[list[int], list[int]]] = []
+    if config.sft.num_steps:
+        limits = (config.data.max_prompt_length, config.data.max_response_length)
+        examples, dropped = sft_examples(rows["sft"], tokenizer, *limits, date)
+        logger.info("sft.train_files: %d examples (%d too long, dropped)", len(examples), dropped)
+    if len(prompts["train"]) < config.data.train_batch_size:
+        rule = f"must be at most the number of training prompts, {len(prompts['train'])}"
+        raise ConfigError("data.train_batch_size", config.data.train_batch_size, rule)
+    val_prompts = prompts["val"][: config.eval.num_prompts or None]
+    return Inputs(tokenizer, prompts["train"], val_prompts, examples, folder, generated, beginning)
+
+
+def _encode(
+    config: Config, rows: dict[str, Any], tokenizer: Any, date: datetime.datetime
+) -> dict[str, list[Prompt]]:
+    """The training and the validation prompts, by split. Args: date: as in `encode_prompts`."""
     prompts = {}
     for split, key in (("train", "data.train_files"), ("val", "data.val_files")):
         prompts[split], counts = encode_prompts(
@@ -74,21 +100,13 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
             max_prompt_length=config.data.max_prompt_length,
             overlong=config.data.overlong_prompts,
             key=key,
+            date=date,
         )
         logger.info(
             "%s: %d prompts (%d longer than %d tokens filtered, %d truncated)",
             key, len(prompts[split]), counts.num_filtered, config.data.max_prompt_length, counts.num_truncated,
         )  # fmt: skip
-    examples: list[tuple[list[int], list[int]]] = []
-    if config.sft.num_steps:
-        limits = (config.data.max_prompt_length, config.data.max_response_length)
-        examples, dropped = sft_examples(rows["sft"], tokenizer, *limits)
-        logger.info("sft.train_files: %d examples (%d too long, dropped)", len(examples), dropped)
-    if len(prompts["train"]) < config.data.train_batch_size:
-        rule = f"must be at most the number of training prompts, {len(prompts['train'])}"
-        raise ConfigError("data.train_batch_size", config.data.train_batch_size, rule)
-    val_prompts = prompts["val"][: config.eval.num_prompts or None]
-    return Inputs(tokenizer, prompts["train"], val_prompts, examples, folder, generated)
+    return prompts
 
 
 def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:
@@ -126,6 +144,46 @@ def load_model_tokenizer(folder: ModelFolder) -> Any:
         rule = f"its tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {vocab_size}"
         raise ConfigError("model.path", str(folder.path), rule)
     return tokenizer
+
+
+def check_positions(
+    limit: int | None, prompt: tuple[str, int], response: tuple[str, int], allow: str
+) -> None:
+    """Checks that prompt and response together are no longer than what the model was made for.
+
+    Args:
+        limit: `ModelFolder.max_position`.
+        prompt, response: the key or flag that says how long it may be, and the tokens.
+        allow: the setting that goes beyond the limit.
+
+    Raises: ConfigError: they are longer.
+    """
+    total = prompt[1] + response[1]
+    if limit is not None and total > limit:
+        rule = f"makes {total} tokens with {prompt[0]}={prompt[1]}, beyond max_position_embeddings={limit} of the "
+        rule += f"model's config.json; {allow} if its RoPE extrapolates so far"
+        raise ConfigError(*response, rule)
+
+
+def _check_model(config: Config, folder: ModelFolder | None) -> None:
+    """Checks what the configuration asks of the model; None: a random one, still to be made.
+
+    Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
+    """
+    limit = RANDOM_MAX_POSITION if folder is None else folder.max_position
+    data = config.data
+    if not config.model.allow_beyond_max_position:
+        check_positions(
+            limit,
+            ("data.max_prompt_length", data.max_prompt_length),
+            ("data.max_response_length", data.max_response_length),
+            allow="model.allow_beyond_max_position=True",
+        )
+    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
+    for stop in config.rollout.stop_token_ids:
+        if not 0 <= stop < vocab_size:
+            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
+            raise ConfigError("rollout.stop_token_ids", stop, rule)
 
 
 def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:

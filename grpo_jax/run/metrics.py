@@ -70,19 +70,21 @@ def sequence_lengths(groups: Sequence[RolloutGroup]) -> np.ndarray:
 
 
 def performance_metrics(
-    model: ModelConfig, lengths: np.ndarray, num_devices: int, timings: Metrics
+    model: ModelConfig, lengths: np.ndarray, timings: Metrics, *, num_devices: int, num_passes: int
 ) -> Metrics:
     """Throughput, MFU where the device's peak is known, and the memory high-water mark.
 
     Args:
         lengths: as from `sequence_lengths`.
         timings: "timing_s/step" and "timing_s/update_actor", seconds.
+        num_passes: how often the updates of the step went over the sequences.
     """
     metrics = {"perf/throughput": float(lengths.sum()) / timings["timing_s/step"] / num_devices}
     device = jax.devices()[0]
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device.device_kind), None)
     if peak:
-        achieved = update_flops(model, lengths) / timings["timing_s/update_actor"] / num_devices
+        flops = num_passes * update_flops(model, lengths)
+        achieved = flops / timings["timing_s/update_actor"] / num_devices
         metrics["perf/mfu/actor"] = achieved / peak
     stats = device.memory_stats() or {}
     # On a CPU the arrays are part of the process.

@@ -22,7 +22,13 @@ from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
 from grpo_jax.model.cards import find_card
-from grpo_jax.model.hf import copy_side_files, load_params, param_readers, save_folder
+from grpo_jax.model.hf import (
+    copy_side_files,
+    load_params,
+    param_readers,
+    save_folder,
+    write_eos_token_ids,
+)
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
@@ -73,7 +79,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
         budget = Budget(config, read_model_config(config), mesh, memory_limit())
         budget.check_plan()
         try_functions(algorithm)
-        workdir.open(config)
+        workdir.open(config, inputs.beginning)
         run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
         with reported_failure(run.timers, run.checkpointer, budget.explain), jax.set_mesh(mesh):
             run.start()
@@ -160,8 +166,13 @@ class Run:
         )
         if not rounds:
             return ahead
-        num_groups = config.data.train_batch_size
-        return Dynamic(ahead, self._inputs.train_prompts, num_groups=num_groups, max_rounds=rounds)
+        return Dynamic(
+            ahead,
+            self._inputs.train_prompts,
+            num_groups=config.data.train_batch_size,
+            group_size=config.algorithm.group_size,
+            max_rounds=rounds,
+        )
 
     def _make_probe(self) -> Any:
         return make_probe(
@@ -181,6 +192,9 @@ class Run:
         is_new = self.checkpointer.latest_step is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
+        self._workdir.record_beginning(self._inputs.beginning)
+        stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
+        write_eos_token_ids(self._workdir.model_files, stops)
         self._budget.check_compiled(self.learner.compile())
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
@@ -224,7 +238,9 @@ class Run:
         )
         if reference.is_refreshed:
             reference.params = saved_reference
-        reference.kl_coef = progress.kl_coef
+        kl_coef = self.config.algorithm.kl_coef
+        if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
+            reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
         position = Position(progress.prompt_iterator, progress.num_rollout_batches, progress.surplus)
         self.rollouts.restore(position)
         return state
@@ -268,7 +284,10 @@ class Run:
             metrics |= self._validate(step=done)
         timings = self.timers.collect()
         lengths = sequence_lengths(rollouts.groups)
-        metrics |= timings | performance_metrics(self.folder.config, lengths, self._mesh.size, timings)
+        num_passes, num_devices = config.actor.num_epochs, self._mesh.size
+        metrics |= timings | performance_metrics(
+            self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
+        )
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result)
         # Read once: a request that comes while saving is for the next step.
@@ -348,6 +367,7 @@ class Run:
             num_rollout_batches=position.num_rollout_batches,
             surplus=position.surplus,
             kl_coef=self.learner.reference.kl_coef,
+            initial_kl_coef=self.config.algorithm.kl_coef,
         )
 
     # ---- reports ----
@@ -387,6 +407,8 @@ class Run:
         ]
         for line in summary.table_lines(rows):
             logger.info(line)
+        for line in summary.doubts(self.config, self.num_steps):
+            logger.warning(line)
         if is_resumed and self.first_step >= self.num_steps:
             logger.info(
                 "This run is finished: all of its %d steps are done, and nothing is trained.", self.first_step

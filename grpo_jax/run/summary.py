@@ -16,6 +16,12 @@ from grpo_jax.run.writer import read_metrics
 logger = logging.getLogger(__name__)
 
 NUM_PROBLEMS = 3
+TYPICAL_WEIGHT = 0.02
+"""The standard deviation that the families of models here are initialized with."""
+LOST_BELOW = 2.0**-8 * TYPICAL_WEIGHT
+"""7.8e-5, the learning rate from which on bfloat16 parameters take up what Adam gives them, about the learning
+rate itself. With 8 significant bits the neighbours of a weight are 2^-8 to 2^-7 of it away, and a change of less
+than half of that, 2^-8 at most, is rounded away."""
 
 
 def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, first_step: int) -> None:
@@ -28,11 +34,12 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
     accuracies = [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line]
     logger.info("\nDone: %d steps.", lines[-1]["step"])
     if len(accuracies) > 1:
-        (first, before), (last, after) = accuracies[0], accuracies[-1]
+        (first, early), (last, late) = accuracies[0], accuracies[-1]
         how = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature:g}"
-        logger.info("Accuracy on held-out problems (%s): %.1f %% before, %.1f %% after.",
-                    how, 100 * before, 100 * after)  # fmt: skip
-        _print_problems(workdir, first, last, config.eval.num_samples)
+        when = [_when(step, lines[-1]["step"]) for step in (first, last)]
+        logger.info("Accuracy on held-out problems (%s): %.1f %% %s, %.1f %% %s.",
+                    how, 100 * early, when[0], 100 * late, when[1])  # fmt: skip
+        _print_problems(workdir, {first: when[0], last: when[1]}, config.eval.num_samples)
     elif accuracies:
         logger.info("Accuracy on held-out problems: %.1f %%.", 100 * accuracies[0][1])
     for row in speed.compared(steady(lines, first_step)):
@@ -53,6 +60,11 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
         )
 
 
+def _when(step: int, last_step: int) -> str:
+    """When a validation was, seen from the training: the first of a run need not have been before it."""
+    return {0: "before", last_step: "after"}.get(step, f"after step {step}")
+
+
 def draw_learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     """Reward of the sampled completions and accuracy on held-out problems against the step, as a PNG."""
     import matplotlib
@@ -69,7 +81,7 @@ def draw_learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_xlabel("step")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))  # the chosen limit, a margin below the curves
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -77,14 +89,19 @@ def draw_learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _print_problems(workdir: Workdir, first: int, last: int, num_samples: int) -> None:
-    """Three held-out problems with the completion before and after; those that changed come first."""
-    before, after = (_read_validation(workdir, step)[::num_samples] for step in (first, last))
+def _print_problems(workdir: Workdir, when: dict[int, str], num_samples: int) -> None:
+    """Three held-out problems with an early and a late completion; those that changed come first.
+
+    Args: when: step -> in words, of both validations.
+    """
+    before, after = (_read_validation(workdir, step)[::num_samples] for step in when)
+    labels = [f"{words}:" for words in when.values()]
+    width = max(map(len, labels))
     pairs = sorted(zip(before, after, strict=False), key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
     for old, new in pairs[:NUM_PROBLEMS]:
         logger.info("\n  %s  (answer: %s)", _question(old["prompt"]), old["ground_truth"])
-        logger.info("    before: %s", one_line(old["completion"]))
-        logger.info("    after:  %s", one_line(new["completion"]))
+        for label, record in zip(labels, (old, new), strict=True):
+            logger.info("    %s %s", label.ljust(width), one_line(record["completion"]))
     logger.info("")
 
 
@@ -124,6 +141,23 @@ def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -
         ("steps per epoch", f"{steps_per_epoch:,}"),
         ("steps in all", f"{config.num_steps(steps_per_epoch):,}"),
     ]
+
+
+def doubts(config: Config, num_steps: int) -> list[str]:
+    """What the configuration says and hardly means, one line each. Args: num_steps: of the whole run."""
+    optim, updates, lines = config.optim, num_steps * config.updates_per_step, []
+    if optim.warmup_steps > updates:
+        share = updates / optim.warmup_steps
+        lines.append(
+            f"WARNING: optim.warmup_steps={optim.warmup_steps} is beyond the {updates} updates of this run: the "
+            f"learning rate ends at {share:.0%} of optim.learning_rate={optim.learning_rate:g}"
+        )
+    if config.model.param_dtype == "bfloat16" and optim.learning_rate < LOST_BELOW:
+        lines.append(
+            f"WARNING: optim.learning_rate={optim.learning_rate:g} is below {LOST_BELOW:.2g}: parameters "
+            "with model.param_dtype=bfloat16, which has 8 bits, lose most such updates in rounding; take float32"
+        )
+    return lines
 
 
 def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:

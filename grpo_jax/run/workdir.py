@@ -1,5 +1,7 @@
 """The folder of a run: what lies where, whose run it is, and the log."""
 
+import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -13,12 +15,23 @@ from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 logger = logging.getLogger("grpo_jax")
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What was so when a run began, and is to stay so while it goes on."""
+
+    date: datetime.datetime
+    """What chat templates take for today's."""
+    prompts: str
+    """Fingerprint of the training prompts."""
+
+
 class Workdir:
     """Paths of one run. Creating the object writes nothing."""
 
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.json"
+        self.beginning = path / "beginning.json"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -90,14 +103,49 @@ class Workdir:
             rule = f"the checkpoints in {self.path} were written with {old!r}, and hold other arrays"
             raise ConfigError(key, new, rule)
 
-    def open(self, config: Config) -> None:
-        """Creates the folder, writes config.json if there is none, and starts the log.
+    def read_beginning(self, *, is_forced: bool) -> Beginning | None:
+        """What `record_beginning` wrote; None where there is nothing.
+
+        Args:   is_forced: whether a file that cannot be read counts as none.
+        Raises: ConfigError: it cannot be read.
+        """
+        if not self.beginning.exists():
+            return None
+        try:
+            held = json.loads(self.beginning.read_text())
+            return Beginning(datetime.datetime.fromisoformat(held["date"]), held["prompts"])
+        except (ValueError, KeyError, TypeError) as error:
+            if is_forced:
+                return None
+            rule = f"holds a {self.beginning.name} that cannot be read ({type(error).__name__}: {error})"
+            raise ConfigError("--workdir", str(self.path), rule) from None
+
+    def check_prompts(self, config: Config, held: Beginning, prompts: str) -> None:
+        """Refuses to go on after a checkpoint with other training prompts; with resume=force it warns.
+
+        Args:   held: of this folder; prompts: fingerprint of the prompts as they are now.
+        Raises: ConfigError: they are others.
+        """
+        if held.prompts == prompts or not saved_steps(self.checkpoints):
+            return
+        key = "arithmetic.num_train" if config.arithmetic.num_train else "data.train_files"
+        what = f"gives other prompts than those that the run in {self.path} was begun with: a file, the tokenizer "
+        what += "or its chat template has changed"
+        if config.checkpoint.resume != "force":
+            insist = "choose another --workdir, or insist on going on with --config.checkpoint.resume=force"
+            raise ConfigError(key, config.get(key), f"{what}; {insist}")
+        logger.warning("WARNING: %s=%r %s.", key, config.get(key), what)
+
+    def open(self, config: Config, beginning: Beginning) -> None:
+        """Creates the folder, writes config.json and beginning.json if there are none, and starts the log.
 
         The log begins with the keys that are set and that nothing reads, if there are any.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             self.record(config)
+        if not self.beginning.exists():
+            self.record_beginning(beginning)
         start_logging(self.log)
         if warning := unread_warning(config):
             logger.warning(warning)
@@ -105,6 +153,11 @@ class Workdir:
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""
         self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+    def record_beginning(self, beginning: Beginning) -> None:
+        """Writes beginning.json: what is to stay so from now on."""
+        content = {"date": beginning.date.isoformat(), "prompts": beginning.prompts}
+        self.beginning.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def saved_steps(checkpoints: Path) -> list[int]:

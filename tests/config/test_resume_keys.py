@@ -1,6 +1,7 @@
 """What may differ when a run goes on: what the lines of the keys say, as a workdir applies it."""
 
 import dataclasses
+import datetime
 import json
 import logging
 
@@ -8,12 +9,12 @@ import pytest
 
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config
 from grpo_jax.config.sections import ARRAYS, FIXED, FREE, LENGTH
-from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.workdir import Beginning, Workdir
 
 FREE_SECTIONS = {"eval", "checkpoint", "logging"}
 FREE_KEYS = {
     "trainer.flat_reward_steps", "trainer.compile_cache", "reward.num_workers", "reward.timeout_s",
-    "algorithm.ref_offload",
+    "algorithm.ref_offload", "model.allow_beyond_max_position",
 }  # fmt: skip
 FIXED_OF_ROLLOUT = {
     "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
@@ -109,9 +110,10 @@ def test_the_log_begins_with_what_nothing_reads(tmp_path):
     logger = logging.getLogger("grpo_jax")
     before = list(logger.handlers), logger.level, logger.propagate
     try:
-        Workdir(tmp_path / "run").open(configured(sft__batch_size=3, data__val_files=("a",)))
+        beginning = Beginning(datetime.datetime(2026, 1, 31), "")
+        Workdir(tmp_path / "run").open(configured(sft__batch_size=3, data__val_files=("a",)), beginning)
         (line,) = (tmp_path / "run" / "train.log").read_text().splitlines()
-        Workdir(tmp_path / "other").open(configured())
+        Workdir(tmp_path / "other").open(configured(), beginning)
     finally:
         for handler in list(logger.handlers):
             handler.close()

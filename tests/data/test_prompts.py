@@ -1,11 +1,20 @@
 """Prompts: token ids as the chat template has them, length limits, batches that can be resumed."""
 
+import dataclasses
+import datetime
 import json
 
 import pytest
 
 from grpo_jax.config import ConfigError
-from grpo_jax.data.prompts import PromptCounts, PromptIterator, encode_prompts, load_tokenizer, sft_examples
+from grpo_jax.data.prompts import (
+    PromptCounts,
+    PromptIterator,
+    encode_prompts,
+    fingerprint,
+    load_tokenizer,
+    sft_examples,
+)
 from grpo_jax.data.schema import check_rows
 from grpo_jax.types import Prompt
 
@@ -37,6 +46,45 @@ def without_template(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = None
     return tokenizer
+
+
+DATED = (
+    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = 'never' %}"
+    '{% endif %}Today is {{ day }}, {{ strftime_now( format = "%H o\'clock" ) }}: {{ messages[0].content }}'
+)
+
+
+def test_a_template_that_prints_the_date_gets_the_one_of_the_run(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = DATED
+    rows = rows_of(user("Why?"), "On strftime_now('%Y') it is")
+    date = datetime.datetime(2024, 2, 29, 7, 30)
+    limits = dict(max_prompt_length=1000, overlong="filter", key=KEY)
+    (chat, plain), _ = encode_prompts(rows, tokenizer, date=date, **limits)
+    assert chat.text == "Today is 29 Feb 2024, 07 o'clock: Why?"
+    assert plain.text == "On strftime_now('%Y') it is"
+    assert tokenizer.decode(chat.token_ids) == chat.text
+    ((prompt, _), *_), _ = sft_examples(rows, tokenizer, 1000, 1000, date)
+    assert tuple(prompt) == chat.token_ids
+    # Without one it is the day that it is, which may end while the test runs.
+    before = datetime.datetime.now()
+    (today, _), _ = encode_prompts(rows, tokenizer, **limits)
+    days = {f"Today is {day:%d %b %Y, %H} o'clock: Why?" for day in (before, datetime.datetime.now())}
+    assert today.text in days
+
+
+def test_the_fingerprint_is_of_ids_and_ground_truths_in_their_order():
+    one, two = (Prompt(f"train/{i}", (i, 2), "text", "5", "s", {}) for i in (1, 7))
+    others = [
+        [two, one],
+        [one],
+        [one, dataclasses.replace(two, token_ids=(7, 3))],
+        [one, dataclasses.replace(two, token_ids=(7,))],
+        [one, dataclasses.replace(two, ground_truth="6")],
+    ]
+    assert len({fingerprint(prompts) for prompts in [[one, two], *others]}) == 6
+    same = [dataclasses.replace(one, prompt_id="other/1", extra_info={"index": 1}), two]
+    assert fingerprint(same) == fingerprint([one, two])
 
 
 def test_messages_go_through_the_chat_template_and_strings_do_not(tokenizer):

@@ -169,6 +169,15 @@ CASES = [
     model_case("truncated", "model.safetensors", "cut short"),
     model_case("lacks-a-tensor", "model.norm.weight is missing"),
     model_case("misshapen", "model.embed_tokens.weight has shape [300, 32]", "[301, 32]"),
+    Case("model-beyond-its-positions", {"model.path": f"{MODELS}/short"},
+         ("data.max_response_length=8", "makes 88 tokens with data.max_prompt_length=80",
+          "max_position_embeddings=87", "model.allow_beyond_max_position=True")),
+    config_case("random-model-beyond-its-positions", "data.max_response_length", 4017,
+                "makes 4097 tokens", "max_position_embeddings=4096"),
+    config_case("stop-id-beyond-the-vocabulary", "rollout.stop_token_ids", "(3,300)", "from 0 to 299",
+                "vocab_size is 300", shown="300"),
+    config_case("stop-id-below-zero", "rollout.stop_token_ids", "(-1,)", "from 0 to 299", shown="-1",
+                also={"model.path": f"{MODELS}/good"}),
     # Rewards
     config_case("unknown-reward", "reward.function", "gsm8kk", "did you mean gsm8k?"),
     config_case("reward-file-missing", "reward.function", "inputs/rewards/absent.py:score", "no file"),
@@ -232,6 +241,12 @@ OTHERS = {  # name: (module, arguments, parts of the line)
         "grpo_jax.evaluate", [f"--model={MODELS}/absent", f"--data={DATA}/good.parquet"],
         (f"{MODELS}/absent", "no such folder"),
     ),
+    "evaluate-beyond-the-positions": (
+        "grpo_jax.evaluate",
+        [f"--model={MODELS}/short", f"--data={DATA}/good.parquet", "--max_response_length=80"],
+        ("--max_response_length=80", "with longest prompt=", "max_position_embeddings=87",
+         "--allow_beyond_max_position"),
+    ),
     "evaluate-large-tokenizer": (
         "grpo_jax.evaluate", [f"--model={MODELS}/large-tokenizer", f"--data={DATA}/good.parquet"],
         (f"{MODELS}/large-tokenizer", "vocab_size 290"),
@@ -290,6 +305,7 @@ def make_models(folder, good):
     copy("good")
     (copy("no-config") / "config.json").unlink()
     (copy("config-not-json") / "config.json").write_text("{'vocab_size': 300}")
+    copy("short", max_position_embeddings=87)
     copy("unknown", architectures=["MambaForCausalLM"])
     (copy("no-weights") / "model.safetensors").unlink()
     for file in copy("no-tokenizer").glob("tokenizer*"):

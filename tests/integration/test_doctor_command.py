@@ -41,6 +41,7 @@ def test_every_key_is_printed_and_what_is_not_the_default_is_marked(tmp_path, mo
     from grpo_jax.config import KEYS
 
     overrides = {"model.path": model_folder, "trainer.seed": 3, "algorithm.group_size": 4}
+    overrides["optim.warmup_steps"] = 4
     result = helpers.call(doctor.main, helpers.train_argv(tmp_path / "run", overrides))
     assert result.code == 0, result.err
     parts = (line[4:].partition(" = ") for line in result.out.splitlines())
@@ -49,6 +50,7 @@ def test_every_key_is_printed_and_what_is_not_the_default_is_marked(tmp_path, mo
     assert lines["data.train_files"] == "() (nothing reads it with arithmetic.num_train=13)"
     assert "\n  * trainer.seed = 3\n" in result.out and "\n    algorithm.group_size = 4\n" in result.out
     assert "\nNothing in this run reads random_model.vocab_size=300, " in result.out
+    assert "\nWARNING: optim.warmup_steps=4 is beyond the 3 updates of this run" in result.out
 
 
 def test_the_sizes_of_7b(tmp_path):

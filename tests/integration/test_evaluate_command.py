@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import shutil
 
 import integration_helpers as helpers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
-from grpo_jax import evaluate
+from grpo_jax import evaluate, export
 from grpo_jax.data import arithmetic
 from grpo_jax.rollout.evaluation import pass_at_k
 
@@ -74,8 +76,6 @@ def test_pass_at_k_of_samples(model_folder, data, reward_file, tmp_path):
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(model_folder, data, tmp_path):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = pq.read_table(data).to_pylist()
     lengths = [
@@ -110,3 +110,38 @@ def test_it_gives_what_training_reported(whole_run, reward_file, tmp_path):
     assert summary["accuracy"] == pytest.approx(helpers.read_lines(workdir)[-1]["val/accuracy"])
     expected = helpers.read_jsonl(workdir / "validation" / "step-000006.jsonl")
     assert [r["completion"] for r in records] == [r["completion"] for r in expected]
+
+
+def test_it_stops_where_training_stopped(model_folder, data, reward_file, tmp_path):
+    """The folders name the run's stop ids; and a model may be used beyond the positions that it was made for."""
+    short = tmp_path / "short"
+    shutil.copytree(model_folder, short)
+    content = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 16}))
+    _, _, free = run(model_folder, data, tmp_path)
+    words = AutoTokenizer.from_pretrained(model_folder)([record["completion"] for record in free])[
+        "input_ids"
+    ]
+    stops = tuple(sorted({token for completion in words for token in completion}))
+    overrides = {
+        "model.path": short,
+        "model.allow_beyond_max_position": True,
+        "rollout.stop_token_ids": stops,
+        "optim.learning_rate": 1e-9,  # the trained model would say the same without them
+        "reward.function": f"{reward_file}:score",
+        "eval.every_steps": 1,
+        "trainer.num_steps": 1,
+    }
+    workdir = tmp_path / "run"
+    helpers.train_ok(workdir, overrides)
+    trained, exported = workdir / "checkpoint-final", tmp_path / "exported"
+    assert helpers.call(export.main, [f"--checkpoint={workdir}", f"--output={exported}"]).code == 0
+    assert helpers.tree_digest(exported) == helpers.tree_digest(trained)
+    eos = json.loads((model_folder / "generation_config.json").read_text())["eos_token_id"]
+    assert json.loads((trained / "generation_config.json").read_text())["eos_token_id"] == [eos, *stops]
+    argv = [f"--reward={reward_file}:score", "--allow_beyond_max_position"]
+    _, _, records = run(trained, workdir / "data" / "val.parquet", tmp_path, *argv)
+    expected = helpers.read_jsonl(workdir / "validation" / "step-000001.jsonl")
+    shown = ("completion", "num_tokens", "finish_reason", "reward")
+    assert [[r[name] for name in shown] for r in records] == [[r[name] for name in shown] for r in expected]
+    assert any(r["num_tokens"] < 8 for r in expected)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from grpo_jax.config import ConfigError, MeshSection, ModelSection
 from grpo_jax.model import hf
 from grpo_jax.model.config import RopeScaling, parse_hf_config
-from grpo_jax.model.hf import inspect_folder, load_params, save_folder
+from grpo_jax.model.hf import copy_side_files, inspect_folder, load_params, save_folder, write_eos_token_ids
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
@@ -204,6 +204,32 @@ def test_stop_tokens_come_from_the_generation_config_first(folders, tmp_path):
     assert inspect_folder(path).eos_token_ids == ()
 
 
+def test_the_longest_sequence_is_that_of_config_json(folders, tmp_path):
+    path = copy_folder(folders("qwen2-untied")[0], tmp_path / "model")
+    held = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    assert inspect_folder(path).max_position == held
+    linear = {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}
+    changes = {"max_position_embeddings": 100, "rope_parameters": linear}
+    edit_json(path / "config.json", lambda content: content.update(changes))
+    assert inspect_folder(path).max_position == 250
+    edit_json(path / "config.json", lambda content: content.pop("max_position_embeddings"))
+    assert inspect_folder(path).max_position is None
+
+
+def test_stop_ids_are_written_where_they_are_read(folders, tmp_path):
+    path = copy_folder(folders("qwen2-untied")[0], tmp_path / "model")  # whose ids are 2 and 5, and pad 0
+    before = (path / "generation_config.json").read_bytes()
+    write_eos_token_ids(path, (2, 5, 5))
+    assert (path / "generation_config.json").read_bytes() == before
+    write_eos_token_ids(path, (2, 5, 9, 2))
+    assert inspect_folder(path).eos_token_ids == (2, 5, 9)
+    assert json.loads((path / "generation_config.json").read_text())["pad_token_id"] == 0
+    assert GenerationConfig.from_pretrained(path).eos_token_id == [2, 5, 9]
+    (path / "generation_config.json").unlink()
+    write_eos_token_ids(path, (2, 7))  # config.json has 2 alone
+    assert inspect_folder(path).eos_token_ids == (2, 7)
+
+
 # Loading and saving
 
 
@@ -234,6 +260,31 @@ def test_round_trip_is_bit_identical(folders, tmp_path, tokenizer_folder, family
     )
     assert sorted(file.name for file in saved.iterdir()) == sorted([*side_files, "model.safetensors"])
     assert all((saved / name).read_bytes() == (path / name).read_bytes() for name in side_files)
+
+
+def test_only_what_belongs_to_a_model_is_copied_beside_its_weights(tmp_path):
+    """A folder in which transformers' Trainer has saved, or the hub has weights of other frameworks."""
+    ours = {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+        "merges.txt", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+        "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "Licence.md",
+        "NOTICE", "README.md", "USE_POLICY.md", "additional_chat_templates/tools.jinja",
+    }  # fmt: skip
+    others = {
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "trainer_state.json", "training_args.bin",
+        "tf_model.h5", "flax_model.msgpack", "model.safetensors", "model.safetensors.index.json",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "model.onnx", "model.gguf", "modeling_own.py",
+        ".gitattributes", "original/tokenizer.model", "global_step10/mp_rank_00_model_states.pt", "latest",
+        "adapter_config.json", "events.out.tfevents.1",
+    }  # fmt: skip
+    for name in ours | others:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+    (tmp_path / "copy").mkdir()
+    copy_side_files(tmp_path / "model", tmp_path / "copy")
+    copied = {str(p.relative_to(tmp_path / "copy")): p for p in (tmp_path / "copy").rglob("*") if p.is_file()}
+    assert copied.keys() == ours
+    assert all(path.read_text() == name for name, path in copied.items())
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])

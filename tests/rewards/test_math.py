@@ -1,9 +1,19 @@
 """Mathematical answers: equal in value is equal, whatever they look like."""
 
+import dataclasses
+
 import pytest
 
 from grpo_jax.rewards import make_reward, math
+from grpo_jax.rewards.base import RewardError
+from grpo_jax.rewards.pool import PoolReward, WorkerPool
 from grpo_jax.types import Completion, Prompt, RolloutGroup
+
+PROMPT = Prompt("train/0", (1,), "Q", "18", "math", {})
+
+
+def completions_of(*texts):
+    return tuple(Completion((1,), (0.0,), text, "stop", 0) for text in texts)
 
 
 def score(text, truth):
@@ -39,14 +49,41 @@ def test_a_comparison_that_never_ends_is_a_wrong_answer(monkeypatch):
     assert score("It is $10^{10^{10}}$", "18") == 0.0
 
 
+# Eight seconds on the machine that this was written on: every pair of parentheses is tried in many ways.
+SLOW = r"\boxed{" + "(" * 60 + "x" + ")" * 60 + "}"
+IN_A_HURRY = """
+from grpo_jax.rewards import math
+math.PARSE_TIMEOUT_S = 1
+compute_score, explain = math.compute_score, math.explain
+"""
+
+
+def test_an_answer_that_takes_too_long_to_read_is_counted_and_stops_nothing(tmp_path):
+    (tmp_path / "hurry.py").write_text(IN_A_HURRY)
+    pool = WorkerPool(str(tmp_path / "hurry.py"), "compute_score", num_workers=2, timeout_s=30.0)
+    texts = (r"\boxed{18.0}", SLOW)
+    groups = [
+        RolloutGroup(dataclasses.replace(PROMPT, ground_truth=truth), completions_of(*texts))
+        for truth in ("18", "17")
+    ]
+    with PoolReward(pool, "math", on_error="stop", function="compute_score", explain="explain") as reward:
+        result = reward.score(groups)
+        assert result.rewards.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+        assert result.errors == ("prompt train/0, completion 1: math could not be read within 1 s",) * 2
+        assert reward.explain(PROMPT, groups[0].completions[1], 0.0) == "it could not be read within 1 s"
+        # A ground truth of that kind is the data's fault.
+        (of_data,) = completions_of(r"\boxed{18}")
+        with pytest.raises(RewardError, match="cannot read the ground truth"):
+            reward.score([RolloutGroup(dataclasses.replace(PROMPT, ground_truth=SLOW), (of_data,))])
+
+
 def test_the_pool_scores_and_explains(reward_section):
-    prompt = Prompt("train/0", (1,), "Q", "18", "math", {})
     texts = (r"\boxed{18.0}", r"\boxed{17}", "no idea")
-    group = RolloutGroup(prompt, tuple(Completion((1,), (0.0,), text, "stop", 0) for text in texts))
+    group = RolloutGroup(PROMPT, completions_of(*texts))
     section = reward_section(function="math", num_workers=1, timeout_s=20.0, on_error="stop")
     with make_reward(section, max_response_length=8) as reward:
         assert reward.score([group]).rewards.tolist() == [[1.0, 0.0, 0.0]]
-        reasons = [reward.explain(prompt, completion, 0.0) for completion in group.completions]
+        reasons = [reward.explain(PROMPT, completion, 0.0) for completion in group.completions]
     assert reasons == [
         'answer "18.0" equals "18"',
         'answer "17" does not equal "18"',

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 
 import numpy as np
@@ -58,7 +59,7 @@ class Sampling(Dynamic):
 
     def __init__(self, spread, max_rounds=10):
         self.rounds = Rounds(spread)
-        super().__init__(self.rounds, PROMPTS[::-1], num_groups=4, max_rounds=max_rounds)
+        super().__init__(self.rounds, PROMPTS[::-1], num_groups=4, group_size=2, max_rounds=max_rounds)
 
     def take(self):
         self.rounds.is_released = False
@@ -201,7 +202,7 @@ def build(engine, max_lag):
     ahead = Ahead(
         iterator, engine, Reward(), timer, sampling=None, seed=0, max_lag=max_lag, num_batches=sys.maxsize
     )
-    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, max_rounds=9)
+    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, group_size=2, max_rounds=9)
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
@@ -242,3 +243,28 @@ def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps):
         assert one.groups == other.groups and one.metrics == other.metrics
         engine.version += 1
         again.version += 1
+
+
+def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch):
+    """After checkpoint.resume=force: another group size, or prompts that are no longer there."""
+    logger = logging.getLogger("grpo_jax")
+    monkeypatch.setattr(logger, "propagate", True)  # a run in this process has turned it off
+    _, dynamic = build(Engine(), 0)
+    kept = []
+    while len(kept) < 2:
+        dynamic.take()
+        position = through_json(dynamic.state())
+        kept = position.surplus
+    gone = kept[0]["prompt_id"]
+    for prompts, group_size, num_lost in (
+        ([prompt for prompt in PROMPTS if prompt.prompt_id != gone], 2, 1),
+        (PROMPTS, 3, len(kept)),
+    ):
+        caplog.clear()
+        rounds = Rounds(set())
+        resumed = Dynamic(rounds, prompts, num_groups=4, group_size=group_size, max_rounds=9)
+        resumed.restore(position)
+        assert rounds.number == position.num_rollout_batches
+        left = [entry["prompt_id"] for entry in resumed.state().surplus]
+        assert left == [entry["prompt_id"] for entry in kept][num_lost:]
+        assert f"{num_lost} of the {len(kept)} groups that dynamic sampling had left over" in caplog.text

@@ -16,7 +16,7 @@ def options(rollout_section, tmp_path):
     sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
     switches = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False)
     config = ModelConfig(**sizes, **switches, head_dim=8, dtype=jnp.bfloat16)
-    folder = ModelFolder(tmp_path, config, {}, "F32", ())
+    folder = ModelFolder(tmp_path, config, {}, "F32", (), max_position=900)
     return lambda max_model_len=900, **changes: engine_options(
         rollout_section(**changes), folder, max_model_len
     )
@@ -49,6 +49,11 @@ def test_a_step_of_the_engine_can_read_the_longest_sequence(options):
     assert options(max_model_len=10_000)["max_num_batched_tokens"] == 10_000
     assert options(max_num_seqs=9_000)["max_num_batched_tokens"] == 9_000  # vLLM wants one for each sequence
     assert options(engine_args=("max_num_batched_tokens=16",))["max_num_batched_tokens"] == 16
+
+
+def test_positions_that_the_model_was_not_made_for_get_a_rope_table(options):
+    assert "hf_overrides" not in options(max_model_len=900)
+    assert options(max_model_len=901)["hf_overrides"] == {"max_position_embeddings": 901}
 
 
 @pytest.mark.parametrize(

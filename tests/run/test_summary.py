@@ -1,6 +1,20 @@
-from config_helpers import gsm8k
+"""What a person reads at the start and at the end of a run."""
 
-from grpo_jax.run.summary import batch_table
+import logging
+
+import ml_dtypes
+import numpy as np
+import pytest
+from config_helpers import gsm8k
+from matplotlib import pyplot
+from test_budget import QWEN_1_5B
+
+from grpo_jax.learner.memory import abstract_mesh
+from grpo_jax.model.config import parse_hf_config
+from grpo_jax.rollout.evaluation import write_jsonl
+from grpo_jax.run.speed import Speed
+from grpo_jax.run.summary import LOST_BELOW, batch_table, doubts, draw_learning_curve, print_report
+from grpo_jax.run.workdir import Workdir
 
 
 def test_table_of_the_shipped_run():
@@ -34,3 +48,91 @@ def test_table_of_an_uneven_run():
         "at most 2, of 2 packed rows of 1,024 tokens on each of 4 data shards"
     )
     assert table["steps in all"] == "10"
+
+
+def report(tmp_path, caplog, monkeypatch, steps, **changes):
+    """What is printed at the end of a run of 6 steps with validations after `steps`."""
+    workdir = Workdir(tmp_path)
+    lines = [{"step": step, "epoch": 1} for step in range(7)]
+    for step in steps:
+        lines[step]["val/accuracy"] = step / 8
+        record = {"prompt": "Q", "ground_truth": "5", "completion": f"text {step}", "reward": 0.0}
+        write_jsonl(workdir.validation / f"step-{step:06d}.jsonl", [record])
+    write_jsonl(workdir.metrics, lines)
+    log = logging.getLogger("grpo_jax")
+    monkeypatch.setattr(log, "propagate", False)
+    log.addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    try:
+        config = gsm8k(**changes)
+        speed = Speed(config, parse_hf_config(QWEN_1_5B), abstract_mesh(1, 1, 1), card="")
+        print_report(config, workdir, tmp_path / "model", speed, first_step=0)
+    finally:
+        log.removeHandler(caplog.handler)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_validation_before_training_is_called_so(tmp_path, caplog, monkeypatch):
+    said = report(tmp_path, caplog, monkeypatch, (0, 3, 6))
+    assert "Accuracy on held-out problems (greedy): 0.0 % before, 75.0 % after." in said
+    assert said.index("    before: text 0") + 1 == said.index("    after:  text 6")
+
+
+def test_a_later_one_is_called_by_its_step(tmp_path, caplog, monkeypatch):
+    said = report(tmp_path, caplog, monkeypatch, (2, 4))
+    assert "Accuracy on held-out problems (greedy): 25.0 % after step 2, 50.0 % after step 4." in said
+    assert said.index("    after step 2: text 2") + 1 == said.index("    after step 4: text 4")
+    assert not any("before" in line for line in said)
+
+
+@pytest.mark.parametrize(("rewards", "bottom"), [((-3.0, -1.0), -3.0), ((0.25, 0.5), 0.0)])
+def test_the_learning_curve_shows_every_reward(tmp_path, monkeypatch, rewards, bottom):
+    limits = []
+    close = pyplot.close
+    monkeypatch.setattr(
+        pyplot, "close", lambda figure: (limits.append(figure.axes[0].get_ylim()), close(figure))
+    )
+    lines = [{"step": step, "reward/mean": reward} for step, reward in enumerate(rewards)]
+    draw_learning_curve(lines, tmp_path / "curve.png")
+    ((low, high),) = limits
+    assert low <= bottom and high >= max(rewards)
+    assert low == 0.0 or bottom < 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"optim.warmup_steps": 12}, []),  # the last of 3 steps with 4 updates has the peak
+        (
+            {"optim.warmup_steps": 16},
+            ["optim.warmup_steps=16", "12 updates", "ends at 75% of optim.learning_rate=1e-06"],
+        ),
+        ({"model.param_dtype": "bfloat16", "optim.learning_rate": 7.9e-5}, []),
+        (
+            {"model.param_dtype": "bfloat16", "optim.learning_rate": 7.8e-5},
+            ["optim.learning_rate=7.8e-05", "below 7.8e-05", "model.param_dtype=bfloat16"],
+        ),
+    ],
+)
+def test_what_is_hardly_meant_is_said_in_a_line(changes, said):
+    lines = doubts(gsm8k(**{"actor.num_minibatches": 2, "actor.num_epochs": 2} | changes), num_steps=3)
+    assert len(lines) == bool(said)
+    for line in lines:
+        assert line.startswith("WARNING: ") and all(part in line for part in said)
+
+
+def test_from_which_learning_rate_on_bfloat16_takes_up_an_update():
+    """The bound is that of the weights which are coarsest for their size, just above a power of two."""
+    coarsest = np.float32(
+        2**-6
+    )  # 0.0156; of 0.02, which has the same neighbours' distance, it takes the same
+    kept = lambda change: np.float32((coarsest + np.float32(change)).astype(ml_dtypes.bfloat16)) != coarsest
+    assert not kept(0.99 * coarsest * 2**-8) and kept(1.01 * coarsest * 2**-8)
+    assert pytest.approx(2**-8 * 0.02) == LOST_BELOW
+    # And so all that Adam gives to a matrix of such weights stays, or next to nothing does.
+    weights = np.random.default_rng(0).normal(0, 0.02, 10_000).astype(ml_dtypes.bfloat16)
+    share = lambda rate: np.mean(
+        (weights.astype(np.float32) + np.float32(rate)).astype(weights.dtype) != weights
+    )
+    assert share(1e-6) < 0.02 and share(LOST_BELOW) > 0.8

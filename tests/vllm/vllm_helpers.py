@@ -40,7 +40,8 @@ SIZES = dict(
 FAMILIES = {
     "qwen2-tied": ("qwen2", dict(SIZES, tie_word_embeddings=True)),
     "qwen2-untied": ("qwen2", dict(SIZES, tie_word_embeddings=False)),
-    "qwen3": ("qwen3", dict(SIZES, head_dim=32, tie_word_embeddings=False)),
+    # Made for 128 positions, and run beyond them, as model.allow_beyond_max_position lets a run do.
+    "qwen3": ("qwen3", dict(SIZES, head_dim=32, tie_word_embeddings=False, max_position_embeddings=128)),
     "llama3": ("llama", dict(SIZES, head_dim=32, tie_word_embeddings=False)),
 }
 STOP = 2

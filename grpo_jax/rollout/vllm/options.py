@@ -35,6 +35,9 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "enable_prefix_caching": True,
         "seed": 0,
     }
+    if folder.max_position is not None and max_model_len > folder.max_position:
+        # The configuration allows it; vLLM refuses it, and has no RoPE table for it either.
+        options["hf_overrides"] = {"max_position_embeddings": max_model_len}
     if section.tensor_parallel_size > 1:
         # vLLM's workers run beside the actor, not as actors of their own.
         options["distributed_executor_backend"] = "mp"
