@@ -134,6 +134,20 @@ class ScoredBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Workload:
+    """How much one step has to do, for estimates."""
+
+    num_prompts: int
+    """P."""
+    group_size: int
+    """G."""
+    prompt_tokens: float
+    """Of a prompt, in the mean."""
+    response_tokens: float
+    """Of a completion, in the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the reports (host)."""
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grpo_jax.config import RolloutSection
+from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import pack_bits
@@ -30,7 +31,7 @@ from grpo_jax.model.transformer import (
     split_layers,
 )
 from grpo_jax.rollout.base import RolloutEngine, SamplingParams
-from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
+from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,16 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return []
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
     """See `rollout.memory_savers`."""
     return []
+
+
+def expected_seconds(
+    section: RolloutSection, model: ModelConfig, card: Card, work: Workload, num_devices: int
+) -> dict[str, float]:
+    """See `rollout.expected_seconds`. Nothing is predicted."""
+    return {}
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
