@@ -6,9 +6,9 @@
 
 Aim, with the default recipe, configs/smollm.py: accuracy rises on every seed, and our curve and TRL's lie within
 one another's range. The task is GSM8K, of which --max_calculations keeps the problems whose solution takes so few
-(0: all). The recipe's warm start (sft.num_steps; none: the model as it is) is on the worked answers of all training
-problems of GSM8K, is made once, and is where all runs begin. Held-out accuracy is greedy, on the same selection of
-the test split.
+(0: all). The recipe's warm start (sft.num_steps; 0: the model as it is) is on the worked answers of all training
+problems, is made once, and is where all runs begin. Held-out accuracy is greedy, on the same selection of the test
+split.
 
 Both sides have the same folder, problems and order, reward function (strict GSM8K), prompts a step, group size,
 lengths, temperature, learning rate (constant), AdamW without weight decay, gradient clipping, KL to a reference
@@ -38,6 +38,7 @@ from typing import Any
 import common
 import curves
 import engine_common
+import gpu_watch
 from curve_report import OURS, TRL, Run, merge, percents, read_run, read_runs, report, write_json
 
 EQUAL = {"optim.weight_decay": 0.0, "data.shuffle": False}
@@ -98,6 +99,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"{override}: overrides are written --config.KEY=VALUE")
     if not args.draw and not (Path(args.model) / "config.json").is_file():
         parser.error("--model: must name a Hugging Face folder (or --draw the files of earlier runs)")
+    if args.steps < 1:
+        parser.error("--steps: must be at least 1")
     if args.only_peer and not args.peer:
         parser.error("--only_peer: needs --peer")
     args.deadline = time.time() + args.time_limit_s
@@ -156,9 +159,11 @@ def train_all(args: argparse.Namespace, overrides: Sequence[str], folder: Path) 
         arguments = [*run_flags(args, folder, model, overrides), *own]
         start = time.perf_counter()
         train = {OURS: train_ours, TRL: train_theirs}[side]
-        if not (workdir / "done").exists():
-            train(args, arguments, workdir)
-            (workdir / "done").touch()
+        if max(read_run(workdir, side, dtype, seed).points("reward/mean"), default=0) < args.steps:
+            with gpu_watch.GpuWatch() as watch:
+                before = watch.peak_bytes() or 0
+                train(args, arguments, workdir)
+                watch.wait_until_free(before + 2e9, timeout_s=30)
         run = read_run(workdir, side, dtype, seed)
         print(f"run       {run.label}, seed {seed}: accuracy {percents(run)}, {time.perf_counter() - start:.0f} s",
               flush=True)  # fmt: skip
@@ -240,6 +245,7 @@ def train_theirs(args: argparse.Namespace, arguments: Sequence[str], workdir: Pa
         args.peer_python, str(curves.TRL_CURVE), f"--model={config.model.path}", f"--output={workdir}",
         f"--data={config.data.train_files[0]}", f"--settings={json.dumps(settings)}",
         f"--val_data={config.data.val_files[0]}", f"--eval_every={args.eval_every}",
+        f"--max_prompt_length={config.data.max_prompt_length}",
     ]  # fmt: skip
     curves.run(command, log_of(workdir), deadline=args.deadline)
 

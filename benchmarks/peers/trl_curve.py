@@ -1,7 +1,7 @@
 """TRL's side of the learning curves: one run; writes OUTPUT/metrics.jsonl, by our names, and saves the model.
 
     python benchmarks/peers/trl_curve.py --model=DIR --data=FILE.parquet --output=DIR --settings='{...}'
-        [--val_data=FILE.parquet --eval_every=20]
+        [--val_data=FILE.parquet --eval_every=20 --max_prompt_length=256]
 
 The settings are those of our configuration, by TRL's names for the same thing. What stands here in words is where
 the two would differ otherwise. With --val_data greedy accuracy is measured before the first step, after every
@@ -47,12 +47,12 @@ def main() -> None:
         model=args.model,
         reward_funcs=reward,
         args=settings(args),
-        train_dataset=Dataset.from_list(read_problems(args.data, tokenizer)),
+        train_dataset=Dataset.from_list(read_problems(args.data, tokenizer, args.max_prompt_length)),
         processing_class=tokenizer,
     )
     evaluate = None
     if args.val_data:
-        problems = read_problems(args.val_data, tokenizer)
+        problems = read_problems(args.val_data, tokenizer, args.max_prompt_length)
         evaluate = lambda: accuracy(trainer, tokenizer, problems)
     trainer.add_callback(Curve(Path(args.output) / "metrics.jsonl", evaluate, args.eval_every))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output))
@@ -69,6 +69,9 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(flag, required=True)
     parser.add_argument("--val_data", default="", help="held-out problems; none: no accuracy")
     parser.add_argument("--eval_every", type=int, default=0, help="steps; 0: before and after the run only")
+    parser.add_argument(
+        "--max_prompt_length", type=int, default=2**20, help="tokens; longer ones are left out"
+    )
     args = parser.parse_args()
     Path(args.output).mkdir(parents=True, exist_ok=True)
     return args
@@ -151,7 +154,7 @@ def greedy_vllm(trainer: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
         completions = engine.generate(tokenizer(prompts)["input_ids"], None, 1)[1]
     finally:
         engine.temperature = temperature
-    return list(tokenizer.batch_decode(completions, skip_special_tokens=True))
+    return list(tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True))
 
 
 def greedy_transformers(trainer: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -169,14 +172,15 @@ def greedy_transformers(trainer: Any, tokenizer: Any, prompts: list[str]) -> lis
     return texts
 
 
-def read_problems(file: str, tokenizer: Any) -> list[dict[str, str]]:
+def read_problems(file: str, tokenizer: Any, max_tokens: int) -> list[dict[str, str]]:
     """Prompts with the chat template, and what the reward looks at."""
     import pyarrow.parquet as pq
 
     problems = []
     for row in pq.read_table(file, columns=["prompt", "reward_model"]).to_pylist():
         text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        problems.append({"prompt": text, "ground_truth": str(row["reward_model"]["ground_truth"])})
+        if len(tokenizer(text)["input_ids"]) <= max_tokens:
+            problems.append({"prompt": text, "ground_truth": str(row["reward_model"]["ground_truth"])})
     return problems
 
 
