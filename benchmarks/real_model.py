@@ -85,7 +85,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only_peer", action="store_true", help="and not ours")
     parser.add_argument("--peer_python", default=sys.executable, help="interpreter of TRL's environment")
     parser.add_argument("--peer_micro_batch", type=int, default=32, help="TRL: completions in memory at once")
-    parser.add_argument("--peer_settings", default="{}", help="JSON: TRL's settings by its own names")
+    parser.add_argument(
+        "--peer_settings", type=json.loads, default={}, help="JSON: TRL's settings by its own names"
+    )
     parser.add_argument("--folder", default="", help="everything stays here; default: a temporary one")
     parser.add_argument(
         "--time_limit_s", type=float, default=math.inf, help="the run under way is saved then"
@@ -117,7 +119,6 @@ def check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Ends with one line, before anything is made, where the configuration of a run is refused."""
     for dtype in args.dtypes.split(","):
         read_config(args, [*run_flags(args, Path(), args.model, overrides), f"--config.model.dtype={dtype}"])
-    json.loads(args.peer_settings)
 
 
 def read_config(args: argparse.Namespace, arguments: Sequence[str]) -> Any:
@@ -240,7 +241,7 @@ def train_theirs(args: argparse.Namespace, arguments: Sequence[str], workdir: Pa
         config, seed=config.trainer.seed, micro_rows=args.peer_micro_batch, dtype=config.model.dtype
     )
     settings |= curves.trl_engine(config) if args.has_gpu else {}
-    settings |= json.loads(args.peer_settings)
+    settings |= args.peer_settings
     command = [
         args.peer_python, str(curves.TRL_CURVE), f"--model={config.model.path}", f"--output={workdir}",
         f"--data={config.data.train_files[0]}", f"--settings={json.dumps(settings)}",
