@@ -152,7 +152,7 @@ def test_bits_by_hand():
 
 @pytest.mark.parametrize("chunk_columns", [4, 12])
 def test_the_distribution_over_drawable_tokens_equals_a_written_out_softmax(chunk_columns):
-    """Value and gradients, by the softmax over a column's own list of tokens; 7 of 61, the chosen one among them."""
+    """Value and gradients, by the softmax over each column's own list of 7 tokens, the chosen one first."""
     hidden, head, tokens, weights = inputs()
     rng = np.random.default_rng(1)
     lists = {

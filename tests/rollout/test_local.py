@@ -16,8 +16,8 @@ from grpo_jax.config import MeshSection
 from grpo_jax.learner.batching import make_train_batch
 from grpo_jax.learner.forward import make_forward_step, score_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
-from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.logprobs import unpack_bits
+from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.rollout.local import LocalEngine, gumbel_noise, sample_completions, sample_token
 from grpo_jax.types import Prompt
@@ -386,13 +386,13 @@ def test_truncation_by_hand():
         (9, 1.0, {0: 0.15, 1: 0.5, 2: 0.1, 3: 0.25}),  # more than there are
     ]:
         sampling = SamplingParams(1, 1.0, 1, top_p=top_p, top_k=top_k)
-        tokens, logprobs, drawable = sample_token(logits, keys, sampling)
+        tokens, logprobs, _ = sample_token(logits, keys, sampling)
         got = dict(zip(tokens.tolist(), np.exp(logprobs).tolist(), strict=True))
         assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_gumbel_noise_has_its_whole_tail():
-    """-log(-log u) ends at 16.6 where u has 24 bits. Of n draws the largest is log n, give or take 1.3: here 18."""
+    """-log(-log u) ends at 16.6 where u has 24 bits. The largest of n is log n, here 18, give or take 1.3."""
     largest = jax.jit(lambda key: jnp.max(gumbel_noise(key[None], 2**22)))
     assert max(float(largest(key)) for key in jax.random.split(jax.random.key(0), 16)) > 16.7
 

@@ -179,7 +179,7 @@ def test_several_updates_score_once_and_update_often():
         ({"algorithm.kl_coef": 0.0}, {"ref"}),
         ({"model.dtype": "float32"}, {"gen", "ref", "update_actor", "update_weights"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_what_nobody_measured_is_not_predicted(changes, missing):
     run = speed(**W1 | changes)
