@@ -245,8 +245,7 @@ def sample_completions(
     hidden = jnp.repeat(hidden, size, axis=0)
     cache: Cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), read)
     lengths = jnp.repeat(prompt_lengths, size)
-    rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_lengths))
-    keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
+    keys = _row_keys(key, prompt_indices, size)
     head = head_matrix(params)
     if not config.scan_layers:
         params, cache = split_layers(params, cache)
@@ -273,11 +272,17 @@ def sample_completions(
 
     drawn, is_stop = draw(hidden, 0)
     empty = lengths == 0
-    begin = lambda one: jnp.zeros((len(rows), limit, *one.shape[1:]), one.dtype).at[:, 0].set(one)
+    begin = lambda one: jnp.zeros((len(one), limit, *one.shape[1:]), one.dtype).at[:, 0].set(one)
     state = (jnp.int32(1), jax.tree.map(begin, drawn), jnp.where(empty, 0, 1), is_stop | empty, cache)
     state = jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[3]), step, state)
     _, (tokens, logprobs, drawable), counts, stopped, _ = state
     return tokens, logprobs, counts, stopped, drawable
+
+
+def _row_keys(key: jax.Array, prompt_indices: jax.Array, size: int) -> jax.Array:
+    """A random key for each of `size` samples of each prompt, [P * size], whatever else is in the batch."""
+    rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_indices))
+    return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
 def _prefill(
