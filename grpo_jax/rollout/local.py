@@ -259,10 +259,8 @@ def sample_completions(
     def step(state: Any) -> Any:
         t, written, counts, stopped, cache = state
         visible = (column_ids >= columns - lengths[:, None]) & (column_ids < columns + t)
-        last, position = (
-            jax.lax.dynamic_slice_in_dim(written[0], t - 1, 1, axis=1),
-            (lengths + t - 1)[:, None],
-        )
+        last = jax.lax.dynamic_slice_in_dim(written[0], t - 1, 1, axis=1)
+        position = (lengths + t - 1)[:, None]
         visible = visible[:, None, None, :]
         hidden, cache = forward_cached(params, config, last, position, visible, cache, columns + t - 1)
         drawn, is_stop = draw(hidden[:, 0], t)

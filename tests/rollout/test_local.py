@@ -422,7 +422,9 @@ def test_log_probabilities_equal_the_trainers(models, sample, sizes, cut):
     with jax.set_mesh(mesh):
         score = make_forward_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
         logprobs = score_rows(score, model.params(*sizes), batch, (4, batch.tokens.shape[1]), mesh)
-    assert np.count_nonzero(logprobs) == batch.completion_mask.sum() > 50
+    is_certain = batch.sampler_logprobs == 0  # nothing else could be drawn
+    assert is_certain[batch.completion_mask > 0].any() == bool(cut)
+    assert np.count_nonzero(logprobs) == (batch.completion_mask * ~is_certain).sum() > 50
     np.testing.assert_allclose(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
 
 
