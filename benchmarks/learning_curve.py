@@ -17,9 +17,7 @@ Printed are both curves as CSV, one column a run, and the greedy held-out accura
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,9 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import common
+from curves import (
+    ROOT,
+    TRL_CURVE,
+    flags,
+    last_quarter,
+    mean_curve,
+    new_figure,
+    read_lines,
+    run,
+    save_figure,
+    trl_settings,
+    trl_versions,
+)
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 CONFIG = "configs/quickstart.py"
 SIDES = {"grpo_jax": "tab:blue", "TRL": "tab:orange"}
 EQUAL = {
@@ -56,7 +65,7 @@ def main() -> None:
     config = our_config(overrides)
     common.print_environment()
     common.warn_if_busy()
-    print(f"peer      {peer_versions(args.peer_python)}")
+    print(f"peer      {trl_versions(args.peer_python)}")
     with contextlib.ExitStack() as stack:
         folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
         warm = warm_start(folder, overrides)
@@ -75,7 +84,6 @@ def main() -> None:
                       f"accuracy {accuracies[side][-1]:.1%}, {seconds:.0f} s", flush=True)  # fmt: skip
     print_curves(curves)
     draw(curves, Path(args.picture))
-    print(f"picture   {args.picture}")
     if args.json:
         content = {"before": before, "accuracies": accuracies, "curves": curves}
         Path(args.json).write_text(json.dumps(content))
@@ -88,32 +96,6 @@ def our_config(overrides: Sequence[str]) -> Any:
     argv = [f"--config={ROOT / CONFIG}", *flags(EQUAL), *overrides]
     with one_line_errors():
         return parse_command_line("grpo_jax.train", None, argv)[0]
-
-
-def flags(values: dict[str, Any]) -> list[str]:
-    return [f"--config.{key}={value}" for key, value in values.items()]
-
-
-def run(command: Sequence[str], log: Path) -> str:
-    """Runs a command to its end, keeping what it prints. Returns that; ends everything if it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with log.open("w") as output:
-        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=env).returncode
-    text = log.read_text(errors="replace")
-    if code:
-        sys.exit(f"{' '.join(command)}\nended with exit code {code}:\n{text[-3000:]}")
-    return text
-
-
-def peer_versions(python: str) -> str:
-    code = "import trl, torch, transformers as t; print(f'TRL {trl.__version__}, torch {torch.__version__}, "
-    code += "transformers {t.__version__}')"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the peer needs TRL: pip install trl datasets, or name its environment in --peer_python\n"
-                 f"{done.stderr[-500:]}")  # fmt: skip
-    return done.stdout.splitlines()[-1]
 
 
 def warm_start(folder: Path, overrides: Sequence[str]) -> Path:
@@ -140,42 +122,24 @@ def train_ours(
     command = [sys.executable, "-m", "grpo_jax.train", f"--config={CONFIG}", f"--workdir={workdir}"]
     ours = common.without(("sft", "random_model", "arithmetic"), overrides)
     run([*command, *flags(EQUAL), *ours, *flags(values)], workdir.with_suffix(".log"))
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line["reward/mean"] for line in lines if line["step"]], next(workdir.glob("checkpoint-*"))
+    return rewards(workdir), next(workdir.glob("checkpoint-*"))
 
 
 def train_theirs(
     args: Any, config: Any, overrides: Sequence[str], seed: int, warm: Path, workdir: Path
 ) -> tuple[list[float], Path]:
     """Returns the mean reward of each step, and the trained model's folder."""
-    rows = config.data.train_batch_size * config.algorithm.group_size
-    micro_rows = min(rows, 32)  # the loss does not depend on it
-    settings = dict(
-        per_device_train_batch_size=micro_rows,
-        gradient_accumulation_steps=rows // micro_rows,
-        num_generations=config.algorithm.group_size,
-        max_completion_length=config.data.max_response_length,
-        temperature=config.rollout.temperature,
-        epsilon=config.algorithm.clip_low,
-        epsilon_high=config.algorithm.clip_high,
-        learning_rate=config.optim.learning_rate,
-        adam_beta1=config.optim.beta1,
-        adam_beta2=config.optim.beta2,
-        adam_epsilon=1e-8,
-        weight_decay=config.optim.weight_decay,
-        beta=config.algorithm.kl_coef,
-        max_grad_norm=config.optim.max_grad_norm,
-        num_train_epochs=config.trainer.total_epochs,
-        max_steps=config.trainer.num_steps or -1,
-        seed=seed,
-    )
+    settings = trl_settings(config, seed=seed, micro_rows=32, dtype="float32")
     command = [
-        args.peer_python, str(HERE / "peers" / "trl_curve.py"), f"--model={warm / 'sft-model'}",
+        args.peer_python, str(TRL_CURVE), f"--model={warm / 'sft-model'}",
         f"--data={warm / 'data' / 'train.parquet'}", f"--output={workdir}", f"--settings={json.dumps(settings)}",
     ]  # fmt: skip
-    text = run(command, workdir.with_suffix(".log"))
-    lines = [line.removeprefix("STEP ") for line in text.splitlines() if line.startswith("STEP ")]
-    return [json.loads(line)["reward"] for line in lines], workdir
+    run(command, workdir.with_suffix(".log"))
+    return rewards(workdir), workdir
+
+
+def rewards(workdir: Path) -> list[float]:
+    return [line["reward/mean"] for line in read_lines(workdir / "metrics.jsonl") if line["step"]]
 
 
 def evaluate(config: Any, model: Path, warm: Path) -> float:
@@ -190,19 +154,11 @@ def evaluate(config: Any, model: Path, warm: Path) -> float:
         return float(json.loads(result.read_text())["accuracy"])
 
 
-def last_quarter(curve: Sequence[float]) -> float:
-    return statistics.fmean(curve[-max(1, len(curve) // 4) :])
-
-
-def mean_curve(runs: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(values) for values in zip(*runs, strict=True)]
-
-
 def print_curves(curves: dict[str, list[list[float]]]) -> None:
     """The curves as CSV, and how far their means are apart."""
-    columns = [(f"{side} {i}", run) for side, runs in curves.items() for i, run in enumerate(runs)]
+    columns = [(f"{side} {i}", curve) for side, runs in curves.items() for i, curve in enumerate(runs)]
     print("step," + ",".join(name for name, _ in columns))
-    for step, values in enumerate(zip(*(run for _, run in columns), strict=True), 1):
+    for step, values in enumerate(zip(*(curve for _, curve in columns), strict=True), 1):
         print(f"{step}," + ",".join(f"{value:.4f}" for value in values))
     ours, theirs = (mean_curve(runs) for runs in curves.values())
     difference = statistics.fmean(a - b for a, b in zip(ours, theirs, strict=True))
@@ -214,12 +170,7 @@ def print_curves(curves: dict[str, list[list[float]]]) -> None:
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """Each run thin, each side's mean thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=100)
+    figure, axes = new_figure(1)
     for side, runs in curves.items():
         mean = mean_curve(runs)
         steps = range(1, len(mean) + 1)
@@ -232,10 +183,7 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, pil_kwargs={"optimize": True})
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     """What `grpo_jax.plan` says in full."""
     from grpo_jax.learner.memory import held_bytes
     from grpo_jax.model.transformer import num_params
-    from grpo_jax.run.devices import plan_run
     from grpo_jax.run.inputs import read_model_config
+    from grpo_jax.run.memory import plan_run
 
     model = read_model_config(config)
     plan, whole = plan_run(config, model, mesh), held_bytes(config, model, num_params(model))

@@ -1,10 +1,10 @@
-"""Prints what a run will take of each device's memory, phase by phase, and the largest micro-batch that fits.
+"""Prints what a run will take, phase by phase: of each device's memory, and of time; the largest micro-batch too.
 
     python -m grpo_jax.plan --config=FILE.py [--device=h200] [--num_devices=1] [--config.SECTION.KEY=VALUE ...]
 
-DEVICE is one of those below or its memory in GB; without it, the device at hand. Of the model, only config.json
-is read, so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figure and
-the real peak beside it.
+DEVICE is h100, h200, b200, a100, a100-40, l40s, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, or its memory in GB; without
+it, the device at hand. Of the model, only config.json is read, so that a plan can be made before anything is
+fetched or rented. `grpo_jax.train` logs the same figures and the real ones beside them.
 """
 
 from typing import Any
@@ -12,19 +12,6 @@ from typing import Any
 from grpo_jax.config import Config, ConfigError, nearest
 from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
 
-# Bytes, as the driver reports them.
-DEVICE_BYTES = {
-    "h100": 81_559 * 2**20,
-    "h200": 143_771 * 2**20,
-    "b200": 183_359 * 2**20,
-    "a100": 81_920 * 2**20,
-    "a100-40": 40_960 * 2**20,
-    "l40s": 46_068 * 2**20,
-    "tpu-v4": 32 * 2**30,
-    "tpu-v5e": 16 * 2**30,
-    "tpu-v5p": 95 * 2**30,
-    "tpu-v6e": 32 * 2**30,
-}
 GB = 1e9
 
 
@@ -38,7 +25,9 @@ def main() -> None:
             raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
         memory = device_bytes(args.device)
         sizes = mesh_sizes(config, int(args.num_devices))
-        print_plan(config, read_model(config, args.device), memory, sizes)
+        model = read_model(config, args.device)
+        print_plan(config, model, memory, sizes)
+        print_seconds(config, model, args.device, sizes)
 
 
 def device_bytes(name: str) -> int:
@@ -48,19 +37,21 @@ def device_bytes(name: str) -> int:
     """
     if not name:
         return _local_memory()
-    if name in DEVICE_BYTES:
-        return DEVICE_BYTES[name]
+    from grpo_jax.model.cards import CARDS
+
+    if name in CARDS:
+        return CARDS[name].memory
     try:
         return int(float(name) * GB)
     except ValueError:
-        rule = f"must be a number of GB or one of {', '.join(DEVICE_BYTES)}{nearest(name, DEVICE_BYTES)}"
+        rule = f"must be a number of GB or one of {', '.join(CARDS)}{nearest(name, CARDS)}"
         raise ConfigError("device", name, rule) from None
 
 
 def _local_memory() -> int:
     import jax
 
-    from grpo_jax.run.devices import memory_limit
+    from grpo_jax.run.memory import memory_limit
 
     limit = memory_limit()
     if not limit:
@@ -100,48 +91,78 @@ def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, i
     from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch
     from grpo_jax.learner.packing import micro_batch_shape
     from grpo_jax.rollout import push_bytes, trainer_share
-    from grpo_jax.run.devices import plan_run
+    from grpo_jax.run.memory import Budget
 
-    mesh = abstract_mesh(*sizes)
-    plan = plan_run(config, model, mesh)
     share = trainer_share(config.rollout)
     limit = share * memory
+    budget = Budget(config, model, abstract_mesh(*sizes), limit)
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
     print(f"Device          {memory / GB:.1f} GB, {share:.0%} of it for the trainer: {limit / GB:.1f} GB")
     print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
-    print("Held from step to step, GB a device")
-    for name, size in plan.held.items():
-        print(f"  {name:<18}{size / GB:>8.2f}")
-    if plan.host:
-        print("Held in the host's memory, GB for all devices")
-        for name, size in plan.host.items():
-            print(f"  {name:<18}{size / GB:>8.2f}")
-    print("The most in each phase, GB a device")
-    for name, size in plan.phases.items():
-        print(f"  {name:<18}{size / GB:>8.2f}{'' if size <= limit else '   does not fit'}")
-    most = largest_micro_batch(config, model, mesh, limit, push_bytes=push_bytes(config.rollout))
+    print_memory(budget)
+    most = largest_micro_batch(config, model, budget.mesh, limit, push_bytes=push_bytes(config.rollout))
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )
     print(f"Largest micro-batch that fits: {advice}")
-    if not most:
-        print(f"Less is taken with {', '.join(ways_to_save(config))}.")
+    if budget.plan.peak > limit:
+        print(f"Phase {budget.plan.fullest} does not fit. {budget.advice(budget.plan.fullest)}")
 
 
-def ways_to_save(config: Config) -> list[str]:
-    """What takes less memory and is not set yet, the cheapest first."""
-    from grpo_jax.rollout import memory_savers
+def print_memory(budget: Any) -> None:
+    """Tables of a `Budget`."""
+    plan = budget.plan
+    print("Held from step to step, GB a device")
+    for name, size in plan.held.items():
+        print(f"  {name:<32}{size / GB:>8.2f}")
+    if plan.host:
+        print("Held in the host's memory, GB for all devices")
+        for name, size in plan.host.items():
+            print(f"  {name:<32}{size / GB:>8.2f}")
+    print("The most in each phase, GB a device, and what of it is beside what is held")
+    for phase, size in plan.phases.items():
+        print(f"  {phase:<32}{size / GB:>8.2f}{'' if size <= budget.limit else '   does not fit'}")
+        for name, part in plan.beside[phase].items():
+            print(f"    {name:<38}{part / GB:>8.2f}")
 
-    ways = [
-        (not config.optim.offload, "optim.offload=True"),
-        (config.uses_reference and not config.algorithm.ref_offload, "algorithm.ref_offload=True"),
-        (config.model.remat != "full", "model.remat=full"),
-        (True, "more devices in mesh.fsdp"),
-        *((True, setting) for setting in memory_savers(config.rollout)),
-        (config.optim.accumulator_dtype != "bfloat16", "optim.accumulator_dtype=bfloat16"),
-    ]
-    return [way for is_open, way in ways if is_open]
+
+def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int, int]) -> None:
+    """The expected seconds of a step, where the card's rates are known. Args: device: as in `device_bytes`."""
+    from grpo_jax.learner.memory import abstract_mesh
+    from grpo_jax.model.cards import CARDS
+    from grpo_jax.run.speed import PHASES, Speed
+
+    speed = Speed(config, model, abstract_mesh(*sizes), device if device in CARDS else local_card(device))
+    work = speed.planned_work()
+    if not (seconds := speed.expected(work)):
+        return
+    rates = "rates measured on one" if CARDS[speed.card].is_measured else "rates by its data sheet"
+    print(
+        f"Expected seconds of a step on {speed.mesh.size} x {speed.card} ({rates}; every prompt of "
+        f"{work.prompt_tokens:,} tokens, every completion of {work.response_tokens:,}; rewards not counted)"
+    )
+    is_there = {
+        "gen": True,
+        "old_log_prob": config.needs_old_logprobs,
+        "ref": config.uses_reference,
+        "update_actor": True,
+        "update_weights": True,
+    }
+    for phase in filter(is_there.get, PHASES):
+        print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
+    print(f"  {'together':<32}{sum(seconds.values()):>8.2f}")
+
+
+def local_card(device: str) -> str:
+    """The name of the device at hand, where it is the one that is meant and known; else ""."""
+    if device:
+        return ""
+    import jax
+
+    from grpo_jax.model.cards import find_card
+
+    return find_card(jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ One step (`grpo_step`), in seven sentences:
 3. `rewards/` turns (prompt, completion) into a number; `rollout/batches.py` hands out 1 to 3 as a `ScoredBatch`.
 4. `learner/batching.py` lays the completions out as a `TrainBatch`.
 5. `algorithm/advantages.py` turns rewards [P, G] into advantages [P, G]; `algorithm/loss.py` is the mathematics.
-6. `learner/update.py` holds the jitted steps: score (old and reference log-probabilities) and update.
+6. `learner/forward.py` scores (old and reference log-probabilities); `learner/update.py` makes the update of it.
 7. `weight_sync/` gives the new weights to the engine; `run/` validates, saves and reports.
 
 The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash.

@@ -60,6 +60,9 @@ class Completion:
     """"stop": ended by itself; "length": cut at the limit."""
     policy_version: int
     """Which weights sampled it."""
+    drawable: np.ndarray | None = None
+    """[n, ceil(V / 32)] uint32: bit v % 32 of word v // 32 is set where token v could be drawn as that token of
+    the completion. None: all could (`rollout.top_p` is 1 and `rollout.top_k` 0), or the engine does not tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,20 @@ class ScoredBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Workload:
+    """How much one step has to do, for estimates."""
+
+    num_prompts: int
+    """P."""
+    group_size: int
+    """G."""
+    prompt_tokens: float
+    """Of a prompt, in the mean."""
+    response_tokens: float
+    """Of a completion, in the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the reports (host)."""
 
@@ -143,7 +160,7 @@ class StepResult:
 
 @flax.struct.dataclass
 class TrainBatch:
-    """Completions ready for the trainer; every field is [B, T].
+    """Completions ready for the trainer; every field but `drawable` is [B, T].
 
     On the host, numpy, one completion a row. In the jitted steps, `jax.Array`: rows hold several sequences one
     after the other, or nothing but padding (`learner/packing.py`).
@@ -168,6 +185,9 @@ class TrainBatch:
     """float32; the reference's; None without a KL term."""
     kl_coef: Any = None
     """float32; the coefficient of the KL in the loss, the same on every token; None: `algorithm.kl_coef`."""
+    drawable: Any = None
+    """[B, T, ceil(V / 32)] uint32, as `Completion.drawable` and 0 outside the completions: log-probabilities are
+    those of the distribution over these tokens alone. None: over all."""
     loss_weights: Any = None
     """float32; what the token weighs in the loss of its mini-batch; None until that is known."""
 

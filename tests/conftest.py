@@ -19,6 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # on NVIDIA GPUs too: values are compared
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,6 +70,8 @@ WEIGHTED, MASKED = "algorithm.rollout_is!=none", "algorithm.rollout_is=token_mas
 REJECTS = "algorithm.rollout_rs!=none"
 BY_ROWS = "actor.micro_batch_tokens_per_device=0"
 LOCAL, VLLM = "rollout.engine=local", "rollout.engine=vllm"
+TELL_DRAWABLE = ("local",)
+"""Engines whose completions say which tokens could be drawn."""
 IN_WORKERS = "reward.function=math or reward.extra_functions=math"
 
 # fmt: off
@@ -192,7 +194,7 @@ class ActorSection:
 class RolloutSection:
     engine: str = key("vllm", "vLLM on NVIDIA GPUs, or the JAX sampler on the trainer's devices", choices="vllm local")
     temperature: float = key(1.0, "divides the logits, in the sampler and in the trainer", above=0)
-    top_p: float = key(1.0, "nucleus; below 1 the trainer's distribution is not the sampled one", above=0, at_most=1)
+    top_p: float = key(1.0, "nucleus; with the local engine, the trainer's distribution is cut likewise", above=0, at_most=1)
     top_k: int = key(0, "0: off; above 0 as for `top_p`", at_least=0)
     stop_token_ids: tuple[int, ...] = key((), "they end a completion, beside the EOS of model and tokenizer")
     batch_size: int = key(256, "completions decoded at once, on all devices together", unit="completions", at_least=1, only=LOCAL, resume=FREE)
@@ -321,6 +323,16 @@ class Config:
     @property
     def uses_reference(self) -> bool:
         return self.algorithm.kl_coef > 0
+
+    @property
+    def cuts_distribution(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.rollout.top_p < 1 or self.rollout.top_k > 0
+
+    @property
+    def knows_drawable(self) -> bool:
+        """Whether completions say which tokens could be drawn, so that the trainer's distribution is the same."""
+        return self.cuts_distribution and self.rollout.engine in TELL_DRAWABLE
 
     @property
     def corrects_sampler(self) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from grpo_jax.algorithm.loss import loss_weights
 from grpo_jax.model.transformer import bucket_length
-from grpo_jax.types import RolloutGroup, TrainBatch
+from grpo_jax.types import Completion, RolloutGroup, TrainBatch
 
 
 def make_train_batch(groups: Sequence[RolloutGroup], *, pad_id: int) -> TrainBatch:
@@ -50,11 +50,26 @@ def make_train_batch(groups: Sequence[RolloutGroup], *, pad_id: int) -> TrainBat
             _check_row(name, group.prompt.token_ids, completion.token_ids)
             rows.append((group.prompt.token_ids, completion.token_ids))
     batch = _lay_out(rows, pad_id)
+    completions = [c for group in groups for c in group.completions]
     sampler_logprobs: Any = np.zeros(batch.tokens.shape, np.float32)
     sampler_logprobs[batch.completion_mask > 0] = np.fromiter(
-        (logprob for group in groups for c in group.completions for logprob in c.sampler_logprobs), np.float32
+        (logprob for c in completions for logprob in c.sampler_logprobs), np.float32
     )
-    return dataclasses.replace(batch, sampler_logprobs=sampler_logprobs)
+    return dataclasses.replace(
+        batch, sampler_logprobs=sampler_logprobs, drawable=_lay_out_drawable(completions, batch)
+    )
+
+
+def _lay_out_drawable(completions: Sequence[Completion], batch: TrainBatch) -> Any:
+    """[B, T, W] uint32, 0 outside the completions; None where all tokens could be drawn."""
+    words = [c.drawable for c in completions if c.drawable is not None]
+    if not words:
+        return None
+    if len(words) != len(completions):
+        raise ValueError("either all completions say which tokens could be drawn, or none does")
+    drawable = np.zeros((*batch.tokens.shape, words[0].shape[1]), np.uint32)
+    drawable[np.asarray(batch.completion_mask) > 0] = np.concatenate(words)
+    return drawable
 
 
 def make_sft_batch(examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int) -> TrainBatch:

@@ -50,10 +50,10 @@ class ForwardStep:
     """`forward(params, micro) -> (scores, kept)`."""
 
     step: Any
-    """(params, tokens, positions, segment_ids), jitted: other fields of a batch may be there or not."""
+    """(params, tokens, positions, segment_ids, drawable), jitted: other fields of a batch may be there or not."""
 
     def __call__(self, params: Params, micro: TrainBatch) -> tuple[Scores, Kept]:
-        return self.step(params, micro.tokens, micro.positions, micro.segment_ids)
+        return self.step(params, micro.tokens, micro.positions, micro.segment_ids, micro.drawable)
 
     def score(self, params: Params, micro: TrainBatch) -> jax.Array:
         """The log-probability of every token of a micro-batch, [R, T] float32."""
@@ -61,7 +61,8 @@ class ForwardStep:
 
     def compile(self, params: Params, micro: TrainBatch) -> tuple[tuple[Scores, Kept], int]:
         """Compiles for arguments that may be abstract. Returns as `compile_ahead`."""
-        return compile_ahead(self.step, params, micro.tokens, micro.positions, micro.segment_ids)
+        tokens = (micro.tokens, micro.positions, micro.segment_ids, micro.drawable)
+        return compile_ahead(self.step, params, *tokens)
 
 
 def token_scores(
@@ -70,6 +71,7 @@ def token_scores(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    drawable: jax.Array | None = None,
     *,
     temperature: float,
     chunk_columns: int,
@@ -79,7 +81,12 @@ def token_scores(
         hidden = forward(params, model, tokens, positions, segment_ids)
     with jax.named_scope("head"):
         return token_logprobs(
-            hidden, head_matrix(params), tokens, temperature=temperature, chunk_columns=chunk_columns
+            hidden,
+            head_matrix(params),
+            tokens,
+            drawable,
+            temperature=temperature,
+            chunk_columns=chunk_columns,
         )
 
 
@@ -101,15 +108,14 @@ def make_forward_step(
 
     @jax.jit
     def forward_pass(
-        params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, drawable: Any
     ) -> tuple[Scores, Kept]:
         rows = tokens.shape[0] // num_batch_shards(mesh)
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
         def scores(params: Params) -> Scores:
-            return token_scores(
-                params, model, tokens, positions, segment_ids, temperature=temperature, chunk_columns=columns
-            )
+            inputs = (tokens, positions, segment_ids, drawable)
+            return token_scores(params, model, *inputs, temperature=temperature, chunk_columns=columns)
 
         out, pullback = jax.vjp(scores, params)
         return out, _without_params(pullback, params)

@@ -238,6 +238,11 @@ class Learner:
         if self._config.algorithm.kl_in == "reward":
             zeros = np.zeros(example.tokens.shape, np.float32)
             example = dataclasses.replace(example, old_logprobs=zeros, ref_logprobs=zeros)
+        if self._config.knows_drawable:
+            words = -(-self.model.vocab_size // 32)
+            example = dataclasses.replace(
+                example, drawable=np.zeros((*example.tokens.shape, words), np.uint32)
+            )
         missing = self._missing_logprobs(example)
         [micro] = self._place(example)
         state = self.optimizer.abstract_state()

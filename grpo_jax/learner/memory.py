@@ -25,6 +25,9 @@ from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
 from grpo_jax.model.transformer import abstract_params, param_shardings
 
+COPY = "parameters to compute with"
+"""A copy in `model.dtype`, where they are held in another."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
@@ -32,14 +35,32 @@ class MemoryPlan:
 
     held: dict[str, int]
     """On one device from step to step, by name."""
-    phases: dict[str, int]
-    """Phase -> the most that is in use on one device during it, `held` included."""
+    beside: dict[str, dict[str, int]]
+    """Phase -> what is on one device besides when most is in use during it, by name."""
     host: dict[str, int]
     """In pinned memory of the host, for all its devices, by name."""
 
+    def parts(self, phase: str) -> dict[str, int]:
+        """All that is on one device during a phase, by name. A phase that is not planned has what is held."""
+        return self.held | self.beside.get(phase, {})
+
+    def need(self, phase: str) -> int:
+        """The most that is in use on one device during a phase."""
+        return sum(self.held.values()) + sum(self.beside.get(phase, {}).values())
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Phase -> `need` of it."""
+        return {phase: self.need(phase) for phase in self.beside}
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs most."""
+        return max(self.beside, key=self.need)
+
     @property
     def peak(self) -> int:
-        return max(self.phases.values())
+        return self.need(self.fullest)
 
 
 def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -60,33 +81,48 @@ def plan_memory(
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
     parameters = sum(jax.tree.leaves(sizes))
     held, host = held_bytes(config, model, parameters)
-    base = sum(held.values())
-    computed = jnp.dtype(model.dtype).itemsize
-
     rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     rows //= num_batch_shards(mesh)
-    chunk = min(rows * length, max(rows, config.actor.logits_chunk_tokens))
-    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
-    logits = chunk * words * 4
-    kept = kept_for_backward(model, rows, length)
-    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
-    width = rows * length * model.hidden_size * computed
-
+    computed = jnp.dtype(model.dtype).itemsize
     cast = parameters * computed if held["parameters"] != parameters * computed else 0
-    sums = parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize
-    gradients = parameters * computed
-    head_gradient = words * model.hidden_size * 4
-    backward = max(layer if model.remat != "none" else 0, logits + logits // 2 + head_gradient)
     optimizer = optimizer_class(config.optim).step_bytes(config.optim, model, jax.tree.leaves(sizes))
-    phases = {
-        "update": base + cast + sums + gradients + kept + backward,
-        "optimizer": base + cast + optimizer,
+    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
+    logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
+    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
+    once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
+    copy, kept = {COPY: cast}, kept_for_backward(model, rows, length)
+    beside = {
+        "update": copy
+        | {
+            "sums of gradients": parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize,
+            "gradients of a micro-batch": parameters * computed,
+            "kept for the backward pass": kept,
+        }
+        | _largest(
+            {
+                "a layer computed again": once,
+                "logits and the head's gradient": logits + logits // 2 + words * model.hidden_size * 4,
+            }
+        ),
+        "optimizer": copy | {"gradients and what the optimizer adds": optimizer},
     }
     if config.uses_reference or config.needs_old_logprobs:
-        phases["score"] = base + cast + host.get("reference", 0) + 4 * width + max(layer, logits)
+        beside["score"] = (
+            copy
+            | {"reference, copied": host.get("reference", 0)}
+            | {"kept, as for a backward pass": kept}  # the one forward pass returns it
+            | _largest({"a layer": once, "logits": logits})
+        )
     if push_bytes:
-        phases["weight sync"] = base + push_bytes
-    return MemoryPlan(held, phases, {name: size * mesh.size for name, size in host.items()})
+        beside["weight sync"] = {"buckets of a push": push_bytes}
+    beside = {phase: {name: size for name, size in parts.items() if size} for phase, parts in beside.items()}
+    return MemoryPlan(held, beside, {name: size * mesh.size for name, size in host.items()})
+
+
+def _largest(sizes: dict[str, int]) -> dict[str, int]:
+    """The largest of what is not there at the same time."""
+    name = max(sizes, key=lambda name: sizes[name])
+    return {name: sizes[name]}
 
 
 def held_bytes(config: Config, model: ModelConfig, num_params: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -30,9 +30,9 @@ class Places:
     """Which sequence of its packed row it is, counted from 1."""
 
     def pack(self, field: np.ndarray, num_rows: int, length: int) -> np.ndarray:
-        """[B, T] to [num_rows, length], 0 where no sequence lies."""
+        """[B, T, ...] to [num_rows, length, ...], 0 where no sequence lies."""
         mask, target = self._index(field.shape[1])
-        packed = np.zeros((num_rows, length), field.dtype)
+        packed = np.zeros((num_rows, length, *field.shape[2:]), field.dtype)
         packed[target] = field[mask]
         return packed
 

@@ -90,7 +90,7 @@ DEVICE_KINDS = {
     "tpu-v5p": DeviceKind("tpu"),
     "tpu-v6e": DeviceKind("tpu"),
 }
-"""Devices that can be planned for by name; `plan.DEVICE_BYTES` has the same names."""
+"""Devices that can be planned for by name; `cards.CARDS` has the same names."""
 
 
 def local_device_kind() -> DeviceKind:

@@ -14,9 +14,18 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax.model.sharding import AXIS_RULES, constrain
 
+CUT = -1e30
+"""The logit of a token that cannot be drawn. Finite: its probability is 0, and 0 * log 0 is 0 without a case."""
+
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, tokens: jax.Array, *, temperature: float, chunk_columns: int
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    drawable: jax.Array | None = None,
+    *,
+    temperature: float,
+    chunk_columns: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each token given those before it, and the entropy of its distribution.
 
@@ -24,13 +33,15 @@ def token_logprobs(
         hidden: [B, T, D], final hidden states.
         head: [V, D].
         tokens: [B, T] int32.
+        drawable: as in `TrainBatch`: the distribution is that over these tokens.
         temperature: divides the logits, as in the sampler.
         chunk_columns: columns whose logits may exist at once, >= 1.
     Returns:
         logprobs, entropy: [B, T] float32, aligned with `tokens`: column t is about tokens[:, t]; column 0 is 0.
     """
     chunks = _num_chunks(tokens.shape[1], chunk_columns)
-    targets = jnp.roll(tokens, -1, axis=1)  # column t predicts token t + 1; the last column is dropped below
+    next_column = lambda x: jnp.roll(x, -1, axis=1)  # column t predicts t + 1; the last one is dropped below
+    targets, drawable = jax.tree.map(next_column, (tokens, drawable))
     of_rows = functools.partial(_chosen, temperature, chunks)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and any(mesh.shape[axis] > 1 for axis in AXIS_RULES["batch"]):
@@ -42,37 +53,45 @@ def token_logprobs(
         of_rows = jax.shard_map(
             of_rows,
             mesh=mesh,
-            in_specs=(rows, PartitionSpec(), rows),
+            in_specs=(rows, PartitionSpec(), rows, rows),
             out_specs=(rows, rows),
             axis_names=names,
             check_vma=False,
         )
-    logprobs, entropy = of_rows(hidden, head.astype(hidden.dtype), targets)
+    logprobs, entropy = of_rows(hidden, head.astype(hidden.dtype), targets, drawable)
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     return shift(logprobs), shift(entropy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chosen(
-    temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    temperature: float,
+    chunks: int,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    drawable: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probability of `targets` [B, T] under softmax(hidden head^T / temperature), and entropy."""
-    return _forward(temperature, chunks, hidden, head, targets)[0]
+    return _forward(temperature, chunks, hidden, head, targets, drawable)[0]
 
 
-def _forward(temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
-    def one_chunk(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
-        hidden, targets = xs
-        logits = _logits(hidden, head, temperature)
+def _forward(
+    temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, drawable: Any
+) -> Any:
+    def one_chunk(_: None, xs: Any) -> tuple[None, tuple[jax.Array, ...]]:
+        hidden, targets, drawable = xs
+        logits = _cut(_logits(hidden, head, temperature), drawable)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         logp = logits - normalizer[..., None]
         # A sum instead of an index: the logits are read anyway.
         chosen = jnp.sum(jnp.where(_is_target(logits, targets), logp, 0), axis=-1)
         return None, (chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), normalizer)
 
-    _, sums = jax.lax.scan(one_chunk, None, (_split(hidden, chunks), _split(targets, chunks)))
+    columns = jax.tree.map(lambda x: _split(x, chunks), (hidden, targets, drawable))
+    _, sums = jax.lax.scan(one_chunk, None, columns)
     logprobs, entropy, normalizer = (_join(x) for x in sums)
-    return (logprobs, entropy), (hidden, head, targets, normalizer, entropy)
+    return (logprobs, entropy), (hidden, head, targets, drawable, normalizer, entropy)
 
 
 def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
@@ -80,11 +99,11 @@ def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.
 
     d log p[chosen] / dz = onehot(chosen) - p,        dH / dz = -p (log p + H)
     """
-    hidden, head, targets, normalizer, entropy = kept
+    hidden, head, targets, drawable, normalizer, entropy = kept
 
-    def one_chunk(d_head: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets, normalizer, entropy, d_logprob, d_entropy = xs
-        logits = _logits(hidden, head, temperature)
+    def one_chunk(d_head: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, drawable, normalizer, entropy, d_logprob, d_entropy = xs
+        logits = _cut(_logits(hidden, head, temperature), drawable)
         logp = logits - normalizer[..., None]
         pull = d_logprob[..., None] + d_entropy[..., None] * (logp + entropy[..., None])
         d_logits = jnp.where(_is_target(logits, targets), d_logprob[..., None], 0) - jnp.exp(logp) * pull
@@ -95,9 +114,9 @@ def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.
         ), d_hidden
 
     d_head = constrain(jnp.zeros(head.shape, jnp.float32), "vocab", None)
-    columns = (hidden, targets, normalizer, entropy, *cotangents)
-    d_head, d_hidden = jax.lax.scan(one_chunk, d_head, tuple(_split(x, chunks) for x in columns))
-    return _join(d_hidden), d_head.astype(head.dtype), None
+    columns = (hidden, targets, drawable, normalizer, entropy, *cotangents)
+    d_head, d_hidden = jax.lax.scan(one_chunk, d_head, jax.tree.map(lambda x: _split(x, chunks), columns))
+    return _join(d_hidden), d_head.astype(head.dtype), None, None
 
 
 _chosen.defvjp(_forward, _backward)
@@ -106,6 +125,31 @@ _chosen.defvjp(_forward, _backward)
 def _logits(hidden: jax.Array, head: jax.Array, temperature: float) -> jax.Array:
     logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
     return constrain(logits, "batch", None, "vocab") / temperature
+
+
+def _cut(logits: jax.Array, drawable: jax.Array | None) -> jax.Array:
+    """Sets to `CUT` what cannot be drawn. Args: logits: [B, C, V]; drawable: None or [B, C, ceil(V / 32)]."""
+    return logits if drawable is None else jnp.where(unpack_bits(drawable, logits.shape[-1]), logits, CUT)
+
+
+def pack_bits(is_set: jax.Array) -> jax.Array:
+    """[..., V] bool to [..., ceil(V / 32)] uint32: bit v % 32 of word v // 32."""
+    size = is_set.shape[-1]
+    padded = jnp.pad(is_set, ((0, 0),) * (is_set.ndim - 1) + ((0, -size % 32),))
+    bits = padded.reshape(*is_set.shape[:-1], -1, 32).astype(jnp.uint32)
+    return jnp.sum(bits << _places_of_bits(bits), axis=-1, dtype=jnp.uint32)
+
+
+def unpack_bits(words: jax.Array, size: int) -> jax.Array:
+    """Undoes `pack_bits` for a last dimension of `size`."""
+    spread = jnp.repeat(words[..., None], 32, axis=-1)
+    bits = (spread >> _places_of_bits(spread)) & 1
+    return bits.reshape(*words.shape[:-1], -1)[..., :size].astype(bool)
+
+
+def _places_of_bits(x: jax.Array) -> jax.Array:
+    """0 to 31 along the last dimension."""
+    return jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from grpo_jax.config import RolloutSection
+    from grpo_jax.model.cards import Card
+    from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
+    from grpo_jax.types import Workload
 
 __all__ = [
     "ENGINES",
@@ -28,6 +31,7 @@ __all__ = [
     "check_devices",
     "check_engine",
     "eval_sampling",
+    "expected_seconds",
     "make_engine",
     "memory_rows",
     "memory_savers",
@@ -79,7 +83,7 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
     return _engine(section).with_float32_head(section)
 
 
-# For plans of memory; no device is needed
+# For plans of memory and time; no device is needed
 
 
 def trainer_share(section: RolloutSection) -> float:
@@ -102,9 +106,19 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return _engine(section).memory_rows(section)
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
-    """Settings of the engine that leave the trainer more memory and are not set yet, as KEY=VALUE."""
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
+    """Settings of the engine that leave the trainer more memory and are not set yet, as (key, value)."""
     return _engine(section).memory_savers(section)
+
+
+def expected_seconds(
+    section: RolloutSection, model: ModelConfig, card: Card, work: Workload, num_devices: int
+) -> dict[str, float]:
+    """How long the engine's phases of a step should take, by the timers' names, as far as they are predicted.
+
+    Args: card: of the trainer and of the engine; num_devices: the trainer's.
+    """
+    return _engine(section).expected_seconds(section, model, card, work, num_devices)
 
 
 # On the devices

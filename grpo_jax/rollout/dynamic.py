@@ -8,6 +8,7 @@ The length penalty does not count as spread: completions that are all wrong and 
 about the answer.
 """
 
+import base64
 import dataclasses
 import itertools
 import logging
@@ -179,6 +180,7 @@ def _to_json(scored: _ScoredGroup) -> dict[str, Any]:
             | {
                 "token_ids": list(map(int, c.token_ids)),
                 "sampler_logprobs": list(map(float, c.sampler_logprobs)),
+                "drawable": None if c.drawable is None else base64.b64encode(c.drawable.tobytes()).decode(),
             }
             for c in group.completions
         ],
@@ -189,6 +191,15 @@ def _to_json(scored: _ScoredGroup) -> dict[str, Any]:
     }
 
 
+def _completion_from_json(c: dict[str, Any]) -> Completion:
+    drawable = c.get("drawable")
+    if drawable is not None:
+        words = np.frombuffer(base64.b64decode(drawable), np.uint32)
+        drawable = words.reshape(len(c["token_ids"]), -1)
+    lists = {name: tuple(c[name]) for name in ("token_ids", "sampler_logprobs")}
+    return Completion(**c | lists | {"drawable": drawable})
+
+
 def _from_json(
     entry: dict[str, Any], prompts: dict[tuple[str, tuple[int, ...]], Prompt]
 ) -> _ScoredGroup | None:
@@ -196,12 +207,7 @@ def _from_json(
     prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
     if prompt is None:
         return None
-    completions = tuple(
-        Completion(
-            **c | {"token_ids": tuple(c["token_ids"]), "sampler_logprobs": tuple(c["sampler_logprobs"])}
-        )
-        for c in entry["completions"]
-    )
+    completions = tuple(_completion_from_json(c) for c in entry["completions"])
     # float32 -> float64 -> text -> float32 gives the same bits back.
     values = {name: np.array(entry[name], np.float32) for name in ("rewards", "unshaped", "correctness")}
     parts = {name: np.array(value, np.float32) for name, value in entry["parts"].items()}

@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grpo_jax.config import ConfigError, RolloutSection
+from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
-from grpo_jax.model.logprobs import token_logprobs
+from grpo_jax.model.logprobs import pack_bits, token_logprobs
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
 from grpo_jax.model.transformer import (
     Cache,
@@ -30,7 +31,7 @@ from grpo_jax.model.transformer import (
     split_layers,
 )
 from grpo_jax.rollout.base import RolloutEngine, SamplingParams
-from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
+from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,16 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return []
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
     """See `rollout.memory_savers`."""
     return []
+
+
+def expected_seconds(
+    section: RolloutSection, model: ModelConfig, card: Card, work: Workload, num_devices: int
+) -> dict[str, float]:
+    """See `rollout.expected_seconds`. Nothing is predicted."""
+    return {}
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
@@ -216,15 +224,21 @@ class LocalEngine:
             sampling=sampling,
             stop_token_ids=self._stop_token_ids,
         )
-        ids, logprobs, counts, stopped = (np.asarray(x) for x in sampled)
-        rows = [
-            (ids[r, : counts[r]].tolist(), logprobs[r, : counts[r]].tolist(), bool(stopped[r]))
-            for r in range(len(chosen) * sampling.num_samples)
-        ]
-        texts = self._tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+        ids, logprobs, counts, stopped, drawable = jax.device_get(sampled)
+        rows = range(len(chosen) * sampling.num_samples)
+        texts = self._tokenizer.batch_decode(
+            [ids[r, : counts[r]].tolist() for r in rows], skip_special_tokens=True
+        )
         completions = [
-            Completion(tuple(ids), tuple(lp), text, "stop" if stop else "length", self._version)
-            for (ids, lp, stop), text in zip(rows, texts, strict=True)
+            Completion(
+                token_ids=tuple(ids[r, : counts[r]].tolist()),
+                sampler_logprobs=tuple(logprobs[r, : counts[r]].tolist()),
+                text=text,
+                finish_reason="stop" if stopped[r] else "length",
+                policy_version=self._version,
+                drawable=None if drawable is None else drawable[r, : counts[r]].copy(),
+            )
+            for r, text in zip(rows, texts, strict=True)
         ]
         size = sampling.num_samples
         return [tuple(completions[i : i + size]) for i in range(0, len(completions), size)]
@@ -241,7 +255,7 @@ def sample_completions(
     config: ModelConfig,
     sampling: SamplingParams,
     stop_token_ids: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Samples `sampling.num_samples` completions of each prompt; stops early once every row has stopped.
 
     Args:
@@ -251,7 +265,8 @@ def sample_completions(
     Returns:
         tokens: [B, max_tokens] int32, B = P * num_samples, the samples of a prompt side by side;
         logprobs: [B, max_tokens] float32; counts: [B] int32, tokens of each row, its stop token included;
-        stopped: [B] bool, False where the limit cut the row.
+        stopped: [B] bool, False where the limit cut the row;
+        drawable: [B, max_tokens, ceil(V / 32)] uint32, as `Completion.drawable`; None without top-k and top-p.
     """
     size, limit = sampling.num_samples, sampling.max_tokens
     columns = prompt_tokens.shape[1]
@@ -260,36 +275,42 @@ def sample_completions(
     hidden = jnp.repeat(hidden, size, axis=0)
     cache: Cache = jax.tree.map(lambda x: _widen(jnp.repeat(x, size, axis=1), limit - 1), read)
     lengths = jnp.repeat(prompt_lengths, size)
-    rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_lengths))
-    keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
+    keys = _row_keys(key, prompt_indices, size)
     head = head_matrix(params)
     if not config.scan_layers:
         params, cache = split_layers(params, cache)
     column_ids, stops = jnp.arange(columns + limit - 1)[None], jnp.asarray(stop_token_ids, jnp.int32)[None]
 
-    def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[Any, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-        token, logprob = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
-        return token, logprob, jnp.any(token[:, None] == stops, axis=1)
+        drawn = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
+        return drawn, jnp.any(drawn[0][:, None] == stops, axis=1)
 
     def step(state: Any) -> Any:
-        t, tokens, logprobs, counts, stopped, cache = state
+        t, written, counts, stopped, cache = state
         visible = (column_ids >= columns - lengths[:, None]) & (column_ids < columns + t)
-        last, position = jax.lax.dynamic_slice_in_dim(tokens, t - 1, 1, axis=1), (lengths + t - 1)[:, None]
+        last = jax.lax.dynamic_slice_in_dim(written[0], t - 1, 1, axis=1)
+        position = (lengths + t - 1)[:, None]
         visible = visible[:, None, None, :]
         hidden, cache = forward_cached(params, config, last, position, visible, cache, columns + t - 1)
-        token, logprob, is_stop = draw(hidden[:, 0], t)
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, t, axis=1)
-        logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, t, axis=1)
-        return t + 1, tokens, logprobs, counts + ~stopped, stopped | is_stop, cache
+        drawn, is_stop = draw(hidden[:, 0], t)
+        write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, t, axis=1)
+        written = jax.tree.map(write, written, drawn)
+        return t + 1, written, counts + ~stopped, stopped | is_stop, cache
 
-    token, logprob, is_stop = draw(hidden, 0)
+    drawn, is_stop = draw(hidden, 0)
     empty = lengths == 0
-    tokens = jnp.zeros((len(rows), limit), jnp.int32).at[:, 0].set(token)
-    logprobs = jnp.zeros((len(rows), limit), jnp.float32).at[:, 0].set(logprob)
-    state = (jnp.int32(1), tokens, logprobs, jnp.where(empty, 0, 1), is_stop | empty, cache)
-    state = jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[4]), step, state)
-    return state[1:5]
+    begin = lambda one: jnp.zeros((len(one), limit, *one.shape[1:]), one.dtype).at[:, 0].set(one)
+    state = (jnp.int32(1), jax.tree.map(begin, drawn), jnp.where(empty, 0, 1), is_stop | empty, cache)
+    state = jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[3]), step, state)
+    _, (tokens, logprobs, drawable), counts, stopped, _ = state
+    return tokens, logprobs, counts, stopped, drawable
+
+
+def _row_keys(key: jax.Array, prompt_indices: jax.Array, size: int) -> jax.Array:
+    """A random key for each of `size` samples of each prompt, [P * size], whatever else is in the batch."""
+    rows = jnp.repeat(prompt_indices, size) * size + jnp.tile(jnp.arange(size), len(prompt_indices))
+    return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
@@ -332,22 +353,28 @@ def _widen(cache: jax.Array, columns: int) -> jax.Array:
     return jnp.pad(cache, ((0, 0), (0, 0), (0, 0), (0, columns), (0, 0)))
 
 
-def sample_token(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -> tuple[jax.Array, jax.Array]:
+def sample_token(
+    logits: jax.Array, keys: jax.Array, sampling: SamplingParams
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Draws one token a row and tells how likely it was.
 
     The log-probability is that of the distribution sampled from: after temperature, top-k and top-p, and
     renormalized. A greedy choice (temperature 0) is certain, so the model's own log-probability is told instead.
 
     Args:    logits: [B, V] float32; keys: [B] random keys.
-    Returns: tokens [B] int32, log-probabilities [B] float32.
+    Returns: tokens [B] int32, log-probabilities [B] float32, and which tokens could be drawn, [B, ceil(V / 32)]
+        uint32, or None: all, or it was a greedy choice.
     """
+    drawable = None
     if sampling.temperature == 0:
         token = _argmax(logits)
     else:
         logits = truncate(logits / sampling.temperature, sampling)
+        if sampling.top_k or sampling.top_p < 1:
+            drawable = pack_bits(logits > -jnp.inf)
         token = _argmax(logits + gumbel_noise(keys, logits.shape[1]))  # Gumbel-max: a draw from the softmax
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1), drawable
 
 
 def gumbel_noise(keys: jax.Array, size: int) -> jax.Array:

@@ -5,14 +5,14 @@ import math
 import os
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError, ModelSection, RolloutSection, TrainerSection
-from grpo_jax.learner.memory import MemoryPlan, held_bytes, plan_memory
+from grpo_jax.learner.memory import held_bytes
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import num_params
-from grpo_jax.rollout import check_devices, push_bytes, share_devices
+from grpo_jax.rollout import check_devices, share_devices
 
 logger = logging.getLogger(__name__)
 
@@ -114,27 +114,3 @@ def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
         limit = host_bytes // GIB
     if limit > JAX_HOST_LIMIT_GIB:
         os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
-
-
-def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
-    """The memory of a run, what its engine's weights take on the way included."""
-    return plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))
-
-
-def memory_limit() -> int | None:
-    """Bytes that a device gives to JAX; None where it does not say so."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def check_memory(phases: dict[str, int], limit: int | None) -> None:
-    """Checks what `Learner.compile` says against the memory that a device gives to JAX.
-
-    Args:   limit: bytes; None where the device does not say it.
-    Raises: MemoryError: a phase needs more.
-    """
-    for phase, size in phases.items():
-        if limit and size > limit:
-            raise MemoryError(
-                f"phase {phase} needs {size / 1e9:.1f} GB of a device that gives JAX {limit / 1e9:.1f} GB; "
-                "python -m grpo_jax.plan says what takes less"
-            )

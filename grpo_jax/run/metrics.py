@@ -13,6 +13,7 @@ import numpy as np
 
 from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.rewards.base import CORRECT_REWARD
 from grpo_jax.types import Metrics, RolloutGroup, ScoredBatch
 
@@ -56,10 +57,7 @@ def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
 def update_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     """Matrix FLOPs of forward and backward over sequences of the given lengths; recomputation not counted."""
     attention_width = config.num_heads * config.head_dim
-    per_layer = config.hidden_size * (
-        2 * attention_width + 2 * config.num_kv_heads * config.head_dim + 3 * config.intermediate_size
-    )
-    weights = config.num_layers * per_layer + config.vocab_size * config.hidden_size
+    weights = layer_weights(config) + head_weights(config)
     causal_attention = (
         2 * config.num_layers * attention_width * float(np.sum(lengths.astype(np.float64) ** 2))
     )

@@ -109,17 +109,20 @@ def compare(
             found[GIVEN] = _engine_scores(engine, groups, sampling)
         except EngineError as error:
             missing[GIVEN] = str(error)
+    batch = make_train_batch(groups, pad_id=tokenizer.pad_token_id or 0)
+    if batch.drawable is not None:  # then every row but this one is cut at the same tokens
+        found.pop(GIVEN)
+        missing[GIVEN] = "it is of the whole distribution, without rollout.top_p and rollout.top_k"
     if float32_head is not None:
         try:
             with start(float32_head) as engine:
                 found[GIVEN_HEAD] = _engine_scores(engine, groups, sampling)
         except EngineError as error:
             missing[GIVEN_HEAD] = str(error)
-    batch = make_train_batch(groups, pad_id=tokenizer.pad_token_id or 0)
     with jax.set_mesh(mesh):
         of_trainer, not_run = score_programs(config, folder.config, params, batch, mesh)
         found, missing = found | of_trainer, missing | not_run
-        if sampling.top_p < 1 or sampling.top_k:
+        if (sampling.top_p < 1 or sampling.top_k) and batch.drawable is None:
             mass = log_kept_mass(config, folder.config, params, batch, mesh)
             found |= {UNTRUNCATED: found[SAMPLED] + mass, TRUNCATED: found[TRAINER] - mass}
     found = {key: np.asarray(values, np.float32) for key, values in found.items()}
@@ -237,6 +240,7 @@ def _float32_head_scores(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    drawable: jax.Array | None,
     *,
     temperature: float,
     chunk_columns: int,
@@ -245,7 +249,12 @@ def _float32_head_scores(
     hidden = forward(params, model, tokens, positions, segment_ids).astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         return token_logprobs(
-            hidden, head_matrix(params), tokens, temperature=temperature, chunk_columns=chunk_columns
+            hidden,
+            head_matrix(params),
+            tokens,
+            drawable,
+            temperature=temperature,
+            chunk_columns=chunk_columns,
         )
 
 
@@ -259,13 +268,15 @@ def log_kept_mass(
 
     It is the difference between a log-probability of the whole distribution and one of what is sampled from.
 
-    Args:    params: float32.
+    Args:    params: float32; batch: without `drawable`, as of an engine that does not tell what it left.
     Returns: [tokens] float32, at most 0.
     """
     sampling = rollout_sampling(config)
 
     @jax.jit
-    def kept(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
+    def kept(
+        params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, drawable: None
+    ) -> Any:
         hidden, head = forward(params, model, tokens, positions, segment_ids), head_matrix(params)
 
         def of_column(hidden: jax.Array) -> jax.Array:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.config import Config, ConfigError
@@ -22,6 +21,7 @@ from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
+from grpo_jax.model.cards import find_card
 from grpo_jax.model.hf import (
     copy_side_files,
     load_params,
@@ -40,10 +40,12 @@ from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress
-from grpo_jax.run.devices import check_memory, memory_limit, open_devices, plan_run
-from grpo_jax.run.inputs import Inputs, make_model, read_inputs
+from grpo_jax.run.devices import open_devices
+from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
+from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
+from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
@@ -74,10 +76,12 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     limit = config.data.max_response_length
     with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
         mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+        budget = Budget(config, read_model_config(config), mesh, memory_limit())
+        budget.check_plan()
         try_functions(algorithm)
         workdir.open(config, inputs.beginning)
-        run = Run(config, algorithm, workdir, inputs, reward, mesh, resources)
-        with reported_failure(run.timers, run.checkpointer), jax.set_mesh(mesh):
+        run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
+        with reported_failure(run.timers, run.checkpointer, budget.explain), jax.set_mesh(mesh):
             run.start()
             yield run
 
@@ -95,10 +99,10 @@ class Run:
         workdir: Workdir,
         inputs: Inputs,
         reward: Reward,
-        mesh: Mesh,
+        budget: Budget,
         resources: contextlib.ExitStack,
     ):
-        """Args: resources: closes, after the run, what the run opens."""
+        """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
         self.config, self.timers = config, Timers()
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
@@ -108,7 +112,7 @@ class Run:
         )
         resources.callback(self.checkpointer.close)
         self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
-        self._mesh, self._resources = mesh, resources
+        self._budget, self._mesh, self._resources = budget, budget.mesh, resources
         self._prompts = PromptIterator(
             inputs.train_prompts,
             batch_size=config.data.train_batch_size,
@@ -143,7 +147,8 @@ class Run:
             timer=self.timers,
         )
         self.rollouts = self._make_rollouts()
-        self._memory_plan = plan_run(config, self.folder.config, self._mesh)
+        card = find_card(jax.devices()[0].device_kind)
+        self._speed = Speed(config, self.folder.config, self._mesh, card)
         self._probe = None if shares_parameters(config.rollout) else self._make_probe()
 
     def _make_rollouts(self) -> RolloutBatches:
@@ -190,7 +195,7 @@ class Run:
         self._workdir.record_beginning(self._inputs.beginning)
         stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
         write_eos_token_ids(self._workdir.model_files, stops)
-        check_memory(self.learner.compile(), memory_limit())
+        self._budget.check_compiled(self.learner.compile())
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
@@ -283,7 +288,7 @@ class Run:
         metrics |= timings | performance_metrics(
             self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
         )
-        metrics["perf/memory_planned_gb"] = self._memory_plan.peak / 1e9
+        metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result)
         # Read once: a request that comes while saving is for the next step.
         is_stopping = self._stop.requested
@@ -303,7 +308,7 @@ class Run:
         self.checkpointer.wait()
         epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
-        summary.print_report(self.config, self._workdir, model)
+        summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
 
     def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
         """True after each `every_steps` steps and `every_epochs` epochs, and at the end; 0 is never."""
@@ -372,6 +377,9 @@ class Run:
         epoch, step_of_epoch = (done - 1) // per_epoch + 1, (done - 1) % per_epoch + 1
         writer.write(metrics, step=done, epoch=epoch)
         writer.console(metrics, epoch=epoch, step=step_of_epoch, steps_per_epoch=per_epoch)
+        if done == self.first_step + WARM_UP + 1:
+            for line in self._speed.compared([metrics]):
+                logger.info(line)
         records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
         writer.write_text("rollouts", self._samples(records), step=done)
         if self.config.logging.save_rollouts:

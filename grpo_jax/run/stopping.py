@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_jax.algorithm.advantages import frac_zero_std
@@ -154,8 +154,13 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[None]:
-    """Says which phase failed and which checkpoint is left, and exits with 1."""
+def reported_failure(
+    timers: Timers, checkpointer: Checkpointer, explain: Callable[[Exception, str], str | None]
+) -> Iterator[None]:
+    """Says which phase failed and which checkpoint is left, and exits with 1.
+
+    Args: explain: (error, phase) -> what a person reads in place of the error's own text; None: that text.
+    """
     try:
         yield
     except ConfigError:
@@ -173,5 +178,5 @@ def reported_failure(timers: Timers, checkpointer: Checkpointer) -> Iterator[Non
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)
-        print(f"error: phase {phase}: {error}; {left}", file=sys.stderr)
+        print(f"error: phase {phase}: {explain(error, phase) or error}; {left}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -9,6 +9,7 @@ from typing import Any
 from grpo_jax.config import Config
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.rollout.base import one_line
+from grpo_jax.run.speed import Speed, steady
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import read_metrics
 
@@ -23,8 +24,11 @@ rate itself. With 8 significant bits the neighbours of a weight are 2^-8 to 2^-7
 than half of that, 2^-8 at most, is rounded away."""
 
 
-def print_report(config: Config, workdir: Workdir, model: Path) -> None:
-    """Draws the learning curve and prints what changed, where everything is and what to do next."""
+def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, first_step: int) -> None:
+    """Draws the learning curve and prints what changed, where everything is and what to do next.
+
+    Args: first_step: after which this process began, for what is compared with `speed`.
+    """
     lines = read_metrics(workdir)
     draw_learning_curve(lines, workdir.learning_curve)
     accuracies = [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line]
@@ -38,6 +42,8 @@ def print_report(config: Config, workdir: Workdir, model: Path) -> None:
         _print_problems(workdir, {first: when[0], last: when[1]}, config.eval.num_samples)
     elif accuracies:
         logger.info("Accuracy on held-out problems: %.1f %%.", 100 * accuracies[0][1])
+    for row in speed.compared(steady(lines, first_step)):
+        logger.info(row)
     logger.info("Learning curve:  %s", workdir.learning_curve)
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)

@@ -281,6 +281,19 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"optim.beta1": 1.0}, "optim.beta1", "below 1"),
     ({"optim.beta2": 1.0}, "optim.beta2", "below 1"),
     ({"rollout.top_p": 1.01}, "rollout.top_p", "at most 1"),
+    ({"rollout.top_p": 0.9, "rollout.engine": "vllm"}, "rollout.top_p", "algorithm.rollout_is=token"),
+    ({"rollout.top_k": 20, "rollout.engine": "vllm"}, "rollout.top_k", "rollout.engine=local"),
+    (
+        {"model.dtype": "float16", "model.param_dtype": "bfloat16"},
+        "model.param_dtype",
+        "float32 with model.dtype",
+    ),
+    (
+        {"model.dtype": "float16", "optim.accumulator_dtype": "bfloat16"},
+        "optim.accumulator_dtype",
+        "11 bits",
+    ),
+    ({"optim.loss_scale": 0.5}, "optim.loss_scale", "from 1 to"),
     ({"rollout.gpu_memory_utilization": 1.0}, "rollout.gpu_memory_utilization", "below 1"),
     ({"rollout.api_port": 2**16}, "rollout.api_port", "below 65536"),
     (

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_jax.data.gsm8k import main, to_row
+from grpo_jax.data.gsm8k import at_most, main, num_calculations, to_row
 from grpo_jax.data.schema import read_rows
 
 DATA = Path(__file__).parent
@@ -110,6 +110,42 @@ def test_a_malformed_line_is_named_and_nothing_written(source, tmp_path, capsys,
     message = refusal(capsys, f"--local_dir={tmp_path / 'out'}", f"--source={source}")
     assert f"{source / 'test.jsonl'} line 3" in message
     assert complaint in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("He has 48/2 = <<48/2=24>>24.\n48+24 = <<48+24=72>>72\n#### 72", 2),
+        ("It is $<<5=5>>5 and <<2*2.5=5>>5, <<10=10>>10 in all\n#### 10", 3),
+        ("As 3 < 4 << 5 > 2 >> 1 says\n#### 4", 0),
+        ("Nothing is marked: 2+2=4\n#### 4", 0),
+    ],
+)
+def test_marked_calculations_are_counted(answer, number):
+    assert num_calculations(answer) == number
+
+
+def test_harder_problems_and_those_that_mark_nothing_are_left_out(source, tmp_path, capsys):
+    numbers = [0, 1, 2, 3, 2]
+    answers = ["".join(f"<<{i}+1={i + 1}>>{i + 1} " for i in range(n)) + "\n#### 7" for n in numbers]
+    lines = [json.dumps({"question": f"Question {i}?", "answer": a}) for i, a in enumerate(answers)]
+    (source / "train.jsonl").write_text("\n".join(lines))
+    (source / "test.jsonl").write_text("\n".join(lines[:2]))
+    main([f"--local_dir={tmp_path / 'out'}", f"--source={source}", "--max_calculations=2"])
+    out = capsys.readouterr().out
+    assert "train.parquet: 3 rows, 2 left out" in out and "test.parquet: 1 rows, 1 left out" in out
+    rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    # A row keeps its number of the whole split.
+    assert [row["extra_info"]["index"] for row in rows] == [1, 2, 4]
+    assert at_most(rows, 0) == rows
+
+
+def test_a_selection_of_nothing_is_refused(source, tmp_path, capsys):
+    (source / "test.jsonl").write_text(json.dumps({"question": "2+2?", "answer": "4\n#### 4"}))
+    flags = (f"--local_dir={tmp_path / 'out'}", f"--source={source}")
+    assert "leaves no problem of test.parquet" in refusal(capsys, *flags, "--max_calculations=2")
+    assert "must be at least 0" in refusal(capsys, *flags, "--max_calculations=-1")
     assert not (tmp_path / "out").exists()
 
 

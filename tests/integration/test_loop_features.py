@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from grpo_jax.run import run
+
 P, G = 4, 4
 
 
@@ -218,3 +220,24 @@ def test_a_mesh_of_eight_devices_gives_the_metrics_of_one(tmp_path, whole_run, w
     line = helpers.read_lines(tmp_path / "run")[1]
     tokens = 16 * line["response_length/mean"] + 16 * line["prompt_length/mean"]
     assert line["perf/throughput"] == pytest.approx(tokens / line["timing_s/step"] / 8)
+
+
+def test_expected_seconds_stand_beside_measured_ones_where_the_card_is_known(
+    tmp_path, whole_run_overrides, whole_run, monkeypatch
+):
+    """This CPU says that it is an H200; the local engine's phases are not predicted."""
+    assert "expected of" not in whole_run[1]
+    monkeypatch.setattr(run, "find_card", lambda kind: "h200")
+    changes = {"model.dtype": "bfloat16", "trainer.num_steps": 4, "eval.before_training": False}
+    out = helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)
+    first, second = (
+        match.start() for match in re.finditer("Seconds of a step, expected of 1 x h200 / ", out)
+    )
+    assert out.index("Epoch 1/2:") < out.index("Step 3/3") < first < out.index("Step 1/3", first) < second
+    assert out.index("Done: 4 steps.") < second
+    table = out[first:].splitlines()[1:4]
+    assert [line.split()[0] for line in table] == ["old_log_prob", "ref", "update_actor"]
+    measured = helpers.read_lines(tmp_path / "run")[2]
+    assert [line.split()[3] for line in table] == [
+        f"{measured['timing_s/' + line.split()[0]]:.3g}" for line in table
+    ]

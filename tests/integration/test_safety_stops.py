@@ -5,6 +5,8 @@ import re
 import integration_helpers as helpers
 import numpy as np
 
+from grpo_jax.run import run
+
 HUGE_LATER = """
 calls = 0
 
@@ -100,3 +102,15 @@ def test_rewards_with_spread_give_none(whole_run):
     assert "WARNING" not in whole_run[1]
     lines = helpers.read_lines(whole_run[0])
     assert all(line["frac_reward_zero_std"] < 1 for line in lines[1:])
+
+
+def test_a_run_that_cannot_fit_its_device_is_refused_before_anything_is_written(
+    tmp_path, whole_run_overrides, monkeypatch
+):
+    """A CPU does not say what it has: this one says 100 kB."""
+    monkeypatch.setattr(run, "memory_limit", lambda: 100_000)
+    result = helpers.run_train(tmp_path / "run", whole_run_overrides)
+    assert result.code == 2 and not (tmp_path / "run").exists()
+    error = result.err.splitlines()[-1]
+    assert error.startswith("error: model.path='random': does not fit: phase update needs 0.")
+    assert "parameters 0." in error

@@ -12,6 +12,7 @@ from grpo_jax import plan
 from grpo_jax.config import ConfigError, load_config, parse_config
 from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
 from grpo_jax.model import fused_attention
+from grpo_jax.model.cards import CARDS
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout import push_bytes, trainer_share
@@ -197,16 +198,17 @@ def test_a_push_is_a_phase_where_it_takes_memory():
     assert push_bytes(gsm8k(**{"rollout.engine": "local"}).rollout) == 0
 
 
-def test_only_what_is_not_set_is_advised():
-    shipped = plan.ways_to_save(gsm8k())
-    assert shipped == [
-        "model.remat=full", "more devices in mesh.fsdp", "rollout.sleep=True", "rollout.placement=separate",
-        "optim.accumulator_dtype=bfloat16",
-    ]  # fmt: skip
-    changes = ON_DEVICE | {"rollout.engine": "local", "model.remat": "full", "algorithm.kl_coef": 0.0}
-    assert plan.ways_to_save(gsm8k(**changes)) == [
-        "optim.offload=True", "more devices in mesh.fsdp", "optim.accumulator_dtype=bfloat16",
-    ]  # fmt: skip
+def test_the_parts_of_a_phase_are_what_it_needs():
+    """With everything on the device: 2 bytes for the copy, 4 and 2 for gradients, of each parameter."""
+    n = num_params(MODEL)
+    plan = plan_memory(gsm8k(**ON_DEVICE), MODEL, ONE)
+    parts = plan.parts("update")
+    assert parts["parameters to compute with"] == 2 * n
+    assert parts["sums of gradients"] == 4 * n and parts["gradients of a micro-batch"] == 2 * n
+    assert parts["kept for the backward pass"] == kept_for_backward(MODEL, 4, 1024)
+    assert plan.need("update") == sum(parts.values()) == plan.phases["update"]
+    assert plan.parts("gen") == plan.held  # nobody planned that one
+    assert plan.need(plan.fullest) == plan.peak == max(plan.phases.values())
 
 
 def test_the_kernel_of_a_named_device_is_planned_with():
@@ -221,7 +223,7 @@ def test_the_kernel_of_a_named_device_is_planned_with():
     assert kernel("h200", gsm8k(**{"model.path": "random", "model.attention": "plain"})) == "plain"
     with pytest.raises(ConfigError, match=r"model.attention='cudnn': needs an NVIDIA GPU"):
         kernel("tpu-v5e", gsm8k(**{"model.path": "random", "model.attention": "cudnn"}))
-    assert set(fused_attention.DEVICE_KINDS) == set(plan.DEVICE_BYTES)
+    assert set(fused_attention.DEVICE_KINDS) == set(CARDS)
 
 
 def test_devices_by_name_and_by_size():

@@ -28,7 +28,7 @@ from grpo_jax.learner.optimizer import make_adamw, make_schedule
 from grpo_jax.learner.packing import plan_rows
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
-from grpo_jax.model.hf import inspect_folder, load_params, save_folder
+from grpo_jax.model.hf import inspect_folder, load_params, param_readers, save_folder
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -377,7 +377,7 @@ def test_the_logits_of_all_tokens_never_exist(model, batch):
             step = update_step(folder.config, ONE, ALGORITHM, chunk_tokens)
             params, part = place(model).params, micro(batch)[0]
             scores, kept = step.forward(params, part)
-            tokens = (part.tokens, part.positions, part.segment_ids)
+            tokens = (part.tokens, part.positions, part.segment_ids, None)
             text = step.forward.step.lower(params, *tokens).as_text()
             text += step.backward.lower(params, kept, scores, step.zeros(params, part), part, None).as_text()
         shapes = [
@@ -708,6 +708,22 @@ def test_offloaded_state_in_other_dtypes(model, batch, dtype, param_dtype, momen
     masters = jax.tree.leaves(parts_of(state, "master"))
     assert {x.dtype for x in masters} == ({jnp.dtype(jnp.float32)} if narrow != param_dtype else set())
     assert metrics["actor/skipped_updates"] == 0 and metrics["actor/grad_norm"] > 0.5
+
+
+def test_masters_are_what_the_folder_holds_and_not_what_the_device_computes_with(model, tmp_path):
+    """A float32 folder goes through a bfloat16 run without an update and comes out as it was."""
+    config = dataclasses.replace(model[1].config, dtype=jnp.bfloat16)
+    optimizer, mesh = optimizer_for(config, (1, 8, 1), OFFLOADED), mesh_of(1, 8, 1)
+    with jax.set_mesh(mesh):
+        state = optimizer.init_state(param_readers(model[1], config, mesh))
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+        masters = optimizer.masters(state)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(masters)} == {"pinned_host"}
+        save_folder(tmp_path / "out", masters, config, files_from=model[1].path, dtype="F32")
+    stored, saved = (load_file(path / "model.safetensors") for path in (model[1].path, tmp_path / "out"))
+    assert stored.keys() == saved.keys()
+    for name in stored:
+        np.testing.assert_array_equal(saved[name], stored[name])
 
 
 def test_the_first_state_is_never_whole_on_a_device(model, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.model.logprobs import _num_chunks, token_logprobs
+from grpo_jax.model.logprobs import _num_chunks, pack_bits, token_logprobs, unpack_bits
 
 B, T, D, V = 3, 12, 5, 61
 TEMPERATURE = 0.7
@@ -137,3 +137,47 @@ def test_the_logits_of_all_tokens_never_exist(what):
     # In any layout: chunks that pile up for the backward pass would be an array of as many elements.
     assert largest_array(compiled[T]) >= B * T * V
     assert largest_array(compiled[2]) <= 2 * B * 2 * V
+
+
+# A distribution over some of the tokens
+
+
+def test_bits_by_hand():
+    """61 words are two of 32: words 0 and 33 set bit 0 of the first and bit 1 of the second."""
+    is_set = np.zeros((2, V), bool)
+    is_set[0, [0, 33]] = is_set[1, 60] = True
+    np.testing.assert_array_equal(pack_bits(is_set), np.array([[1, 2], [0, 2**28]], np.uint32))
+    np.testing.assert_array_equal(unpack_bits(pack_bits(is_set), V), is_set)
+
+
+@pytest.mark.parametrize("chunk_columns", [4, 12])
+def test_the_distribution_over_drawable_tokens_equals_a_written_out_softmax(chunk_columns):
+    """Value and gradients, by the softmax over each column's own list of 7 tokens, the chosen one first."""
+    hidden, head, tokens, weights = inputs()
+    rng = np.random.default_rng(1)
+    lists = {
+        (b, t): [tokens[b, t], *rng.choice(np.setdiff1d(np.arange(V), tokens[b, t]), 6, replace=False)]
+        for b in range(B)
+        for t in range(1, T)
+    }
+    is_drawable = np.zeros((B, T, V), bool)
+    for (b, t), words in lists.items():
+        is_drawable[b, t, words] = True
+
+    def written_out(hidden, head):
+        total = 0.0
+        for (b, t), words in lists.items():
+            log_p = jax.nn.log_softmax(hidden[b, t - 1] @ head[jnp.array(words)].T / TEMPERATURE)
+            total += weights[0, b, t] * log_p[0] - weights[1, b, t] * jnp.sum(jnp.exp(log_p) * log_p)
+        return total
+
+    def ours(hidden, head):
+        drawable = pack_bits(jnp.asarray(is_drawable))
+        logprobs, entropy = token_logprobs(
+            hidden, head, tokens, drawable, temperature=TEMPERATURE, chunk_columns=chunk_columns
+        )
+        return jnp.sum((weights[0] * logprobs + weights[1] * entropy)[:, 1:])
+
+    expected = jax.jit(jax.value_and_grad(written_out, (0, 1)))(hidden, head)
+    got = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)

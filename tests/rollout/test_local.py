@@ -16,9 +16,10 @@ from grpo_jax.config import MeshSection
 from grpo_jax.learner.batching import make_train_batch
 from grpo_jax.learner.forward import make_forward_step, score_rows
 from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
+from grpo_jax.model.logprobs import unpack_bits
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
-from grpo_jax.rollout.local import LocalEngine, sample_completions, sample_token
+from grpo_jax.rollout.local import LocalEngine, gumbel_noise, sample_completions, sample_token
 from grpo_jax.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -229,7 +230,7 @@ def test_sampling_ends_when_all_rows_have_stopped(models):
     for row, prompt in enumerate(prompts):
         tokens[row, 16 - len(prompt.token_ids) :] = prompt.token_ids
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        _, logprobs, counts, stopped = sample_completions(
+        _, logprobs, counts, stopped, _ = sample_completions(
             model.params(1, 1, 1),
             jnp.asarray(tokens),
             jnp.array([3, 5, 0, 0]),
@@ -350,7 +351,9 @@ def test_truncated_distributions(models, top_k, top_p):
     logits = jnp.tile(temperature * jnp.log(jnp.asarray(full, jnp.float32))[None], (num, 1))
     keys = jax.random.split(jax.random.key(0), num)
     sampling = SamplingParams(1, temperature, 1, top_p=top_p, top_k=top_k)
-    tokens, logprobs = map(np.asarray, jax.jit(sample_token, static_argnums=2)(logits, keys, sampling))
+    sampled = jax.jit(sample_token, static_argnums=2)(logits, keys, sampling)
+    tokens, logprobs, drawable = map(np.asarray, sampled)
+    np.testing.assert_array_equal(unpack_bits(drawable, VOCAB), np.tile(expected > 0, (num, 1)))
     assert expected[expected > 0].min() * num > 15  # missed by chance: e^-15
     assert set(tokens) == set(np.flatnonzero(expected))
     assert len(set(tokens)) == 1 or fits(np.bincount(tokens, minlength=VOCAB), expected) > 1e-3
@@ -383,15 +386,21 @@ def test_truncation_by_hand():
         (9, 1.0, {0: 0.15, 1: 0.5, 2: 0.1, 3: 0.25}),  # more than there are
     ]:
         sampling = SamplingParams(1, 1.0, 1, top_p=top_p, top_k=top_k)
-        tokens, logprobs = sample_token(logits, keys, sampling)
+        tokens, logprobs, _ = sample_token(logits, keys, sampling)
         got = dict(zip(tokens.tolist(), np.exp(logprobs).tolist(), strict=True))
         assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_gumbel_noise_has_its_whole_tail():
+    """-log(-log u) ends at 16.6 where u has 24 bits. The largest of n is log n, here 18, give or take 1.3."""
+    largest = jax.jit(lambda key: jnp.max(gumbel_noise(key[None], 2**22)))
+    assert max(float(largest(key)) for key in jax.random.split(jax.random.key(0), 16)) > 16.7
 
 
 def test_temperature_comes_before_top_p_by_hand():
     # Probabilities 0.5, 0.3, 0.2 at temperature 0.5 are proportional to 25, 9, 4: 0.66 reach top_p 0.6 alone.
     logits = jnp.log(jnp.tile(jnp.array([[0.5, 0.3, 0.2]]), (200, 1)))
-    tokens, logprobs = sample_token(
+    tokens, logprobs, _ = sample_token(
         logits, jax.random.split(jax.random.key(0), 200), SamplingParams(1, 0.5, 1, top_p=0.6)
     )
     assert set(tokens.tolist()) == {0}
@@ -402,16 +411,20 @@ def draws(sample, prompts, **changes):
     return sample(prompts, num_samples=3, temperature=TEMPERATURE, max_tokens=12, stops=(1, 2), **changes)
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 6, "top_p": 0.7}], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_log_probabilities_equal_the_trainers(models, sample, sizes):
+def test_log_probabilities_equal_the_trainers(models, sample, sizes, cut):
+    """Where the sampler cuts its distribution, the trainer's is cut at the same tokens."""
     model, mesh = models("qwen2"), mesh_of(*sizes)
-    groups = draws(sample, make_prompts(*LENGTHS), sizes=sizes)
+    groups = draws(sample, make_prompts(*LENGTHS), sizes=sizes, **cut)
     assert len({len(completion.token_ids) for group in groups for completion in group.completions}) > 2
     batch = make_train_batch(groups, pad_id=0)
     with jax.set_mesh(mesh):
         score = make_forward_step(model.config, mesh, temperature=TEMPERATURE, chunk_tokens=16)
         logprobs = score_rows(score, model.params(*sizes), batch, (4, batch.tokens.shape[1]), mesh)
-    assert np.count_nonzero(logprobs) == batch.completion_mask.sum() > 50
+    is_certain = batch.sampler_logprobs == 0  # nothing else could be drawn
+    assert is_certain[batch.completion_mask > 0].any() == bool(cut)
+    assert np.count_nonzero(logprobs) == (batch.completion_mask * ~is_certain).sum() > 50
     np.testing.assert_allclose(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
 
 

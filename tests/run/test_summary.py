@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from config_helpers import gsm8k
 from matplotlib import pyplot
+from test_budget import QWEN_1_5B
 
+from grpo_jax.learner.memory import abstract_mesh
+from grpo_jax.model.config import parse_hf_config
 from grpo_jax.rollout.evaluation import write_jsonl
+from grpo_jax.run.speed import Speed
 from grpo_jax.run.summary import LOST_BELOW, batch_table, doubts, draw_learning_curve, print_report
 from grpo_jax.run.workdir import Workdir
 
@@ -60,7 +64,9 @@ def report(tmp_path, caplog, monkeypatch, steps, **changes):
     log.addHandler(caplog.handler)
     log.setLevel(logging.INFO)
     try:
-        print_report(gsm8k(**changes), workdir, tmp_path / "model")
+        config = gsm8k(**changes)
+        speed = Speed(config, parse_hf_config(QWEN_1_5B), abstract_mesh(1, 1, 1), card="")
+        print_report(config, workdir, tmp_path / "model", speed, first_step=0)
     finally:
         log.removeHandler(caplog.handler)
     return [record.getMessage() for record in caplog.records]

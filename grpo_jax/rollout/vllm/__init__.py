@@ -4,7 +4,7 @@ This file has the functions that `grpo_jax.rollout` calls. The actors import it 
 without JAX, so everything heavy is imported within a function.
 
     trainer's process       engine.py, the `RolloutEngine`, over requests.py, push.py, replicas.py and cluster.py;
-                            only the last two know Ray. Before that: check.py, devices.py, options.py
+                            only the last two know Ray. Before that: check.py, devices.py, options.py, speed.py
     an actor's process      server.py, api.py
     vLLM's own processes    scheduler.py, worker.py
 """
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from grpo_jax.config import RolloutSection
+    from grpo_jax.model.cards import Card
+    from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
     from grpo_jax.rollout.base import RolloutEngine
+    from grpo_jax.types import Workload
 
 CONTEXT_SHARE = 0.07
 """Of a GPU's memory: CUDA contexts, kernels and buffers of a push, which no pool counts."""
@@ -75,11 +78,20 @@ def memory_rows(section: RolloutSection) -> list[tuple[str, str]]:
     return [("vLLM", f"{section.gpu_memory_utilization:.0%} of the memory of each of its GPUs")]
 
 
-def memory_savers(section: RolloutSection) -> list[str]:
+def memory_savers(section: RolloutSection) -> list[tuple[str, Any]]:
     """See `rollout.memory_savers`."""
     if section.placement == "separate":
         return []
-    return [*([] if section.sleep else ["rollout.sleep=True"]), "rollout.placement=separate"]
+    return [*([] if section.sleep else [("rollout.sleep", True)]), ("rollout.placement", "separate")]
+
+
+def expected_seconds(
+    section: RolloutSection, model: ModelConfig, card: Card, work: Workload, num_devices: int
+) -> dict[str, float]:
+    """See `rollout.expected_seconds`."""
+    from grpo_jax.rollout.vllm import speed
+
+    return speed.expected_seconds(section, model, card, work, num_devices)
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:

@@ -1,0 +1,22 @@
+"""Numbers and bytes of a model's parts, from its sizes."""
+
+import jax.numpy as jnp
+
+from grpo_jax.model.config import ModelConfig
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Numbers in the matrices of all layers: half of the FLOPs that a token costs in them."""
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    a_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
+    return model.num_layers * a_layer
+
+
+def head_weights(model: ModelConfig) -> int:
+    """Numbers in the output head."""
+    return model.vocab_size * model.hidden_size
+
+
+def cache_bytes(model: ModelConfig) -> int:
+    """Of the keys and values of one token, in `model.dtype`."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
