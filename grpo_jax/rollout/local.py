@@ -67,7 +67,7 @@ def push_bytes(section: RolloutSection) -> int:
 def with_float32_head(section: RolloutSection) -> RolloutSection:
     """See `rollout.with_float32_head`."""
     rule = "has no setting for its output head: its logits are summed in float32, as the trainer's are"
-    raise ConfigError("rollout.engine", section.engine, rule)
+    raise ConfigError("rollout.engine", "local", rule)
 
 
 def shares_parameters(section: RolloutSection) -> bool:
