@@ -75,8 +75,10 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.rollout import check_engine, memory_rows
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
+    from grpo_jax.run.stopping import mismatch_warning
     from grpo_jax.run.summary import batch_table, doubts, table_lines
     from grpo_jax.run.workdir import Workdir
+    from grpo_jax.run.writer import read_metrics
 
     workdir = Workdir(path)
     workdir.check(config)
@@ -93,6 +95,9 @@ def check_config(config: Config, path: Path) -> None:
     rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     print(*table_lines(rows), *doubts(config, config.num_steps(steps)), sep="\n")
+    warnings = (mismatch_warning(line, config) for line in read_metrics(workdir))
+    if warning := next(filter(None, warnings), ""):
+        print(warning)
 
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:

@@ -65,14 +65,45 @@ class ForwardStep:
         return compile_ahead(self.step, params, *tokens)
 
 
+def token_scores(
+    params: Params,
+    model: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    drawable: jax.Array | None = None,
+    *,
+    temperature: float,
+    chunk_columns: int,
+) -> Scores:
+    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
+    with jax.named_scope("forward"):
+        hidden = forward(params, model, tokens, positions, segment_ids)
+    with jax.named_scope("head"):
+        return token_logprobs(
+            hidden,
+            head_matrix(params),
+            tokens,
+            drawable,
+            temperature=temperature,
+            chunk_columns=chunk_columns,
+        )
+
+
 def make_forward_step(
-    model: ModelConfig, mesh: Mesh, *, temperature: float, chunk_tokens: int
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    token_scores: Callable[..., Scores] = token_scores,
 ) -> ForwardStep:
     """Returns the forward pass. Who compares the scores of two steps needs one and the same object for both.
 
     Args:
         temperature: of the sampler; divides the logits.
         chunk_tokens: tokens that a device projects to the vocabulary at once.
+        token_scores: computes the scores, as the function of that name does.
     """
 
     @jax.jit
@@ -103,31 +134,6 @@ def _without_params(pullback: Any, params: Params) -> Kept:
         return jax.tree.unflatten(tree, [next(rest) if place is None else held[place] for place in places])
 
     return Kept([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], rebuild)
-
-
-def token_scores(
-    params: Params,
-    model: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    drawable: jax.Array | None = None,
-    *,
-    temperature: float,
-    chunk_columns: int,
-) -> Scores:
-    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
-    with jax.named_scope("forward"):
-        hidden = forward(params, model, tokens, positions, segment_ids)
-    with jax.named_scope("head"):
-        return token_logprobs(
-            hidden,
-            head_matrix(params),
-            tokens,
-            drawable,
-            temperature=temperature,
-            chunk_columns=chunk_columns,
-        )
 
 
 def score_rows(

@@ -40,6 +40,7 @@ __all__ = [
     "share_devices",
     "shares_parameters",
     "trainer_share",
+    "with_float32_head",
 ]
 
 ENGINES = {"local": "grpo_jax.rollout.local", "vllm": "grpo_jax.rollout.vllm"}
@@ -71,6 +72,15 @@ def share_devices(section: RolloutSection) -> None:
         ConfigError: no GPU would be left for the trainer.
     """
     _engine(section).share_devices(section)
+
+
+def with_float32_head(section: RolloutSection) -> RolloutSection:
+    """The settings of the same engine with its output head computed in float32.
+
+    Raises:
+        ConfigError: the engine has no such setting.
+    """
+    return _engine(section).with_float32_head(section)
 
 
 # For plans of memory and time; no device is needed

@@ -90,6 +90,13 @@ class RolloutEngine(Protocol):
     ) -> list[RolloutGroup]:
         """Submits the prompts and waits for their groups."""
 
+    def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
+        """Log-probabilities of given completions, each read at once, without top-p and top-k.
+
+        Returns: for each completion, in order, one float32 a token.
+        Raises: EngineError: the engine cannot score, or not at this temperature.
+        """
+
     def sleep(self) -> None:
         """Frees the memory that the engine does not need until the next `load_weights`, where it can.
 

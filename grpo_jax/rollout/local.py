@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.config import RolloutSection
+from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
-from grpo_jax.model.logprobs import pack_bits
+from grpo_jax.model.logprobs import pack_bits, token_logprobs
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
 from grpo_jax.model.transformer import (
     Cache,
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 JAX_SHARE = 0.75
 """Of a GPU's memory: what JAX takes by default."""
+
+
+SCORE_TOKENS = 4096
+"""Tokens whose logits exist at once while completions are scored."""
 
 
 # What `grpo_jax.rollout` calls. The engine has no devices and no parameters of its own, so little is to be done.
@@ -58,6 +62,12 @@ def trainer_share(section: RolloutSection) -> float:
 def push_bytes(section: RolloutSection) -> int:
     """See `rollout.push_bytes`. Nothing is pushed."""
     return 0
+
+
+def with_float32_head(section: RolloutSection) -> RolloutSection:
+    """See `rollout.with_float32_head`."""
+    rule = "has no setting for its output head: its logits are summed in float32, as the trainer's are"
+    raise ConfigError("rollout.engine", "local", rule)
 
 
 def shares_parameters(section: RolloutSection) -> bool:
@@ -157,6 +167,26 @@ class LocalEngine:
                     groups[i] = RolloutGroup(prompts[i], group)
                 bar.update(len(chosen) * sampling.num_samples)
         return [groups[i] for i in range(len(prompts))]
+
+    def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
+        """See `RolloutEngine.score`. With the cache of sampling, which is filled at once."""
+        pairs = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
+        columns = bucket_length(max(len(prompt) + len(ids) for prompt, ids in pairs))
+        shards = num_batch_shards(self._mesh)
+        size = -(-min(self._batch_size, len(pairs)) // shards) * shards
+        tokens = np.zeros((-(-len(pairs) // size) * size, columns), np.int32)
+        for row, (prompt, ids) in zip(tokens, pairs, strict=False):
+            row[: len(prompt) + len(ids)] = (*prompt, *ids)
+        score = partial(score_rows_cached, self._params, config=self._config, temperature=temperature)
+        with jax.set_mesh(self._mesh):
+            parts = [
+                np.asarray(score(jax.device_put(tokens[i : i + size], batch_sharding(self._mesh))))
+                for i in range(0, len(tokens), size)
+            ]
+        return [
+            row[len(prompt) : len(prompt) + len(ids)]
+            for row, (prompt, ids) in zip(np.concatenate(parts), pairs, strict=False)
+        ]
 
     def _prompts_per_batch(self, num_prompts: int, num_samples: int) -> int:
         wanted = min(num_prompts, max(1, self._batch_size // num_samples))
@@ -283,6 +313,27 @@ def _row_keys(key: jax.Array, prompt_indices: jax.Array, size: int) -> jax.Array
     return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
+@partial(jax.jit, static_argnames=("config", "temperature"))
+def score_rows_cached(
+    params: Params, tokens: jax.Array, *, config: ModelConfig, temperature: float
+) -> jax.Array:
+    """Log-probability of every token given those before it, [B, T] float32, by the functions of sampling.
+
+    Args: tokens: [B, T] int32, padded on the right, where nothing before sees it.
+    """
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    batch, columns = tokens.shape
+    column = jnp.arange(columns)[None]
+    mask = jnp.broadcast_to((column <= column.T)[None, None], (batch, 1, columns, columns))
+    positions = jnp.broadcast_to(column, tokens.shape)
+    empty = init_cache(config, batch, columns)
+    hidden, _ = forward_cached(params, config, tokens, positions, mask, empty, 0)
+    width = max(1, SCORE_TOKENS // batch)
+    return token_logprobs(hidden, head_matrix(params), tokens, temperature=temperature, chunk_columns=width)[
+        0
+    ]
+
+
 def _prefill(
     params: Params, config: ModelConfig, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, Cache]:
@@ -318,7 +369,7 @@ def sample_token(
     if sampling.temperature == 0:
         token = _argmax(logits)
     else:
-        logits = _truncate(logits / sampling.temperature, sampling)
+        logits = truncate(logits / sampling.temperature, sampling)
         if sampling.top_k or sampling.top_p < 1:
             drawable = pack_bits(logits > -jnp.inf)
         token = _argmax(logits + gumbel_noise(keys, logits.shape[1]))  # Gumbel-max: a draw from the softmax
@@ -344,7 +395,7 @@ def _argmax(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_largest, columns, x.shape[1] - 1), axis=1)
 
 
-def _truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
+def truncate(logits: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Sets to -inf what top-k, and then top-p among what is left, exclude. [B, V]."""
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]

@@ -114,21 +114,21 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
     if inputs.generated and not workdir.data.exists():
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
-        return _with_kernel(inspect_folder(workdir.sft_model, config.model), config)
+        return with_kernel(inspect_folder(workdir.sft_model, config.model), config)
     folder = inputs.model
     if folder is None:
         random_model.make_random_model(
             workdir.random_model, config.random_model, inputs.tokenizer, seed=config.trainer.seed, mesh=mesh
         )
         folder = inspect_folder(workdir.random_model, config.model)
-    folder = _with_kernel(folder, config)
+    folder = with_kernel(folder, config)
     if config.sft.num_steps:
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
-        folder = _with_kernel(inspect_folder(workdir.sft_model, config.model), config)
+        folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config)
     return folder
 
 
-def _with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
+def with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
     """The model with the attention kernel that the devices at hand have."""
     model = folder.config
     return folder.with_config(attention=choose_kernel(config.model.attention, model.dtype, model.head_dim))

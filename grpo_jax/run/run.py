@@ -207,7 +207,7 @@ class Run:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
             self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
-        self._watch = RunWatch(self.config.trainer, self._reward)
+        self._watch = RunWatch(self.config, self._reward, is_new=is_new)
         return state
 
     def _check_range(self, state: TrainState) -> None:

@@ -8,13 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_jax.algorithm.advantages import frac_zero_std
-from grpo_jax.config import ConfigError, TrainerSection
+from grpo_jax.algorithm.loss import MISMATCH_MEANS
+from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.rewards.base import Reward
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.metrics import Timers
-from grpo_jax.types import ScoredBatch, StepResult
+from grpo_jax.types import Metrics, ScoredBatch, StepResult
 
 logger = logging.getLogger(__name__)
+
+
+HEALTHY_PROB, HEALTHY_FACTOR = 0.005, 1.01
+"""Largest means of |p_trainer - p_sampler| and of exp|log p_trainer - log p_sampler| that docs/trust.md calls
+healthy."""
+ZERO_KL, ZERO_PPO_KL = 1e-6, 1e-5
+"""Above these, numbers that are 0 by construction are not: one program on the same weights gives the same bits."""
 
 
 class TrainingStopped(RuntimeError):
@@ -24,8 +32,11 @@ class TrainingStopped(RuntimeError):
 class RunWatch:
     """Looks for runs that go nowhere: updates that are skipped, rewards that teach nothing."""
 
-    def __init__(self, section: TrainerSection, reward: Reward):
-        self._section, self._reward = section, reward
+    def __init__(self, config: Config, reward: Reward, *, is_new: bool):
+        """Args: is_new: whether the run begins with its first step, and does not go on after a checkpoint."""
+        self._config, self._section, self._reward = config, config.trainer, reward
+        self._is_first_step = is_new
+        self._has_warned_of_mismatch = False
         self._skipped = 0
         self._most_skipped = 0
         self._flat_steps = 0
@@ -41,7 +52,8 @@ class RunWatch:
         return self._most_skipped >= self._section.max_nonfinite_updates
 
     def note(self, result: StepResult) -> None:
-        """Takes note of one step, and warns when rewards have taught nothing for some steps."""
+        """Takes note of one step, and warns: see the other methods."""
+        self._warn_of_numbers(result)
         for update in result.updates:
             self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
             self._most_skipped = max(self._most_skipped, self._skipped)
@@ -57,6 +69,14 @@ class RunWatch:
                 f"loss or gradient was not finite in {self._most_skipped} updates in a row "
                 "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
             )
+
+    def _warn_of_numbers(self, result: StepResult) -> None:
+        if self._is_first_step and (warning := not_zero_warning(result.updates[0], self._config)):
+            logger.warning(warning)
+        self._is_first_step = False
+        if not self._has_warned_of_mismatch and (warning := mismatch_warning(result.metrics, self._config)):
+            self._has_warned_of_mismatch = True
+            logger.warning(warning)
 
     def _warn_of_flat_rewards(self, rollouts: ScoredBatch) -> None:
         group, rewards = rollouts.groups[0], rollouts.rewards.rewards
@@ -74,6 +94,40 @@ class RunWatch:
             reward,
             self._reward.explain(group.prompt, completion, reward),
         )
+
+
+def mismatch_warning(metrics: Metrics, config: Config) -> str:
+    """One line where engine and trainer differ by more than is healthy; "" otherwise. Args: metrics: of a step."""
+    prob, factor = (metrics.get(name) or 0.0 for name in MISMATCH_MEANS)
+    if not (prob > HEALTHY_PROB or factor > HEALTHY_FACTOR):  # NaN is another trouble
+        return ""
+    reasons = []
+    if config.rollout.max_lag:
+        reasons.append(f"with rollout.max_lag={config.rollout.max_lag}, older weights are part of it")
+    if config.corrects_sampler:
+        reasons.append("this run corrects for it (algorithm.rollout_is, algorithm.old_logprobs)")
+    (prob_name, factor_name), how = MISMATCH_MEANS, "`python -m grpo_jax.mismatch` with the flags of this run"
+    numbers = f"{prob_name}={prob:.2g} (healthy: at most {HEALTHY_PROB:g})"
+    numbers += f", {factor_name}={factor:.4g} (at most {HEALTHY_FACTOR:g})"
+    text = [f"WARNING: engine and trainer differ: {numbers}", *reasons]
+    return "; ".join([*text, f"{how} says where it comes from (docs/trust.md)"])
+
+
+def not_zero_warning(update: Metrics, config: Config) -> str:
+    """One line where the first update of a new run finds that the policy has moved already; "" otherwise.
+
+    Args: update: metrics of the update. Until then policy, old policy and reference are the same bits.
+    """
+    found = []
+    is_own = split_file_name(config.algorithm.kl_estimator) is not None  # which need not be 0 of equals
+    if config.algorithm.kl_in == "loss" and not is_own and abs(update.get("kl/mean", 0.0)) > ZERO_KL:
+        found.append(f"kl/mean={update['kl/mean']:.2g}")
+    if config.algorithm.old_logprobs != "sampler" and abs(update["actor/ppo_kl"]) > ZERO_PPO_KL:
+        found.append(f"actor/ppo_kl={update['actor/ppo_kl']:.2g}")
+    if not found:
+        return ""
+    why = "scores and gradients do not come from one program (docs/trust.md)"
+    return f"WARNING: {' and '.join(found)} in the first update, where nothing has moved yet: {why}"
 
 
 class StopRequest:

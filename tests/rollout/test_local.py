@@ -428,6 +428,32 @@ def test_log_probabilities_equal_the_trainers(models, sample, sizes, cut):
     np.testing.assert_allclose(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "scan", "batch_size"), [((1, 1, 1), False, 4), ((2, 2, 2), True, 64)], ids=str
+)
+def test_given_completions_are_scored_by_the_whole_distribution(
+    models, sample, tokenizer, sizes, scan, batch_size
+):
+    """Against transformers; 5 prompts with 2 completions fill batches of 4 and 4 batch shards up."""
+    model = models("qwen2")
+    groups = sample(
+        make_prompts(*LENGTHS), num_samples=2, temperature=TEMPERATURE, top_k=3, max_tokens=9, stops=(1,)
+    )
+    config = dataclasses.replace(model.config, scan_layers=scan)
+    engine = LocalEngine(config, mesh_of(*sizes), tokenizer, (), batch_size)
+    engine.load_weights(model.params(*sizes), 0)
+    scores = engine.score(groups, temperature=TEMPERATURE)
+    pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
+    for (prompt, completion), ours in zip(pairs, scores, strict=True):
+        assert len(ours) == len(completion.token_ids) and ours.dtype == np.float32
+        text = list(prompt.token_ids)
+        for token, logprob in zip(completion.token_ids, ours, strict=True):
+            assert logprob == pytest.approx(
+                math.log(probabilities(model, text, TEMPERATURE)[token]), abs=1e-4
+            )
+            text.append(token)
+
+
 # Seeds
 
 

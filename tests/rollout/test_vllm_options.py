@@ -54,6 +54,10 @@ def test_a_step_of_the_engine_can_read_the_longest_sequence(options):
 def test_positions_that_the_model_was_not_made_for_get_a_rope_table(options):
     assert "hf_overrides" not in options(max_model_len=900)
     assert options(max_model_len=901)["hf_overrides"] == {"max_position_embeddings": 901}
+    # It stays beside overrides of the user's own.
+    own = "hf_overrides={'head_dtype': 'float32'}"
+    both = {"max_position_embeddings": 901, "head_dtype": "float32"}
+    assert options(max_model_len=901, engine_args=(own,))["hf_overrides"] == both
 
 
 @pytest.mark.parametrize(

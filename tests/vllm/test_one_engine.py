@@ -158,6 +158,21 @@ def test_trainer_and_sampler_agree(made, engine):
     assert np.abs(ours - np.asarray(batch.sampler_logprobs))[mask].max() < helpers.TOLERANCE
 
 
+def test_given_completions_are_scored_by_the_whole_distribution(made, engine):
+    """Also where they were sampled from a part of it, which makes their own log-probabilities larger."""
+    cut = SamplingParams(num_samples=2, temperature=1.0, max_tokens=20, top_k=5)
+    groups = engine.generate(helpers.prompts([5, LONG, 12]), cut, seed=2)
+    scores = engine.score(groups, temperature=1.0)
+    pairs = [(group, completion) for group in groups for completion in group.completions]
+    model = helpers.reference(made.folder)
+    for (group, completion), ours in zip(pairs, scores, strict=True):
+        expected = helpers.reference_logprobs(model, group.prompt.token_ids, completion.token_ids)
+        assert ours.dtype == np.float32 and np.abs(ours - expected).max() < helpers.TOLERANCE
+        assert (np.array(completion.sampler_logprobs) > ours).all()
+    with pytest.raises(EngineError, match=r"temperature 1, not at 0\.7"):
+        engine.score(groups, temperature=0.7)
+
+
 def test_truncation_is_in_the_log_probabilities(made, engine):
     """top_k=1 leaves one token, whose probability is then 1."""
     sampling = SamplingParams(num_samples=2, temperature=1.0, max_tokens=6, top_k=1)

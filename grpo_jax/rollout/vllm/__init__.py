@@ -11,6 +11,7 @@ without JAX, so everything heavy is imported within a function.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ def share_devices(section: RolloutSection) -> None:
         share_gpus(section)
     else:
         share_memory(section, trainer_share(section))
+
+
+def with_float32_head(section: RolloutSection) -> RolloutSection:
+    """See `rollout.with_float32_head`. A vLLM that ignores the setting does not start: see `server.py`."""
+    argument = "hf_overrides={'head_dtype': 'float32'}"
+    return dataclasses.replace(section, engine_args=(*section.engine_args, argument))
 
 
 def trainer_share(section: RolloutSection) -> float:

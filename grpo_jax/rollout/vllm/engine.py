@@ -97,6 +97,19 @@ class VllmEngine:
 
         return wait
 
+    def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
+        """See `RolloutEngine.score`. An engine that fails is not started again."""
+        if temperature != 1:
+            raise EngineError(f"vLLM scores given tokens at temperature 1, not at {temperature:g}")
+        rows = [(list(g.prompt.token_ids), list(c.token_ids)) for g in groups for c in g.completions]
+        step = len(self._replicas)
+        try:
+            calls = [replica.actor.score.remote(rows[replica.number :: step]) for replica in self._replicas]
+            parts = self._replicas.results(calls, "score")
+        except call_errors() as error:
+            raise EngineError(f"vLLM does not score: {root_cause(error)[0]}") from error
+        return [parts[i % step][i // step] for i in range(len(rows))]
+
     def _decode(self, prompt: Prompt, answer: dict[str, Any]) -> RolloutGroup:
         """Makes a group of an answer of `EngineActor.generate`.
 

@@ -17,7 +17,7 @@ GRAPH_ARGUMENTS = {
 
 
 def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
-    """Fields of vLLM's `AsyncEngineArgs`. `rollout.engine_args` come last and win.
+    """Fields of vLLM's `AsyncEngineArgs`. `rollout.engine_args` come last and win, `hf_overrides` key by key.
 
     Args:
         folder: of the model.
@@ -43,7 +43,9 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         options["distributed_executor_backend"] = "mp"
     for argument in section.engine_args:
         name, _, value = argument.partition("=")
-        options[name] = _literal_or_word(value)
+        read = _literal_or_word(value)
+        is_added = name == "hf_overrides" and isinstance(read, dict)
+        options[name] = options.get(name, {}) | read if is_added else read
     num_seqs = options["max_num_seqs"]
     options.setdefault("max_num_batched_tokens", max(MIN_BATCHED_TOKENS, max_model_len, num_seqs))
     if not options["enforce_eager"] and not GRAPH_ARGUMENTS & options.keys():

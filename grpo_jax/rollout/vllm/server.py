@@ -76,6 +76,7 @@ class EngineActor:
             **options,
         )
         self._llm = AsyncLLM.from_engine_args(arguments)
+        await self._check_head(options, vllm.__version__)
         if api_port:
             from grpo_jax.rollout.vllm.api import serve
 
@@ -86,6 +87,15 @@ class EngineActor:
             if self._server.done():
                 self._server.result()  # raises the error that kept it from starting
         return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
+
+    async def _check_head(self, options: dict[str, Any], version: str) -> None:
+        """Raises: EngineError: a head in float32 is asked for, and this vLLM would ignore that."""
+        overrides = options.get("hf_overrides")
+        if not isinstance(overrides, dict) or overrides.get("head_dtype") != "float32":
+            return
+        held = set(await self._llm.collective_rpc("grpo_jax_head_dtype"))
+        if held != {"float32"}:
+            raise EngineError(f"vLLM {version} does not compute the head of this model in float32")
 
     async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
         """Opens the workers' end of the transport of the weights.
@@ -208,6 +218,31 @@ class EngineActor:
             "finish_reasons": [o.finish_reason for o in outputs],
             "versions": (version, self._version),
         }
+
+    async def score(self, rows: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+        """The log-probabilities of completions. Args: rows: (token ids of a prompt, those of its completion)."""
+        return await asyncio.gather(*(self._score(*row) for row in rows))
+
+    async def _score(self, prompt: list[int], completion: list[int]) -> np.ndarray:
+        """One float32 a token, of the distribution at temperature 1: vLLM scores prompts before any sampling."""
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        params = vllm.SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,  # the given token's alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._in_flight += 1
+        try:
+            whole = {"prompt_token_ids": prompt + completion}
+            async for output in self._llm.generate(whole, params, f"score-{next(self._ids)}"):
+                result = output
+        finally:
+            self._in_flight -= 1
+        entries = zip(result.prompt_logprobs[len(prompt) :], completion, strict=True)
+        return np.array([entry[token].logprob for entry, token in entries], np.float32)
 
     async def sleep(self) -> None:
         """Frees the memory of weights and cache. The engine must be given new weights before it samples again."""

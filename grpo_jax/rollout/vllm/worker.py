@@ -247,10 +247,16 @@ class WorkerExtension:
 
     weight_transfer_engine: Any
     device: Any
+    get_model: Any
 
     def grpo_jax_checksums(self) -> list[list[int]]:
         """Checksums of the last push, in the order of the buckets and their pieces."""
         return self.weight_transfer_engine.checksums
+
+    def grpo_jax_head_dtype(self) -> str:
+        """What the output head is computed in; "" where this vLLM has no setting for it."""
+        dtype = getattr(getattr(self.get_model(), "logits_processor", None), "head_dtype", None)
+        return "" if dtype is None else str(dtype).removeprefix("torch.")
 
     def grpo_jax_memory(self) -> int:
         """Largest number of bytes since the last call by which PyTorch held more than it does now; 0 on a CPU."""
