@@ -111,7 +111,7 @@ def compare(
             missing[GIVEN] = str(error)
     batch = make_train_batch(groups, pad_id=tokenizer.pad_token_id or 0)
     if batch.drawable is not None:  # then every row but this one is cut at the same tokens
-        found.pop(GIVEN)
+        found.pop(GIVEN, None)
         missing[GIVEN] = "it is of the whole distribution, without rollout.top_p and rollout.top_k"
     if float32_head is not None:
         try:

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_forward import mesh_of_one, random_batch
+from test_forward import random_batch
 from tiny_models import tiny_config
 
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm.loss import grpo_loss
-from grpo_jax.config import AlgorithmSection, OptimSection
+from grpo_jax.config import AlgorithmSection, MeshSection, OptimSection
 from grpo_jax.learner import make_optimizer
 from grpo_jax.learner.forward import make_forward_step, to_micro_batches
 from grpo_jax.learner.loss_scale import LossScaling, make_loss_scaling
 from grpo_jax.learner.update import make_update_step
+from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import init_params
 from grpo_jax.types import LossScale
 
@@ -27,9 +29,9 @@ MODEL = tiny_config(dtype=jnp.float16)
 R, T = 4, 48
 
 
-def updates(batches, *, model=MODEL, optim=OPTIM):
+def updates(batches, *, model=MODEL, optim=OPTIM, sizes=(1, 1, 1)):
     """The last state, and the metrics of each update."""
-    mesh = mesh_of_one()
+    mesh = make_mesh(MeshSection(*sizes), jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(optim, model, mesh, num_updates=10)
         forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=16)
@@ -37,7 +39,7 @@ def updates(batches, *, model=MODEL, optim=OPTIM):
         update = make_update_step(model, mesh, optimizer, forward, loss, optim=optim)
         state, metrics = optimizer.init_state(init_params(model, jax.random.key(0), mesh)), []
         for batch in batches:
-            state, summary = update(state, to_micro_batches(batch, (R, T), mesh)[0])
+            state, summary = update(state, to_micro_batches(batch, (max(R, math.prod(sizes)), T), mesh)[0])
             metrics.append({name: float(value) for name, value in summary.items()})
         return jax.tree.map(np.array, state), metrics
 
@@ -102,6 +104,16 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(is_offloaded):
     for got, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(without.params), strict=True):
         # Half of the scale rounds gradients near float16's smallest numbers a little differently.
         np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_every_mesh_gives_the_update_of_one_device(sizes):
+    """Rounded to eleven bits some twenty times in a row."""
+    batch = scaled(1.0)
+    (one, [expected]), (many, [metrics]) = updates([batch]), updates([batch], sizes=sizes)
+    assert metrics == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    a, b = first_moments(one), first_moments(many)
+    assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(a)
 
 
 def test_a_gradient_that_overflows_by_itself_breaks_the_run():

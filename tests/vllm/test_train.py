@@ -34,6 +34,23 @@ def reward_file(tmp_path_factory):
     return path
 
 
+def test_float16_in_trainer_and_engine(tmp_path, reward_file):
+    """The checked push of float16 weights, and eleven bits on both sides: 2^-11 of logits of a few units."""
+    overrides = VLLM | {
+        "model.dtype": "float16",
+        "reward.function": f"{reward_file}:score",
+        "rollout.probe_threshold": 5e-3,
+        "algorithm.kl_coef": 0.1,
+        "trainer.num_steps": 2,
+    }
+    commands.train_ok(tmp_path / "run", overrides)
+    first, second = (line for line in commands.read_lines(tmp_path / "run") if line["step"])
+    assert first["kl/mean"] == 0 and second["kl/mean"] > 0
+    for line in (first, second):
+        assert line["actor/loss_scale"] == 65536 and line["actor/overflows"] == 0
+        assert 0 < line["training/rollout_probs_diff_max"] < 5e-3
+
+
 def test_a_run_its_interruption_and_its_evaluation(tmp_path, reward_file):
     workdir = tmp_path / "run"
     overrides = VLLM | {
