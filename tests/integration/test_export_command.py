@@ -4,11 +4,8 @@ import shutil
 
 import integration_helpers as helpers
 import jax
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_jax import export
@@ -28,23 +25,6 @@ def test_it_equals_the_folder_that_training_wrote(where, tmp_path, whole_run):
     assert "step 6" in result.out and str(tmp_path / "out") in result.out
     assert helpers.tree_digest(tmp_path / "out") == helpers.tree_digest(workdir / "checkpoint-epoch-2")
     assert helpers.tree_digest(workdir) == before
-
-
-def test_masters_on_the_host_are_what_is_exported(tmp_path, model_folder, whole_run_overrides):
-    """The device's parameters are bfloat16, the folder's and the masters float32."""
-    changes = {
-        "model.path": model_folder,
-        "model.dtype": "bfloat16",
-        "optim.offload": True,
-        "trainer.num_steps": 1,
-    }
-    helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)
-    result = helpers.call(export.main, [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
-    assert result.code == 0, result.err
-    assert helpers.tree_digest(tmp_path / "out") == helpers.tree_digest(tmp_path / "run" / "checkpoint-final")
-    weights = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
-    assert weights.dtype == np.float32
-    assert (weights != weights.astype(ml_dtypes.bfloat16).astype(np.float32)).mean() > 0.9
 
 
 def test_an_earlier_checkpoint_can_be_chosen(tmp_path, whole_run):

@@ -6,7 +6,12 @@ optimizer's state and the reference on the host.
 """
 
 import integration_helpers as helpers
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from grpo_jax import export
 
 # Spread for about half of the prompts, whatever an untrained model writes.
 REWARD = """
@@ -115,7 +120,7 @@ def test_after_its_refresh_the_reference_is_the_policy(runs):
     assert [line["kl/is_refreshed"] for line in lines] == [0, 0, 1, 0, 0, 1]
     kl = [line["kl/mean"] for line in lines]
     for step in (0, 3):  # of policy and reference before the update: one and the same model
-        assert kl[step] == pytest.approx(0, abs=1e-6)
+        assert kl[step] == 0
         assert kl[step + 2] > 1e-5
 
 
@@ -129,3 +134,13 @@ def test_dynamic_sampling_without_any_spread_stops_and_shows_two_groups(tmp_path
     assert "found no group with any spread of rewards: 8 groups in 2 rounds" in result.err
     assert result.err.count("ground truth:") == 2 and result.err.count("reward 0: ") == 4
     assert "there is no checkpoint yet" in result.err
+
+
+def test_folders_and_exports_are_the_masters(runs, tmp_path):
+    """The devices' parameters are bfloat16; the folder's dtype and the masters are float32."""
+    result = helpers.call(export.main, [f"--checkpoint={runs[0]}", f"--output={tmp_path / 'out'}"])
+    assert result.code == 0, result.err
+    assert helpers.tree_digest(tmp_path / "out") == helpers.tree_digest(runs[0] / "checkpoint-epoch-1")
+    weights = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert weights.dtype == np.float32
+    assert (weights != weights.astype(ml_dtypes.bfloat16).astype(np.float32)).mean() > 0.9
