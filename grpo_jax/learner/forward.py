@@ -75,13 +75,14 @@ def token_scores(
     *,
     temperature: float,
     chunk_columns: int,
+    head_dtype: Any = None,
 ) -> Scores:
     """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
     with jax.named_scope("forward"):
         hidden = forward(params, model, tokens, positions, segment_ids)
     with jax.named_scope("head"):
         return token_logprobs(
-            hidden,
+            hidden.astype(head_dtype or hidden.dtype),
             head_matrix(params),
             tokens,
             drawable,
@@ -96,14 +97,14 @@ def make_forward_step(
     *,
     temperature: float,
     chunk_tokens: int,
-    token_scores: Callable[..., Scores] = token_scores,
+    head_dtype: Any = None,
 ) -> ForwardStep:
     """Returns the forward pass. Who compares the scores of two steps needs one and the same object for both.
 
     Args:
         temperature: of the sampler; divides the logits.
         chunk_tokens: tokens that a device projects to the vocabulary at once.
-        token_scores: computes the scores, as the function of that name does.
+        head_dtype: of the output product; None: the model's.
     """
 
     @jax.jit
@@ -115,7 +116,14 @@ def make_forward_step(
 
         def scores(params: Params) -> Scores:
             inputs = (tokens, positions, segment_ids, drawable)
-            return token_scores(params, model, *inputs, temperature=temperature, chunk_columns=columns)
+            return token_scores(
+                params,
+                model,
+                *inputs,
+                temperature=temperature,
+                chunk_columns=columns,
+                head_dtype=head_dtype,
+            )
 
         out, pullback = jax.vjp(scores, params)
         return out, _without_params(pullback, params)

@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.learner.batching import make_train_batch
-from grpo_jax.learner.forward import ForwardStep, Scores, make_forward_step, score_rows
+from grpo_jax.learner.forward import ForwardStep, make_forward_step, score_rows
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.update import make_cast
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import choose_kernel
 from grpo_jax.model.hf import ModelFolder, load_params
-from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.rollout import EngineError, RolloutEngine, SamplingParams, make_engine, rollout_sampling
@@ -203,7 +202,8 @@ def score_programs(
     for program in trainer_programs(config, model, mesh):
         logger.info("scoring: %s", program.key)
         step = _forward_step(config, program, mesh)
-        precision = "highest" if program.is_float32 else "default"
+        in_full = program.is_float32 or program.has_float32_head
+        precision = "highest" if in_full else "default"
         try:
             with jax.default_matmul_precision(precision):
                 found[program.key] = _score(config, step, program.model, params, batch, mesh)
@@ -212,15 +212,13 @@ def score_programs(
     return found, missing
 
 
-def _forward_step(config: Config, program: Program, mesh: Mesh, **changes: Any) -> ForwardStep:
-    if program.has_float32_head:
-        changes["token_scores"] = _float32_head_scores
+def _forward_step(config: Config, program: Program, mesh: Mesh) -> ForwardStep:
     return make_forward_step(
         program.model,
         mesh,
         temperature=config.rollout.temperature,
         chunk_tokens=config.actor.logits_chunk_tokens,
-        **changes,
+        head_dtype=jnp.float32 if program.has_float32_head else None,
     )
 
 
@@ -232,30 +230,6 @@ def _score(
     shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     scores = score_rows(step, cast(params), batch, shape, mesh)
     return scores[np.asarray(batch.completion_mask) > 0]
-
-
-def _float32_head_scores(
-    params: Params,
-    model: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    drawable: jax.Array | None,
-    *,
-    temperature: float,
-    chunk_columns: int,
-) -> Scores:
-    """As `forward.token_scores`, with the output product in float32, in full."""
-    hidden = forward(params, model, tokens, positions, segment_ids).astype(jnp.float32)
-    with jax.default_matmul_precision("highest"):
-        return token_logprobs(
-            hidden,
-            head_matrix(params),
-            tokens,
-            drawable,
-            temperature=temperature,
-            chunk_columns=chunk_columns,
-        )
 
 
 # ---- top-p and top-k ----
