@@ -152,6 +152,12 @@ def test_kernels_of_devices_that_need_not_be_there(device, dtype, head_dim, kern
     assert choose_kernel("auto", dtype, head_dim, DEVICE_KINDS[device]) == kernel
 
 
+@pytest.mark.parametrize("wanted", ["auto", "splash", "plain"])
+def test_tpus_do_not_compute_in_float16(wanted):
+    with pytest.raises(ConfigError, match="model.dtype='float16': needs an NVIDIA GPU"):
+        choose_kernel(wanted, "float16", 128, DEVICE_KINDS["tpu-v5e"])
+
+
 def test_a_kernel_that_a_named_device_lacks_is_refused():
     with pytest.raises(
         ConfigError, match=r"model.attention='cudnn': needs compute capability 9.0 .* has 8.9"
