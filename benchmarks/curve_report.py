@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,16 @@ def write_json(runs: Sequence[Run], file: str) -> None:
 
 
 def read_runs(files: Sequence[str]) -> list[Run]:
-    return [Run(**values) for file in files for values in json.loads(Path(file).read_text())]
+    """The runs of files that `write_json` wrote. Ends the program with one line where a file is none of them."""
+    runs: list[Run] = []
+    for file in files:
+        try:
+            runs += [Run(**values) for values in json.loads(Path(file).read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            sys.exit(f"error: --draw: {file!r} is no file that --json wrote ({error})")
+    if not runs:
+        sys.exit("error: --draw: there are no runs in these files")
+    return runs
 
 
 def merge(runs: Sequence[Run]) -> list[Run]:

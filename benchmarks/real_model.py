@@ -101,8 +101,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"{override}: overrides are written --config.KEY=VALUE")
     if not args.draw and not (Path(args.model) / "config.json").is_file():
         parser.error("--model: must name a Hugging Face folder (or --draw the files of earlier runs)")
-    if args.steps < 1:
-        parser.error("--steps: must be at least 1")
+    for name, least in (("steps", 1), ("eval_every", 1), ("max_calculations", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: must be at least {least}")
+    if not all(seed.isdigit() for seed in args.seeds.split(",")):
+        parser.error("--seeds: must be whole numbers, separated by commas")
     if args.only_peer and not args.peer:
         parser.error("--only_peer: needs --peer")
     args.deadline = time.time() + args.time_limit_s

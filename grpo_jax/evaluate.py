@@ -78,6 +78,8 @@ def _check_arguments(args: Any) -> None:
         folder = Path(getattr(args, name)).parent
         if not folder.is_dir():
             raise ConfigError(f"--{name}", getattr(args, name), "its folder does not exist")
+        if getattr(args, name) and Path(getattr(args, name)).is_dir():
+            raise ConfigError(f"--{name}", getattr(args, name), "must be a file, and is a folder")
 
 
 def make_config(args: Any) -> Config:

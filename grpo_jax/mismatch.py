@@ -39,6 +39,8 @@ def main() -> None:
             raise ConfigError("--num", args.num, "must be at least 1")
         if not Path(args.json).parent.is_dir():
             raise ConfigError("--json", args.json, "its folder does not exist")
+        if args.json and Path(args.json).is_dir():
+            raise ConfigError("--json", args.json, "must be a file, and is a folder")
         found = _run(config, path, args)
         _report(found, config, args.json)
 

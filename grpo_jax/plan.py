@@ -7,6 +7,7 @@ it, the device at hand. Of the model, only config.json is read, so that a plan c
 fetched or rented. `grpo_jax.train` logs the same figures and the real ones beside them.
 """
 
+import math
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError, nearest
@@ -42,7 +43,10 @@ def device_bytes(name: str) -> int:
     if name in CARDS:
         return CARDS[name].memory
     try:
-        return int(float(name) * GB)
+        size = float(name)
+        if not 0 < size < math.inf:
+            raise ValueError
+        return int(size * GB)
     except ValueError:
         rule = f"must be a number of GB or one of {', '.join(CARDS)}{nearest(name, CARDS)}"
         raise ConfigError("device", name, rule) from None
@@ -151,7 +155,8 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
     }
     for phase in filter(is_there.get, PHASES):
         print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
-    print(f"  {'together':<32}{sum(seconds.values()):>8.2f}")
+    is_whole = all(phase in seconds for phase in filter(is_there.get, PHASES))
+    print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
 
 
 def local_card(device: str) -> str:

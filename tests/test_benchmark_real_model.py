@@ -68,6 +68,15 @@ def test_of_two_files_the_run_that_came_farther_counts(load, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("content", ["[", "{}", '[{"side": "x"}]', "[]", None])
+def test_a_file_that_is_none_of_ours_is_one_line(load, tmp_path, content):
+    file = tmp_path / "runs.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=r"^error: --draw: "):
+        load("curve_report").read_runs([str(file)])
+
+
 def test_a_row_of_the_table(load):
     report = load("curve_report")
     lines = [

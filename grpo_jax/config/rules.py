@@ -267,7 +267,8 @@ def _rollout(config: Config) -> Rules:
     rollout, is_ahead = config.rollout, config.rollout.max_lag > 0
     is_unknown = config.cuts_distribution and not config.knows_drawable and not config.corrects_sampler
     rule = f"cuts the distribution where rollout.engine={rollout.engine} does not tell the trainer: needs "
-    rule += "algorithm.rollout_is=token, or rollout.engine=local, whose cut the trainer takes over"
+    rule += "algorithm.rollout_is=token or algorithm.old_logprobs=sampler, or rollout.engine=local, whose cut the "
+    rule += "trainer takes over"
     yield is_unknown and rollout.top_p < 1, "rollout.top_p", rule
     yield is_unknown and rollout.top_k > 0, "rollout.top_k", rule
     rule = f"must be 0 with rollout.engine={rollout.engine}, which samples on the trainer's own devices"

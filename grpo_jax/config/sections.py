@@ -177,7 +177,7 @@ class OptimSection:
     accumulator_dtype: str = key("float32", "dtype of the gradients summed over micro-batches", choices=DTYPES)
     moments_dtype: str = key("float32", "dtype of Adam's moments", choices=DTYPES, resume=ARRAYS)
     loss_scale: float = key(2.0**16, "what the loss is multiplied by at first", at_least=1, at_most=2**24, only=FLOAT16)
-    loss_scale_growth: int = key(100, "updates without overflow until it is doubled; 0: it stays", unit="updates", at_least=0, only=FLOAT16)
+    loss_scale_growth: int = key(100, "updates without overflow until it doubles; 0: it stays", unit="updates", at_least=0, below=2**31, only=FLOAT16)
     offload: bool = key(True, "True: parameters and moments live in the host's memory, streamed in an update", resume=ARRAYS)
 
 

@@ -97,6 +97,7 @@ def plan_memory(
             "sums of gradients": parameters * jnp.dtype(config.optim.accumulator_dtype).itemsize,
             "gradients of a micro-batch": parameters * computed,
             "kept for the backward pass": kept,
+            "which tokens could be drawn": drawable_bytes(config, model, rows, length),
         }
         | _largest(
             {
@@ -117,6 +118,14 @@ def plan_memory(
         beside["weight sync"] = {"buckets of a push": push_bytes}
     beside = {phase: {name: size for name, size in parts.items() if size} for phase, parts in beside.items()}
     return MemoryPlan(held, beside, {name: size * mesh.size for name, size in host.items()})
+
+
+def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -> int:
+    """Of `TrainBatch.drawable` of a mini-batch, whose micro-batches [rows, length] are on a device all at once."""
+    if not config.knows_drawable:
+        return 0
+    num_tokens = math.ceil(config.completions_per_update / rows) * rows * length
+    return num_tokens * math.ceil(model.vocab_size / 32) * 4
 
 
 def _largest(sizes: dict[str, int]) -> dict[str, int]:

@@ -222,7 +222,10 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
     ids = hf.get("eos_token_id") if ids is None else ids
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(KEY, str(folder), f"eos_token_id={ids} of its configuration must be whole numbers")
+    return tuple(ids)
 
 
 def _max_position(config: ModelConfig, hf: dict[str, Any]) -> int | None:

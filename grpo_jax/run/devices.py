@@ -65,8 +65,9 @@ def open_mesh(config: Config) -> Mesh:
 
 def set_products(section: ModelSection) -> None:
     """Has products of float32 computed in full: JAX's default on NVIDIA GPUs keeps 10 of 23 bits (TF32)."""
-    is_full = section.dtype == "float32" and section.float32_products == "full"
-    jax.config.update("jax_default_matmul_precision", "highest" if is_full else None)
+    if section.dtype == "float32":
+        precision = "highest" if section.float32_products == "full" else None
+        jax.config.update("jax_default_matmul_precision", precision)
 
 
 def _set_determinism(section: TrainerSection) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config, ConfigError, parse_config
 from grpo_jax.learner.memory import MemoryPlan, abstract_mesh, plan_memory
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
@@ -193,10 +193,17 @@ class Budget:
             {"mesh.fsdp": 2 * self.mesh.shape["fsdp"]},
             {"optim.accumulator_dtype": "bfloat16"},
         ]
-        now = self.excess(phase, factor)
         for changes in candidates:
-            if self.after(changes).excess(phase, factor) < now:
+            if self.is_gain(changes, phase, factor):
                 yield changes
+
+    def is_gain(self, changes: Changes, phase: str, factor: float) -> bool:
+        """Whether a phase takes less with other settings, which no rule forbids. Args: as `advice`."""
+        try:
+            parse_config(_changed(self.config, changes).to_dict())
+        except ConfigError:
+            return False
+        return self.after(changes).excess(phase, factor) < self.excess(phase, factor)
 
     def _fewer_rows(self, phase: str, factor: float) -> Changes:
         """The largest micro-batch that fits, or one row where none does; {} where there is one row already."""
@@ -221,6 +228,8 @@ class Budget:
         """Several changes that make a phase fit together, none of them for nothing; and whether they do."""
         changes: Changes = {}
         for way in self.ways(phase, factor):
+            if not self.after(changes).is_gain(way, phase, factor):
+                continue  # as another placement for an engine that sleeps
             changes |= way
             if self.after(changes).fits(phase, factor):
                 break

@@ -71,11 +71,12 @@ class Program:
 
 def check_model(config: Config) -> None:
     """Raises: ConfigError: the run would still have to make the model that it starts from."""
-    rule = "makes a model of its own first: name a finished Hugging Face folder in model.path"
+    rule = "makes a model of its own first: name a finished folder, as --config.model.path=WORKDIR/sft-model "
+    rule += "(or random-model) --config.sft.num_steps=0"
     if config.model.path == "random":
         raise ConfigError("model.path", config.model.path, rule)
     if config.sft.num_steps:
-        raise ConfigError("sft.num_steps", config.sft.num_steps, f"{rule}, with sft.num_steps=0")
+        raise ConfigError("sft.num_steps", config.sft.num_steps, rule)
 
 
 def compare(
@@ -121,6 +122,10 @@ def compare(
     with jax.set_mesh(mesh):
         of_trainer, not_run = score_programs(config, folder.config, params, batch, mesh)
         found, missing = found | of_trainer, missing | not_run
+        if not np.isfinite(found[TRAINER]).all():
+            name = jnp.dtype(folder.config.dtype).name
+            rule = "gives log-probabilities that are not finite: its range is too small for this model"
+            raise ConfigError("model.dtype", name, rule)
         if (sampling.top_p < 1 or sampling.top_k) and batch.drawable is None:
             mass = log_kept_mass(config, folder.config, params, batch, mesh)
             found |= {UNTRUNCATED: found[SAMPLED] + mass, TRUNCATED: found[TRAINER] - mass}
@@ -202,10 +207,11 @@ def score_programs(
     for program in trainer_programs(config, model, mesh):
         logger.info("scoring: %s", program.key)
         step = _forward_step(config, program, mesh)
-        in_full = program.is_float32 or program.has_float32_head
-        precision = "highest" if in_full else "default"
+        # As configured, but for what is there to be exact.
+        in_full = program.key == TRUTH or (program.has_float32_head and not program.is_float32)
+        context = jax.default_matmul_precision("highest") if in_full else contextlib.nullcontext()
         try:
-            with jax.default_matmul_precision(precision):
+            with context:
                 found[program.key] = _score(config, step, program.model, params, batch, mesh)
         except jax.errors.JaxRuntimeError as error:  # out of memory, or a kernel that the device lacks
             missing[program.key] = str(error).partition("\n")[0]

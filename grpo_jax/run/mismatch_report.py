@@ -24,6 +24,8 @@ from grpo_jax.run.mismatch import (
     Comparison,
 )
 
+ALIKE = 3.0
+"""Times the square of the whole way, from which on the squares of its steps do not make it up."""
 NUM_SETTINGS = 2
 """Settings that are named, the best first."""
 HEAD_ARGUMENT = "rollout.engine_args=(\"hf_overrides={'head_dtype': 'float32'}\",)"
@@ -251,7 +253,14 @@ def _budget_lines(found: Comparison, config: Config) -> list[str]:
     lines.append(f"{0:>10.2e}{0:>10.2e}{0:>7.0%}  staleness: the engine has just got these weights; {old}")
     whole = difference(found.logprobs[SAMPLED], found.logprobs[TRAINER])
     lines.append(f"{whole.nats:>10.2e}{whole.prob:>10.2e}         the whole way, measured")
-    lines.append("Steps do not add up; their squares about do, and the shares are of those.")
+    squares = sum(step.size.square for step in budget(found))
+    if squares <= ALIKE * whole.square:
+        lines.append("Steps do not add up; their squares about do, and the shares are of those.")
+    else:
+        lines.append(
+            "The way is shorter than its steps: engine and trainer round alike, and most of it cancels out. The "
+            "shares say little."
+        )
     return lines
 
 
@@ -260,7 +269,8 @@ def _setting_lines(found: Comparison, config: Config) -> list[str]:
     lines = ["What would lower it most, to which mean |d p|, and what that costs"]
     for setting in chosen:
         about = "about " if setting.is_estimate else ""
-        lines.append(f"  {about}{setting.prob:.2e} with {setting.setting}: {setting.cost}")
+        prob = f"{setting.prob:.2e}" if setting.prob else "float32's own rounding"
+        lines.append(f"  {about}{prob} with {setting.setting}: {setting.cost}")
     if not chosen:
         lines.append("  nothing that was tried does")
     if config.corrects_sampler:

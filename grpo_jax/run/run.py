@@ -218,10 +218,12 @@ class Run:
             self.learner.params(state), make_sft_batch(rows, pad_id=self.pad_id)
         )
         if layer is not None and rows:
+            num_layers = self.folder.config.num_layers
             rule = (
-                f"the results of layer {layer} (of {self.folder.config.num_layers}, from 0) overflow: beyond "
+                f"the results of layer {layer} (of {num_layers}, from 0) overflow: beyond 65,504 on its own "
             )
-            raise ConfigError("model.dtype", "float16", f"{rule}65,504 on its own prompts; take bfloat16")
+            rule += "prompts; take bfloat16, in another --workdir"
+            raise ConfigError("model.dtype", "float16", rule)
 
     def _new_state(self) -> TrainState:
         self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete

@@ -65,9 +65,11 @@ class RunWatch:
     def stop_if_lost(self) -> None:
         """Raises: TrainingStopped: too many updates in a row were not finite."""
         if self.is_lost:
+            is_float16 = self._config.model.dtype == "float16"
+            cure = "optim.loss_scale or optim.learning_rate" if is_float16 else "optim.learning_rate"
             raise TrainingStopped(
                 f"loss or gradient was not finite in {self._most_skipped} updates in a row "
-                "(trainer.max_nonfinite_updates); a lower optim.learning_rate may help"
+                f"(trainer.max_nonfinite_updates); a lower {cure} may help"
             )
 
     def _warn_of_numbers(self, result: StepResult) -> None:

@@ -24,6 +24,9 @@ from grpo_jax.model.sharding import num_batch_shards
 
 logger = logging.getLogger(__name__)
 
+SKIPPED = ("actor/skipped_updates", "actor/overflows")
+"""Metrics of updates that changed nothing."""
+
 Example = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, response ids)"""
 
@@ -53,19 +56,32 @@ def warm_start(
         chunk_tokens = config.actor.logits_chunk_tokens
         forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=chunk_tokens)
         update = make_update_step(model, mesh, optimizer, forward, nll_loss, optim=optim)
-        steps = range(1, section.num_steps + 1)
+        steps, lost = range(1, section.num_steps + 1), []
         for step in tqdm(steps, desc="warm start", unit="update", disable=None, leave=False):
             batch = make_sft_batch(next(batches), pad_id=tokenizer.pad_token_id or 0)
             batch = add_loss_weights(batch, "token-mean", 1.0)
             state, metrics = update(state, to_micro_batches(batch, shape, mesh)[0])
+            lost += [metrics[name] for name in SKIPPED if name in metrics]
             if step % max(1, section.num_steps // 5) == 0:
                 logger.info("  update %d/%d: loss=%.3f", step, section.num_steps, metrics["actor/loss"])
         loss = float(metrics["actor/loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the warm start's loss is {loss}; lower sft.learning_rate")
+        _check_lost(int(sum(jax.device_get(lost))), section.num_steps, config)
         save_folder(target, optimizer.masters(state), model, files_from=folder.path, dtype=folder.dtype)
     logger.info("warm-started model: %s", target)
     return loss
+
+
+def _check_lost(num_lost: int, num_steps: int, config: Config) -> None:
+    """Raises: FloatingPointError: all updates were skipped."""
+    if not num_lost:
+        return
+    cure = "optim.loss_scale" if config.model.dtype == "float16" else "sft.learning_rate"
+    text = f"{num_lost} of {num_steps} updates of the warm start had gradients that were not finite"
+    if num_lost == num_steps:
+        raise FloatingPointError(f"{text}, and nothing was trained; lower {cure}")
+    logger.warning("WARNING: %s, and were skipped; a lower %s may help", text, cure)
 
 
 def warm_start_optim(config: Config) -> OptimSection:

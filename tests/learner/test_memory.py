@@ -10,7 +10,13 @@ import pytest
 
 from grpo_jax import plan
 from grpo_jax.config import ConfigError, load_config, parse_config
-from grpo_jax.learner.memory import abstract_mesh, kept_for_backward, largest_micro_batch, plan_memory
+from grpo_jax.learner.memory import (
+    abstract_mesh,
+    drawable_bytes,
+    kept_for_backward,
+    largest_micro_batch,
+    plan_memory,
+)
 from grpo_jax.model import fused_attention
 from grpo_jax.model.cards import CARDS
 from grpo_jax.model.config import ModelConfig
@@ -226,6 +232,15 @@ def test_the_kernel_of_a_named_device_is_planned_with():
     assert set(fused_attention.DEVICE_KINDS) == set(CARDS)
 
 
+def test_the_tokens_that_could_be_drawn_take_memory_by_hand():
+    """As shipped: 1,024 completions in rows of 1,024 tokens, a bit for each of 152,064 words: 4,752 x 4 bytes."""
+    cut = {"rollout.engine": "local", "rollout.top_p": 0.9}
+    config = gsm8k(**cut)
+    model = dataclasses.replace(MODEL, vocab_size=152_064)
+    assert drawable_bytes(config, model, 4, 1024) == 1024 * 1024 * 4752 * 4
+    assert drawable_bytes(gsm8k(), model, 4, 1024) == 0
+
+
 def test_devices_by_name_and_by_size():
     assert plan.device_bytes("h200") == 143_771 * 2**20
     assert plan.device_bytes("80") == 80_000_000_000
@@ -233,6 +248,9 @@ def test_devices_by_name_and_by_size():
         ConfigError, match=r"'h20': must be a number of GB or one of h100, h200, .* \(did you mean h200\?\)"
     ):
         plan.device_bytes("h20")
+    for size in ("0", "-5", "inf", "nan"):
+        with pytest.raises(ConfigError, match=rf"device='{size}': must be a number of GB"):
+            plan.device_bytes(size)
     with pytest.raises(ConfigError, match="cpu does not say its memory: name a device"):
         plan.device_bytes("")
 

@@ -154,7 +154,7 @@ def test_kernels_of_devices_that_need_not_be_there(device, dtype, head_dim, kern
 
 @pytest.mark.parametrize("wanted", ["auto", "splash", "plain"])
 def test_tpus_do_not_compute_in_float16(wanted):
-    with pytest.raises(ConfigError, match="model.dtype='float16': needs an NVIDIA GPU"):
+    with pytest.raises(ConfigError, match=r"model.dtype='float16': needs an NVIDIA GPU"):
         choose_kernel(wanted, "float16", 128, DEVICE_KINDS["tpu-v5e"])
 
 

@@ -128,6 +128,15 @@ def test_a_model_that_no_setting_saves():
     )
 
 
+def test_nothing_is_advised_that_a_rule_forbids_or_that_another_setting_rules_out():
+    """float16 needs sums in float32; an engine that sleeps is on the trainer's GPUs."""
+    keys = {key for way in budget(**{"model.dtype": "float16"}).ways("update") for key in way}
+    assert "rollout.sleep" in keys and "optim.accumulator_dtype" not in keys
+    text = budget(2e9, hf=QWEN_7B, base={"model.dtype": "float16"}).advice("update")
+    assert "rollout.sleep=True" in text and "rollout.placement" not in text
+    assert "-" not in re.sub(r"[a-z]-[a-z]", "", text)  # nothing is given back that is less than nothing
+
+
 def test_what_is_set_already_is_not_advised():
     keys = lambda run: [next(iter(way)) for way in run.ways("update")]
     assert keys(budget(**{"algorithm.kl_coef": 0.0})) == [

@@ -253,6 +253,15 @@ def test_the_engines_head_is_compared_with_the_engine_given_the_same_tokens():
     assert setting.prob == pytest.approx(0.02, rel=1e-5) and setting.is_estimate
 
 
+def test_errors_that_cancel_out_have_no_shares():
+    """Engine and trainer are both log 2 from float32, in the same direction: the way is 0, and not 1.4 log 2."""
+    alike = comparison(sampled=[0.25], truth=[0.5], trainer=[0.25])
+    apart = comparison(sampled=[0.25], truth=[0.5], trainer=[0.9])
+    says = lambda found: "\n".join(mismatch_report.report_lines(found, gsm8k()))
+    assert "cancels out" in says(alike) and "squares about do" not in says(alike)
+    assert "squares about do" in says(apart) and "cancels out" not in says(apart)
+
+
 def test_what_overflows_is_never_advised():
     found = comparison(sampled=[0.53], truth=[0.5], trainer=[0.49], float16=[np.nan])
     assert [s.setting for s in mismatch_report.settings(found)] == ["model.dtype=float32"]
