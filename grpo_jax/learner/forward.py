@@ -68,16 +68,17 @@ class ForwardStep:
 def token_scores(
     params: Params,
     model: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    drawable: jax.Array | None = None,
+    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
     *,
     temperature: float,
     chunk_columns: int,
     head_dtype: Any = None,
 ) -> Scores:
-    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
+    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each.
+
+    Args: inputs: `tokens`, `positions`, `segment_ids` and `drawable` of the micro-batch.
+    """
+    tokens, positions, segment_ids, drawable = inputs
     with jax.named_scope("forward"):
         hidden = forward(params, model, tokens, positions, segment_ids)
     with jax.named_scope("head"):
@@ -119,7 +120,7 @@ def make_forward_step(
             return token_scores(
                 params,
                 model,
-                *inputs,
+                inputs,
                 temperature=temperature,
                 chunk_columns=columns,
                 head_dtype=head_dtype,

@@ -152,9 +152,8 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def pullback(params: Any, tokens: Any) -> Any:
-        score = lambda params: token_scores(
-            params, model, tokens, tokens, tokens, temperature=1.0, chunk_columns=1
-        )
+        inputs = (tokens, tokens, tokens, None)
+        score = lambda params: token_scores(params, model, inputs, temperature=1.0, chunk_columns=1)
         return jax.vjp(score, params)[1]
 
     # As on one device, whatever mesh the caller is within: the rows are those of one device already.
