@@ -153,9 +153,10 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
         "update_actor": True,
         "update_weights": True,
     }
-    for phase in filter(is_there.get, PHASES):
+    phases = list(filter(is_there.get, PHASES))
+    for phase in phases:
         print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
-    is_whole = all(phase in seconds for phase in filter(is_there.get, PHASES))
+    is_whole = all(phase in seconds for phase in phases)
     print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
 
 

@@ -27,6 +27,14 @@ from grpo_jax.types import Params, TrainBatch
 Scores = tuple[jax.Array, jax.Array]
 """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
 
+Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+"""`tokens`, `positions`, `segment_ids` and `drawable` of a micro-batch: other fields may be there or not."""
+
+
+def inputs_of(micro: TrainBatch) -> Inputs:
+    """What the forward pass reads of a micro-batch."""
+    return micro.tokens, micro.positions, micro.segment_ids, micro.drawable
+
 
 def to_micro_batches(
     batch: TrainBatch, shape: tuple[int, int], mesh: Mesh
@@ -50,10 +58,10 @@ class ForwardStep:
     """`forward(params, micro) -> (scores, kept)`."""
 
     step: Any
-    """(params, tokens, positions, segment_ids, drawable), jitted: other fields of a batch may be there or not."""
+    """(params, inputs), jitted."""
 
     def __call__(self, params: Params, micro: TrainBatch) -> tuple[Scores, Kept]:
-        return self.step(params, micro.tokens, micro.positions, micro.segment_ids, micro.drawable)
+        return self.step(params, inputs_of(micro))
 
     def score(self, params: Params, micro: TrainBatch) -> jax.Array:
         """The log-probability of every token of a micro-batch, [R, T] float32."""
@@ -61,23 +69,19 @@ class ForwardStep:
 
     def compile(self, params: Params, micro: TrainBatch) -> tuple[tuple[Scores, Kept], int]:
         """Compiles for arguments that may be abstract. Returns as `compile_ahead`."""
-        tokens = (micro.tokens, micro.positions, micro.segment_ids, micro.drawable)
-        return compile_ahead(self.step, params, *tokens)
+        return compile_ahead(self.step, params, inputs_of(micro))
 
 
 def token_scores(
     params: Params,
     model: ModelConfig,
-    inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+    inputs: Inputs,
     *,
     temperature: float,
     chunk_columns: int,
     head_dtype: Any = None,
 ) -> Scores:
-    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each.
-
-    Args: inputs: `tokens`, `positions`, `segment_ids` and `drawable` of the micro-batch.
-    """
+    """Log-probability and entropy of every token of a micro-batch, [R, T] float32 each."""
     tokens, positions, segment_ids, drawable = inputs
     with jax.named_scope("forward"):
         hidden = forward(params, model, tokens, positions, segment_ids)
@@ -109,14 +113,11 @@ def make_forward_step(
     """
 
     @jax.jit
-    def forward_pass(
-        params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, drawable: Any
-    ) -> tuple[Scores, Kept]:
-        rows = tokens.shape[0] // num_batch_shards(mesh)
+    def forward_pass(params: Params, inputs: Inputs) -> tuple[Scores, Kept]:
+        rows = inputs[0].shape[0] // num_batch_shards(mesh)
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
         def scores(params: Params) -> Scores:
-            inputs = (tokens, positions, segment_ids, drawable)
             return token_scores(
                 params,
                 model,

@@ -38,6 +38,7 @@ from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.logprobs import num_words
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import largest_activations
 from grpo_jax.types import Metrics, Params, ScoredBatch, Timer, TrainBatch, TrainState
@@ -239,10 +240,8 @@ class Learner:
             zeros = np.zeros(example.tokens.shape, np.float32)
             example = dataclasses.replace(example, old_logprobs=zeros, ref_logprobs=zeros)
         if self._config.knows_drawable:
-            words = -(-self.model.vocab_size // 32)
-            example = dataclasses.replace(
-                example, drawable=np.zeros((*example.tokens.shape, words), np.uint32)
-            )
+            shape = (*example.tokens.shape, num_words(self.model.vocab_size))
+            example = dataclasses.replace(example, drawable=np.zeros(shape, np.uint32))
         missing = self._missing_logprobs(example)
         [micro] = self._place(example)
         state = self.optimizer.abstract_state()

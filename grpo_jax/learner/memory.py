@@ -22,6 +22,7 @@ from grpo_jax.learner.forward import token_scores
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences
+from grpo_jax.model.logprobs import num_words
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
 from grpo_jax.model.transformer import abstract_params, param_shardings
 
@@ -125,7 +126,7 @@ def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -
     if not config.knows_drawable:
         return 0
     num_tokens = math.ceil(config.completions_per_update / rows) * rows * length
-    return num_tokens * math.ceil(model.vocab_size / 32) * 4
+    return num_tokens * num_words(model.vocab_size) * 4
 
 
 def _largest(sizes: dict[str, int]) -> dict[str, int]:

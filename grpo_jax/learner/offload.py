@@ -142,8 +142,7 @@ class HostOptimizer(Optimizer):
 
     def make_apply(self, check: GradientCheck) -> Apply:
         """See `Optimizer`. Waits for the device."""
-        next_scale = jax.jit(self.loss_scaling.next) if self.loss_scaling else None
-        return _StreamedApply(jax.jit(check), self._leaf_updates(), next_scale)
+        return _StreamedApply(jax.jit(check), self._leaf_updates(), jax.jit(self.next_scale))
 
     def compile_apply(self, apply: Apply, total: Any) -> dict[str, int]:
         """See `Optimizer`: one small program a parameter."""
@@ -166,7 +165,7 @@ class _StreamedApply:
     """
 
     def __init__(self, check: Any, updates: Any, next_scale: Any):
-        """Args: updates: a `_LeafUpdate` for each parameter; check, next_scale (or None): jitted."""
+        """Args: updates: a `_LeafUpdate` for each parameter; check, next_scale: jitted."""
         self._check, self._updates, self._next_scale = check, updates, next_scale
 
     def __call__(self, state: TrainState, total: Any) -> tuple[TrainState, Metrics]:
@@ -181,7 +180,7 @@ class _StreamedApply:
             new[i] = update(param, leaf, grad, scale, is_finite)
             grad.delete()
         take = lambda part: tree.unflatten([new[i][part] for i in range(len(each))])
-        loss_scale = self._next_scale and self._next_scale(state.loss_scale, is_finite)
+        loss_scale = self._next_scale(state.loss_scale, is_finite)
         return TrainState(state.step + is_finite, take(0), take(1), loss_scale), metrics
 
     def compile(self, state: TrainState, total: Any) -> None:

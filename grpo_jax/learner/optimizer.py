@@ -116,10 +116,9 @@ class Optimizer(abc.ABC):
         scale = None if self.loss_scaling is None else self.loss_scaling.abstract()
         return abstract_like(TrainState(step, params, opt_state, scale), self.shardings())
 
-    def _with_next_scale(self, state: TrainState, is_finite: jax.Array) -> TrainState:
-        if self.loss_scaling is None or state.loss_scale is None:
-            return state
-        return dataclasses.replace(state, loss_scale=self.loss_scaling.next(state.loss_scale, is_finite))
+    def next_scale(self, now: LossScale | None, is_finite: jax.Array) -> LossScale | None:
+        """The loss's scale after an update; None where there is none."""
+        return None if self.loss_scaling is None or now is None else self.loss_scaling.next(now, is_finite)
 
 
 def read_leaf(param: Any) -> jax.Array:
@@ -227,7 +226,8 @@ class DeviceOptimizer(Optimizer):
                 params = optax.apply_updates(state.params, updates)
                 new = TrainState(state.step + 1, params, opt_state, state.loss_scale)
                 kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
-                return self._with_next_scale(kept, is_finite), metrics
+                scale_after = self.next_scale(state.loss_scale, is_finite)
+                return dataclasses.replace(kept, loss_scale=scale_after), metrics
 
         return jax.jit(apply, donate_argnums=0, out_shardings=(self.shardings(), replicated(self._mesh)))
 

@@ -132,6 +132,11 @@ def _cut(logits: jax.Array, drawable: jax.Array | None) -> jax.Array:
     return logits if drawable is None else jnp.where(unpack_bits(drawable, logits.shape[-1]), logits, CUT)
 
 
+def num_words(vocab_size: int) -> int:
+    """Words of `pack_bits` for a whole vocabulary."""
+    return -(-vocab_size // 32)
+
+
 def pack_bits(is_set: jax.Array) -> jax.Array:
     """[..., V] bool to [..., ceil(V / 32)] uint32: bit v % 32 of word v // 32."""
     size = is_set.shape[-1]

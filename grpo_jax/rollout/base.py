@@ -46,6 +46,11 @@ class SamplingParams:
     top_k: int = 0
     """0: off."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 def rollout_sampling(config: Config) -> SamplingParams:
     """How training completions are drawn."""

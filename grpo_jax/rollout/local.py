@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 JAX_SHARE = 0.75
 """Of a GPU's memory: what JAX takes by default."""
-
-
 SCORE_TOKENS = 4096
 """Tokens whose logits exist at once while completions are scored."""
 
@@ -370,7 +368,7 @@ def sample_token(
         token = _argmax(logits)
     else:
         logits = truncate(logits / sampling.temperature, sampling)
-        if sampling.top_k or sampling.top_p < 1:
+        if sampling.is_cut:
             drawable = pack_bits(logits > -jnp.inf)
         token = _argmax(logits + gumbel_noise(keys, logits.shape[1]))  # Gumbel-max: a draw from the softmax
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]

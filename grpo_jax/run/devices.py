@@ -57,10 +57,15 @@ def open_mesh(config: Config) -> Mesh:
     Raises: ConfigError: it does not fit them, or they cannot compute what is configured.
     """
     mesh = make_mesh(config.mesh)
-    if mesh.shape["tensor"] > 1 and config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
+    check_dtype(config.model.dtype, mesh)
+    return mesh
+
+
+def check_dtype(dtype: str, mesh: Mesh) -> None:
+    """Raises: ConfigError: the mesh cannot compute in this dtype. Other obstacles: `choose_kernel`."""
+    if mesh.shape["tensor"] > 1 and dtype == "bfloat16" and jax.default_backend() == "cpu":
         rule = "needs mesh.tensor=1 on CPUs: XLA's compiler for them fails at sums of bfloat16 over that axis"
         raise ConfigError("model.dtype", "bfloat16", rule)
-    return mesh
 
 
 def set_products(section: ModelSection) -> None:

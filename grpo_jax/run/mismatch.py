@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.learner.batching import make_train_batch
-from grpo_jax.learner.forward import ForwardStep, make_forward_step, score_rows
+from grpo_jax.learner.forward import ForwardStep, Inputs, make_forward_step, score_rows
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.update import make_cast
 from grpo_jax.model.config import ModelConfig
@@ -29,6 +29,7 @@ from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.rollout import EngineError, RolloutEngine, SamplingParams, make_engine, rollout_sampling
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.local import truncate
+from grpo_jax.run.devices import check_dtype
 from grpo_jax.types import Params, Prompt, RolloutGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -105,14 +106,14 @@ def compare(
         seed = derive_seed(config.trainer.seed, 0, "mismatch")
         groups = engine.generate(prompts, sampling, seed=seed, progress="sampling")
         found[SAMPLED] = np.concatenate([c.sampler_logprobs for g in groups for c in g.completions])
-        try:
-            found[GIVEN] = _engine_scores(engine, groups, sampling)
-        except EngineError as error:
-            missing[GIVEN] = str(error)
-    batch = make_train_batch(groups, pad_id=tokenizer.pad_token_id or 0)
-    if batch.drawable is not None:  # then every row but this one is cut at the same tokens
-        found.pop(GIVEN, None)
-        missing[GIVEN] = "it is of the whole distribution, without rollout.top_p and rollout.top_k"
+        batch = make_train_batch(groups, pad_id=tokenizer.pad_token_id or 0)
+        if batch.drawable is not None:  # then every row but this one is cut at the same tokens
+            missing[GIVEN] = "it is of the whole distribution, without rollout.top_p and rollout.top_k"
+        else:
+            try:
+                found[GIVEN] = _engine_scores(engine, groups, sampling)
+            except EngineError as error:
+                missing[GIVEN] = str(error)
     if float32_head is not None:
         try:
             with start(float32_head) as engine:
@@ -126,7 +127,7 @@ def compare(
             name = jnp.dtype(folder.config.dtype).name
             rule = "gives log-probabilities that are not finite: its range is too small for this model"
             raise ConfigError("model.dtype", name, rule)
-        if (sampling.top_p < 1 or sampling.top_k) and batch.drawable is None:
+        if sampling.is_cut and batch.drawable is None:
             mass = log_kept_mass(config, folder.config, params, batch, mesh)
             found |= {UNTRUNCATED: found[SAMPLED] + mass, TRUNCATED: found[TRAINER] - mass}
     found = {key: np.asarray(values, np.float32) for key, values in found.items()}
@@ -170,10 +171,14 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
     if is_fused:
         programs += [Program(PLAIN, plain), Program(PLAIN_HEAD, plain, has_float32_head=True)]
     for dtype in OTHER_DTYPES:
-        if jnp.dtype(dtype) == model.dtype or not _is_computed(dtype, mesh):
+        if jnp.dtype(dtype) == model.dtype:
             continue
         wanted = "auto" if is_fused or config.model.attention == "auto" else "plain"
-        kernel = choose_kernel(wanted, dtype, model.head_dim)
+        try:
+            check_dtype(dtype, mesh)
+            kernel = choose_kernel(wanted, dtype, model.head_dim)
+        except ConfigError:  # the devices do not compute in it
+            continue
         other = dataclasses.replace(model, dtype=jnp.dtype(dtype), attention=kernel)
         programs.append(Program(dtype, other if kernel != "plain" else _plain(other)))
     return [*programs, Program(TRUTH, dataclasses.replace(plain, dtype=jnp.dtype(jnp.float32)))]
@@ -182,13 +187,6 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
 def _plain(model: ModelConfig) -> ModelConfig:
     # Plain attention would keep the scores of every layer for a backward pass that nobody runs.
     return dataclasses.replace(model, attention="plain", remat="full")
-
-
-def _is_computed(dtype: str, mesh: Mesh) -> bool:
-    """Whether the devices compute in a dtype at all: see `choose_kernel` and `devices.open_mesh`."""
-    backend = jax.default_backend()
-    is_refused = dtype == "bfloat16" and backend == "cpu" and mesh.shape["tensor"] > 1
-    return not is_refused and not (dtype == "float16" and backend == "tpu")
 
 
 def score_programs(
@@ -254,10 +252,8 @@ def log_kept_mass(
     sampling = rollout_sampling(config)
 
     @jax.jit
-    def kept(
-        params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, drawable: None
-    ) -> Any:
-        hidden, head = forward(params, model, tokens, positions, segment_ids), head_matrix(params)
+    def kept(params: Params, inputs: Inputs) -> Any:
+        hidden, head = forward(params, model, *inputs[:3]), head_matrix(params)
 
         def of_column(hidden: jax.Array) -> jax.Array:
             logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)

@@ -240,11 +240,12 @@ def _numbers(scores: dict[str, np.ndarray], key: str, other: str) -> str:
 
 
 def _budget_lines(found: Comparison, config: Config) -> list[str]:
+    steps = budget(found)
     lines = [
         "Where it comes from: from the engine as sampled to the trainer",
         f"{'nats':>10}{'prob.':>10}  share",
     ]
-    for step in budget(found):
+    for step in steps:
         lines.append(f"{step.size.nats:>10.2e}{step.size.prob:>10.2e}{step.share:>7.0%}  {step.what}")
     lag = config.rollout.max_lag
     old = (
@@ -253,7 +254,7 @@ def _budget_lines(found: Comparison, config: Config) -> list[str]:
     lines.append(f"{0:>10.2e}{0:>10.2e}{0:>7.0%}  staleness: the engine has just got these weights; {old}")
     whole = difference(found.logprobs[SAMPLED], found.logprobs[TRAINER])
     lines.append(f"{whole.nats:>10.2e}{whole.prob:>10.2e}         the whole way, measured")
-    squares = sum(step.size.square for step in budget(found))
+    squares = sum(step.size.square for step in steps)
     if squares <= ALIKE * whole.square:
         lines.append("Steps do not add up; their squares about do, and the shares are of those.")
     else:

@@ -214,10 +214,11 @@ class Run:
         """Raises: ConfigError: the model does not fit the range of float16."""
         prompts = [prompt.token_ids for prompt in self._inputs.train_prompts[:NUM_RANGE_PROMPTS]]
         rows = [(ids[:-1], ids[-1:]) for ids in prompts if len(ids) > 1]
-        layer = rows and self.learner.overflowing_layer(
-            self.learner.params(state), make_sft_batch(rows, pad_id=self.pad_id)
-        )
-        if layer is not None and rows:
+        if not rows:
+            return
+        batch = make_sft_batch(rows, pad_id=self.pad_id)
+        layer = self.learner.overflowing_layer(self.learner.params(state), batch)
+        if layer is not None:
             num_layers = self.folder.config.num_layers
             rule = (
                 f"the results of layer {layer} (of {num_layers}, from 0) overflow: beyond 65,504 on its own "

@@ -14,7 +14,7 @@ from grpo_jax.algorithm.loss import grpo_loss
 from grpo_jax.config import AlgorithmSection, MeshSection, ModelSection, OptimSection
 from grpo_jax.learner import make_optimizer
 from grpo_jax.learner.batching import add_advantages, add_loss_weights, make_sft_batch
-from grpo_jax.learner.forward import make_forward_step, to_micro_batches
+from grpo_jax.learner.forward import inputs_of, make_forward_step, to_micro_batches
 from grpo_jax.learner.memory import kept_for_backward
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.logprobs import pack_bits
@@ -97,8 +97,7 @@ def test_products_of_float32_are_computed_in_full_unless_told_otherwise(products
             params = init_params(model, jax.random.key(0), mesh)
             forward = make_forward_step(model, mesh, temperature=1.0, chunk_tokens=16)
             [micro] = to_micro_batches(random_batch(model.vocab_size), (R, T), mesh)[0]
-            tokens = (micro.tokens, micro.positions, micro.segment_ids, None)
-            text = forward.step.lower(params, *tokens).as_text()
+            text = forward.step.lower(params, inputs_of(micro)).as_text()
     finally:
         jax.config.update("jax_default_matmul_precision", before)
     dots = [line for line in text.splitlines() if "dot_general" in line]

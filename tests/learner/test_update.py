@@ -22,7 +22,7 @@ from grpo_jax.algorithm.loss import grpo_loss
 from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import add_loss_weights, make_train_batch
-from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
+from grpo_jax.learner.forward import inputs_of, make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import LeafState
 from grpo_jax.learner.optimizer import make_adamw, make_schedule
 from grpo_jax.learner.packing import plan_rows
@@ -377,8 +377,7 @@ def test_the_logits_of_all_tokens_never_exist(model, batch):
             step = update_step(folder.config, ONE, ALGORITHM, chunk_tokens)
             params, part = place(model).params, micro(batch)[0]
             scores, kept = step.forward(params, part)
-            tokens = (part.tokens, part.positions, part.segment_ids, None)
-            text = step.forward.step.lower(params, *tokens).as_text()
+            text = step.forward.step.lower(params, inputs_of(part)).as_text()
             text += step.backward.lower(params, kept, scores, step.zeros(params, part), part, None).as_text()
         shapes = [
             [int(n) for n in dims.split("x")[:-1]] for dims in re.findall(r"tensor<([\dx]+x)f32>", text)
