@@ -25,8 +25,9 @@ BACKWARD_ATTENTION = 2.5
 """Products of attention's backward pass, which computes the scores again, in multiples of the forward pass."""
 SCORE_PASSES, UPDATE_PASSES = 3, 8
 """Times that the float32 logits of a chunk are written or read."""
-KEPT_PASSES = 3
-"""The same for what is kept for the backward pass: into its stack and out of it."""
+KEPT_PASSES, KEPT_SCORE_PASSES = 3, 2
+"""The same for what is kept for the backward pass: into its stack and out of it; into it only, where the same program
+scores."""
 PLAIN_PASSES = 4
 """The same for the float32 scores of attention by plain products, in the forward pass."""
 LAUNCHES_AHEAD, LAUNCHES_A_LAYER = 1024, 12
@@ -97,11 +98,12 @@ def score_seconds(model: ModelConfig, card: Card, shapes: Shapes, split: dict[st
     weights = layer_weights(model) + head_weights(model)
     attention = attention_flops(model, shapes)
     logits = SCORE_PASSES * 4 * model.vocab_size * shapes.tokens
+    kept = KEPT_SCORE_PASSES * shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
     read = shapes.num_micro * _parameter_bytes(model)
     gathered = read * (1 - 1 / split["fsdp"])
     return (
         _product_seconds(card, 2 * weights * shapes.tokens, attention)
-        + (forward_bytes(model, shapes) + logits + read) / card.copying
+        + (forward_bytes(model, shapes) + kept + logits + read) / card.copying
         + gathered / card.link
     )
 
