@@ -26,8 +26,8 @@ BACKWARD_ATTENTION = 2.5
 SCORE_PASSES, UPDATE_PASSES = 3, 8
 """Times that the float32 logits of a chunk are written or read."""
 KEPT_PASSES, KEPT_SCORE_PASSES = 3, 2
-"""The same for what is kept for the backward pass: into its stack and out of it; into it only, where the same program
-scores."""
+"""The same for what is kept for the backward pass: into its stack and out of it; into it only, where the same
+program scores."""
 PLAIN_PASSES = 4
 """The same for the float32 scores of attention by plain products, in the forward pass."""
 LAUNCHES_AHEAD, LAUNCHES_A_LAYER = 1024, 12

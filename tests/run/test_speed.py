@@ -71,7 +71,7 @@ def test_steps_that_were_measured(run, measured):
     ],
 )
 def test_tokens_a_second_of_the_tables(card, rows, length, remat, mesh, update, score):
-    """163,840 tokens of full rows, all in one update; within a tenth. Older rates of scoring are another program's."""
+    """163,840 tokens of full rows, all in one update; within a tenth. Older rates of scoring: another program."""
     num = round(163_840 / length / 2)
     changes = {
         "data.train_batch_size": num,
