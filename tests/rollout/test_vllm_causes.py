@@ -52,8 +52,7 @@ def test_long_causes_are_cut():
 @pytest.fixture
 def log_folder(tmp_path, monkeypatch):
     """Stands where Ray writes its logs."""
-    is_ray = lambda path: str(path).startswith("/tmp/ray/")
-    monkeypatch.setattr(ray_cluster, "Path", lambda path: tmp_path if is_ray(path) else Path(path))
+    monkeypatch.setattr(ray_cluster, "_session_logs", lambda: tmp_path)
     return tmp_path
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout import memory_savers, push_bytes, share_devices, trainer_share
-from grpo_jax.rollout.vllm import cluster as ray_cluster
 from grpo_jax.rollout.vllm.devices import ENGINE_GPUS, engine_gpus, num_replicas, split_gpus
 
 MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE")
@@ -87,18 +86,6 @@ def test_where_no_gpu_is_the_trainers_to_give_it_keeps_what_it_sees(
     section = separate(rollout_section, **changes)
     share_devices(section)
     assert shares() == {"CUDA_VISIBLE_DEVICES": visible} and engine_gpus(section) == ""
-
-
-def test_while_ray_starts_it_sees_the_engines_gpus(rollout_section, environment):
-    environment(CUDA_VISIBLE_DEVICES="0,1,2")
-    section = separate(rollout_section)
-    share_devices(section)
-    with ray_cluster._visible_gpus(engine_gpus(section)):
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
-    for devices in (engine_gpus(rollout_section(placement="colocated")), ""):
-        with ray_cluster._visible_gpus(devices):
-            assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 # Memory

@@ -5,10 +5,12 @@ import logging
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
 from grpo_jax.rollout.vllm.check import python_is_ours
 from grpo_jax.rollout.vllm.devices import engine_gpus
+from grpo_jax.rollout.vllm.local_ray import END_S, LocalRay
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without it vLLM pins itself to a core that the trainer uses
 }
 """Environment variables of the engines. What the trainer's environment sets wins."""
+
+NOTICE_S = 3.0
+"""Until Ray's head has noticed the death of another of its processes."""
 
 LESS_MEMORY = "lower rollout.gpu_memory_utilization"
 MORE_MEMORY = "raise rollout.gpu_memory_utilization, or shorten data.max_*_length"
@@ -61,10 +67,11 @@ class Cluster:
         """Starts Ray or joins a cluster that runs, and reserves the places.
 
         Raises:
-            ConfigError: Ray can neither be started nor reached.
-            EngineError: it has not enough CPUs or GPUs.
+            ConfigError: the cluster `rollout.ray_address` cannot be reached.
+            EngineError: Ray does not start, or has not enough CPUs or GPUs.
         """
         self._section, self._num_replicas, self._is_ours = section, num_replicas, False
+        self._ray: LocalRay | None = None
         self._links: tempfile.TemporaryDirectory | None = None
         self._gpus = section.tensor_parallel_size if uses_gpus else 0
         self._connect()
@@ -74,33 +81,46 @@ class Cluster:
         self._group = self._reserve()
 
     def _connect(self) -> None:
-        import ray
-
-        if ray.is_initialized():
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             return
-        address = self._section.ray_address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Otherwise Ray hides the GPUs from actors that ask for none.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        options: dict[str, Any] = {}
+        address = self._section.ray_address
         if not address:
-            # Otherwise Ray ends an engine once 95 % of the host's memory is taken. The trainer's offloaded state
-            # may take that much.
-            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-            # Ray does not count what the trainer's process uses: all GPUs are the engines'.
-            options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
-            if self._gpus:
-                options["num_gpus"] = self._gpus * self._num_replicas
+            self._ray = self._start()
+        import ray
+
+        where = self._ray.address if self._ray else address
         try:
-            with _visible_gpus(engine_gpus(self._section) if self._gpus else ""), _own_signals():
-                ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _own_signals():
+                ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
+            if self._ray:
+                self._ray.close()
+                raise EngineError(f"Ray was started, but cannot be joined: {_first_line(error)}") from error
             rule = (
-                f"Ray could not be started or reached ({_first_line(error)}); `ray stop` ends a cluster that was "
-                "left over, and rollout.ray_address='' starts a new one"
+                f"this cluster cannot be reached ({_first_line(error)}); with a token it wants RAY_AUTH_MODE=token and "
+                "the token here too; rollout.ray_address='' starts a new one"
             )
             raise ConfigError("rollout.ray_address", address, rule) from error
         self._is_ours = True
+
+    def _start(self) -> LocalRay:
+        # Otherwise Ray ends an engine once 95 % of the host's memory is taken. The trainer's offloaded state may
+        # take that much.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        # Ray does not count what the trainer's process uses: all GPUs are the engines'.
+        options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
+        if self._gpus:
+            options["num_gpus"] = self._gpus * self._num_replicas
+        gpus = engine_gpus(self._section) if self._gpus else ""
+        return LocalRay(options, gpus=gpus, timeout_s=self._section.start_timeout_s)
+
+    def check(self) -> None:
+        """To be called when an engine has failed. Raises: EngineError: Ray itself has died."""
+        if self._ray is not None:
+            self._ray.check(NOTICE_S)
 
     def _reserve(self) -> Any:
         """Returns a placement group with a bundle for each replica."""
@@ -174,14 +194,34 @@ class Cluster:
 
         if not ray.is_initialized():
             return
-        for actor in actors:
-            self.kill(actor)
-        with contextlib.suppress(Exception):
-            remove_placement_group(self._group)
+        # Of one that has died, all calls would wait until their time is up.
+        is_alive = self._ray is None or self._ray.is_alive
+        if is_alive:
+            for actor in actors:
+                self.kill(actor)
+            in_time("Ray gives the places back", lambda: remove_placement_group(self._group))
         if self._is_ours:
-            ray.shutdown()
+            in_time("Ray's end", ray.shutdown)
+        if self._ray is not None:
+            self._ray.close()
         if self._links is not None:
             self._links.cleanup()
+
+
+def in_time(what: str, call: Callable[[], Any], timeout_s: float = END_S) -> None:
+    """Calls, and goes on after `timeout_s` or an error: for ends, which nothing is to hold up."""
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            logger.debug("%s failed: %s", what, error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        logger.warning("%s has not come within %g s, and is waited for no longer.", what, timeout_s)
 
 
 @contextlib.contextmanager
@@ -198,22 +238,6 @@ def _own_signals() -> Any:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, old)
-
-
-@contextlib.contextmanager
-def _visible_gpus(devices: str) -> Any:
-    """Sets CUDA_VISIBLE_DEVICES while Ray's processes start, which inherit it; "" leaves it as it is."""
-    old = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
-    try:
-        yield
-    finally:
-        if devices:
-            if old is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = old
 
 
 def explain_start(error: Exception, pid: int) -> str:
@@ -258,7 +282,14 @@ def root_cause(error: Exception, pid: int = 0) -> tuple[str, str]:
 
 def _logs(pid: int) -> list[Path]:
     """The files with what process `pid` and its children printed."""
-    return sorted(Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.*")) if pid else []
+    return sorted(_session_logs().glob(f"worker-*-{pid}.*")) if pid else []
+
+
+def _session_logs() -> Path:
+    """The logs of the session that this process has joined, as far as they are on this host."""
+    worker = sys.modules.get("ray._private.worker")
+    node = getattr(worker, "_global_node", None)
+    return Path(node.get_logs_dir_path() if node else "/tmp/ray/session_latest/logs")
 
 
 def _first_line(error: Exception) -> str:

@@ -133,8 +133,9 @@ class Replicas:
         """Kills engines that have failed with `error`, and launches new ones.
 
         Raises:
-            EngineError: one has failed more often than `rollout.max_restarts`.
+            EngineError: one has failed more often than `rollout.max_restarts`, or Ray has died.
         """
+        self._cluster.check()
         for replica in (self._replicas[number] for number in numbers):
             replica.num_restarts += 1
             cause, log = root_cause(error, replica.pid)
