@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +28,38 @@ from grpo_jax.config.user_code import describe
 USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]"
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    print("Interrupted before anything was done.", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)  # an exception would end as some import's traceback
+
+
+# Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
+# keeps his handlers.
+if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _interrupted)
+
+
 @contextlib.contextmanager
 def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turns a `ConfigError` into `error: ...` on stderr and exit code 2. Works as a decorator too.
+    """Turns a `ConfigError` into `error: ...` on stderr and exit code 2, Ctrl-C and SIGTERM into one line and 130.
+
+    Works as a decorator too. For everything that a command does, from its first line on.
 
     Args: flags: configuration key -> the flag by which this command's user set it.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _interrupted:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
         name = (flags or {}).get(error.key, error.key)
         _exit(str(ConfigError(name, error.value, error.rule)))

@@ -7,7 +7,6 @@ restores the train state; `Run.after_step` does what is due after a step. The ar
 
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,8 +67,6 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     workdir = Workdir(path)
     workdir.check(config)
     start_logging()
-    # Until the steps begin, where both wait for the end of a step, SIGTERM is Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     algorithm = load_algorithm(config)
@@ -81,7 +78,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
         try_functions(algorithm)
         workdir.open(config, inputs.beginning)
         run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
-        with reported_failure(run.timers, run.checkpointer, budget.explain), jax.set_mesh(mesh):
+        with reported_failure(run.timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
             run.start()
             yield run
 
@@ -104,6 +101,7 @@ class Run:
     ):
         """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
         self.config, self.timers = config, Timers()
+        self._done: tuple[TrainState, Progress] | None = None  # of the last step, as far as it may be saved
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
             workdir.checkpoints,
@@ -301,10 +299,24 @@ class Run:
             self._save(state, done, is_stopping=is_stopping)
         self._report(result, metrics | self.timers.collect(), done)
         self._watch.stop_if_lost()
+        self._done = (state, self._progress(done)) if self._watch.is_healthy else None
         if is_stopping and done < self.num_steps:
             self.checkpointer.wait()
             logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
             raise SystemExit(130)
+
+    def rescue(self) -> None:
+        """After a failure: saves the last whole step, unless its state is gone or not worth it.
+
+        The state is gone once an update has begun, which takes it; it is there while an engine, a reward or a
+        validation fails.
+        """
+        if self._done is None:
+            return
+        state, progress = self._done
+        if not any(x.is_deleted() for x in jax.tree.leaves(state)):
+            reference = self.learner.reference
+            self.checkpointer.save(state, progress, reference.params if reference.is_refreshed else None)
 
     def finish(self) -> None:
         """Waits for the last checkpoint and prints the report of the whole run."""

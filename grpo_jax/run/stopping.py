@@ -157,17 +157,24 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def reported_failure(
-    timers: Timers, checkpointer: Checkpointer, explain: Callable[[Exception, str], str | None]
+    timers: Timers,
+    checkpointer: Checkpointer,
+    explain: Callable[[Exception, str], str | None],
+    rescue: Callable[[], None],
 ) -> Iterator[None]:
     """Says which phase failed and which checkpoint is left, and exits with 1.
 
-    Args: explain: (error, phase) -> what a person reads in place of the error's own text; None: that text.
+    Args:
+        explain: (error, phase) -> what a person reads in place of the error's own text; None: that text.
+        rescue: saves what a failure leaves to be saved.
     """
     try:
         yield
     except ConfigError:
         raise
     except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt):
+            _save_what_is_left(rescue)
         checkpointer.wait()
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
@@ -182,3 +189,10 @@ def reported_failure(
             logger.exception("phase %s failed", phase)
         print(f"error: phase {phase}: {explain(error, phase) or error}; {left}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _save_what_is_left(rescue: Callable[[], None]) -> None:
+    try:
+        rescue()
+    except Exception:  # the first failure is the one to be told
+        logger.exception("after the failure, the last step could not be saved")

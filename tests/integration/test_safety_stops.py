@@ -114,3 +114,26 @@ def test_a_run_that_cannot_fit_its_device_is_refused_before_anything_is_written(
     error = result.err.splitlines()[-1]
     assert error.startswith("error: model.path='random': does not fit: phase update needs 0.")
     assert "parameters 0." in error
+
+
+def test_what_is_done_is_saved_where_an_engine_or_a_reward_fails(tmp_path, whole_run, whole_run_overrides):
+    """Nothing else was due to be saved before the end; the run goes on after that step, to the same bits."""
+    file = tmp_path / "failing.py"
+    later = "calls = 0\n\ndef failing(**kwargs):\n    global calls\n    calls += 1\n"
+    later += "    assert calls <= 48, 'the fourth step'\n    return score(**kwargs)\n"
+    file.write_text(helpers.REWARD_FILE + "\n" + later)
+    overrides = whole_run_overrides | {
+        "reward.function": f"{file}:failing",
+        "reward.num_workers": 1,
+        "reward.on_error": "stop",
+        "eval.before_training": False,
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 0,
+    }
+    result = helpers.run_train(tmp_path / "run", overrides)
+    assert result.code == 1
+    error = result.err.splitlines()[-1]
+    assert "the fourth step" in error and error.endswith("the last good checkpoint is that of step 3")
+    assert [line["step"] for line in helpers.read_lines(tmp_path / "run")] == [1, 2, 3]
+    assert "Going on after step 3 of 6." in helpers.train_ok(tmp_path / "run", overrides)
+    assert helpers.read_checkpoint(tmp_path / "run", 6) == helpers.read_checkpoint(whole_run[0], 6)

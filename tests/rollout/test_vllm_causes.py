@@ -1,7 +1,5 @@
 """What is said of a vLLM that did not start, or that failed: one line. No vLLM and no Ray take part."""
 
-from pathlib import Path
-
 import pytest
 
 from grpo_jax.rollout.vllm import cluster as ray_cluster

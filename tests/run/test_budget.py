@@ -217,7 +217,7 @@ def test_the_host_has_parts_too():
 def test_the_last_line_of_a_failed_run(tmp_path, capsys):
     timers = Timers()
     checkpointer = Checkpointer(tmp_path / "checkpoints", 1, is_offloaded=False)
-    failing = reported_failure(timers, checkpointer, budget().explain)
+    failing = reported_failure(timers, checkpointer, budget().explain, lambda: None)
     with pytest.raises(SystemExit) as stop, failing, timers("ref"):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.00GiB."

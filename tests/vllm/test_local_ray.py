@@ -154,7 +154,7 @@ def test_a_ray_that_does_not_start_says_why(monkeypatch):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", *local_ray.OURS):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    with pytest.raises(EngineError, match="Ray ended while it started: .*no_such_option.*head.log"):
+    with pytest.raises(EngineError, match=r"Ray ended while it started: .*no_such_option.*head.log"):
         local_ray.LocalRay({"no_such_option": 1}, gpus="", timeout_s=60)
     with pytest.raises(EngineError, match=r"Ray was not there within 0\.1 s"):
         local_ray.LocalRay({"num_cpus": 1}, gpus="", timeout_s=0.1)

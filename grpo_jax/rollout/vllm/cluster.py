@@ -100,8 +100,8 @@ class Cluster:
                 self._ray.close()
                 raise EngineError(f"Ray was started, but cannot be joined: {_first_line(error)}") from error
             rule = (
-                f"this cluster cannot be reached ({_first_line(error)}); with a token it wants RAY_AUTH_MODE=token and "
-                "the token here too; rollout.ray_address='' starts a new one"
+                f"this cluster cannot be reached ({_first_line(error)}); one with a token wants "
+                "RAY_AUTH_MODE=token and the token here too; rollout.ray_address='' starts a new one"
             )
             raise ConfigError("rollout.ray_address", address, rule) from error
         self._is_ours = True

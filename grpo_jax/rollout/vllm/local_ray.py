@@ -44,7 +44,8 @@ class LocalRay:
         # The kernel shows them to this user alone, as it does the environment of all processes.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Short: the paths of Ray's sockets may have 107 bytes. Ray opens its own folder to everyone, this one it does not.
+        # Short: the paths of Ray's sockets may have 107 bytes. Ray opens the folder it is given to everyone, which
+        # this one around it is not.
         self.folder = Path(tempfile.mkdtemp(prefix="grpo_jax-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
         command = [

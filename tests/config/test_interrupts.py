@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM before a run begins: one line, exit code 130."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(config, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo_jax.train", f"--config={config}"],
+        cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+
+
+def wait_for(is_there, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_there():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_modules_are_imported(tmp_path, number):
+    """A jax that takes a minute to import stands in for a cold disk."""
+    (tmp_path / "jax").mkdir()
+    marker = tmp_path / "importing"
+    slow = f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(60)\n"
+    (tmp_path / "jax" / "__init__.py").write_text(slow)
+    config = tmp_path / "config.py"
+    config.write_text("")
+    process = start(config, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    wait_for(marker.exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "Interrupted before anything was done.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_inputs_are_read(tmp_path, number):
+    marker = tmp_path / "reading"
+    config = tmp_path / "config.py"
+    slow = f"    import pathlib, time\n    pathlib.Path({str(marker)!r}).touch()\n    time.sleep(60)\n"
+    config.write_text("def get_config():\n" + slow)
+    process = start(config)
+    wait_for(marker.exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
+
+
+def test_handlers_of_others_stay():
+    """Importing the module, as a notebook would, changes nothing."""
+    code = "import signal; old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)\n"
+    code += "import grpo_jax.config.command_line\n"
+    code += "assert old == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
