@@ -1,25 +1,66 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this host and samples with vLLM on those of other hosts, joined by Ray:
 #
-#   ray start --address=THIS_HOST:6379                                      # before, on each other host
-#   launch/ray_cluster.sh --config=configs/gsm8k.py --config.rollout.num_replicas=8 [--config.SECTION.KEY=VALUE ...]
+#   ADDRESS=10.0.0.1 HOSTS=3 launch/ray_cluster.sh --config=configs/gsm8k.py --config.rollout.num_replicas=8 [...]
 #
-# It starts Ray's head here, waits for as many hosts as HOSTS says (this one included; default 1), and ends with
-# `ray stop`, which stops every Ray of yours on this host. PORT names another port than 6379, PYTHON another interpreter than `python`.
+# ADDRESS is this host's on the network that the hosts share; without it Ray listens on loopback only, and no other
+# host can join. TOKEN is a file with the secret that Ray asks everyone for (default ~/.grpo_jax/ray_token; made, for
+# you alone to read, if there is none). Copy it to each other host, and there, once this script says so:
+#
+#   RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=TOKEN ray start --address=10.0.0.1:6379 --block
+#
+# It waits for as many hosts as HOSTS says (this one included; default 1), trains, and ends its own Ray and no other.
+# SIGTERM and Ctrl-C go to the trainer, which saves first. PORT names another port than 6379, PYTHON another
+# interpreter than `python`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python}
-ray() { "$python" -m ray.scripts.scripts "$@"; }
-# Ray is to place no engine on the trainer's own GPUs.
-ray start --head --port="${PORT:-6379}" --num-gpus=0 --include-dashboard=false --disable-usage-stats
-trap 'ray stop' EXIT
-"$python" - "${HOSTS:-1}" <<'WAIT'
+python=${PYTHON:-python} port=${PORT:-6379} hosts=${HOSTS:-1}
+if [ -n "${ADDRESS:-}" ]; then
+  here=(--node-ip-address="$ADDRESS")
+else
+  [ "$hosts" = 1 ] || { echo "error: HOSTS=$hosts needs ADDRESS, this host's on the network that they share" >&2; exit 2; }
+  here=() ADDRESS=127.0.0.1
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0  # on loopback, as on those systems
+fi
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=${TOKEN:-$HOME/.grpo_jax/ray_token}
+if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+  mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
+  (umask 077; "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
+fi
+folder=$(mktemp -d /tmp/grpo_jax-ray-XXXXXX)
+trainer= head= signalled=
+finish() {
+  if [ -n "$head" ]; then kill "$head" 2> /dev/null && wait "$head" 2> /dev/null || true; fi
+  rm -rf "$folder"
+}
+trap finish EXIT
+trap 'signalled=1; [ -n "$trainer" ] || exit 130; kill -TERM "$trainer" 2> /dev/null' TERM INT
+# A session of its own: what is sent to this one's group is for the trainer. Engines go to no GPU of the trainer's.
+setsid "$python" -m ray.scripts.scripts start --head --block --port="$port" "${here[@]}" --temp-dir="$folder/ray" \
+  --num-gpus=0 --include-dashboard=false --disable-usage-stats > "$folder/head.log" 2>&1 < /dev/null &
+head=$!
+until [ -s "$folder/ray/ray_current_cluster" ]; do
+  kill -0 "$head" 2> /dev/null || { echo "error: Ray does not start: $(tail -n 3 "$folder/head.log")" >&2; head=; exit 1; }
+  sleep 0.2
+done
+echo "Ray listens on $ADDRESS:$port; its token is in $RAY_AUTH_TOKEN_PATH"
+"$python" - "$ADDRESS:$port" "$hosts" "${JOIN_TIMEOUT_S:-1800}" <<'WAIT'
 import sys, time
 import ray
 
-ray.init("auto", log_to_driver=False)
-while (found := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[1]):
-    print(f"{found} of {sys.argv[1]} hosts have joined", flush=True)
+ray.init(sys.argv[1], log_to_driver=False)
+end = time.monotonic() + float(sys.argv[3])
+while (found := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
+    print(f"{found} of {sys.argv[2]} hosts have joined", flush=True)
+    if time.monotonic() > end:
+        sys.exit(f"error: only {found} of {sys.argv[2]} hosts have joined within {sys.argv[3]} s (JOIN_TIMEOUT_S)")
     time.sleep(5)
 WAIT
-"$python" -m grpo_jax.train --config.rollout.ray_address=auto --config.rollout.placement=separate "$@"
+"$python" -m grpo_jax.train --config.rollout.ray_address="$ADDRESS:$port" --config.rollout.placement=separate "$@" &
+trainer=$!
+while :; do
+  signalled= code=0
+  wait "$trainer" || code=$?
+  [ -n "$signalled" ] || break  # else a trap has ended `wait`, and the trainer still saves
+done
+exit "$code"

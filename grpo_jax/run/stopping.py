@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,16 +134,24 @@ def not_zero_warning(update: Metrics, config: Config) -> str:
     return f"WARNING: {' and '.join(found)} in the first update, where nothing has moved yet: {why}"
 
 
+SAME_S = 1.0
+"""A signal that follows another within this time is the same one: sent to the group, and passed on by a parent."""
+
+
 class StopRequest:
     requested = False
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once."""
-    stop = StopRequest()
+    """Ctrl-C or SIGTERM asks to stop after the step; a second one, after a second, stops at once."""
+    stop, last = StopRequest(), -math.inf
 
     def on_signal(number: int, frame: Any) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before < SAME_S:
+            return
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,8 +117,6 @@ def test_rollouts_ahead_of_the_trainer(tmp_path, reward_file):
 )
 def test_an_engine_in_an_environment_of_its_own(tmp_path, reward_file):
     """The trainer's environment has no vLLM; `rollout.python` names this one, which has."""
-    import subprocess
-
     trainer = os.environ["GRPO_JAX_TRAINER_PYTHON"]
     overrides = VLLM | {"reward.function": f"{reward_file}:score", "trainer.num_steps": 1}
     arguments = [trainer, "-m", "grpo_jax.train", *commands.train_argv(tmp_path / "run", overrides)]
@@ -129,3 +130,52 @@ def test_an_engine_in_an_environment_of_its_own(tmp_path, reward_file):
     result = run(f"--config.rollout.python={sys.executable}")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "engine 0 is ready" in result.stdout
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the group", "Ray's death"])
+def test_a_run_outlives_what_ends_its_engines(tmp_path, reward_file, how):
+    """Both end the run in order, with a checkpoint of the last whole step, and nothing is left running."""
+    import psutil
+
+    overrides = VLLM | {"reward.function": f"{reward_file}:score", "trainer.num_steps": 100_000}
+    overrides |= {
+        "trainer.total_epochs": 100_000,
+        "checkpoint.every_epochs": 0,
+        "eval.before_training": False,
+    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_jax.train", *commands.train_argv(tmp_path / "run", overrides)],
+        cwd=commands.ROOT, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-2000:]
+        time.sleep(0.1)
+    others = psutil.Process(process.pid).children(recursive=True)
+    sockets = [
+        (member.name(), connection.laddr)
+        for member in [psutil.Process(process.pid), *others]
+        for connection in member.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(sockets) > 5
+    assert {address.ip.removeprefix("::ffff:") for _, address in sockets} == {"127.0.0.1"}, sockets
+    if how == "Ray's death":
+        next(other for other in others if other.name() == "raylet").kill()
+    else:
+        for other in [process, *others]:
+            if os.getpgid(other.pid) == process.pid:
+                other.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    done = commands.read_lines(tmp_path / "run")[-1]["step"]
+    if how == "Ray's death":
+        assert process.returncode == 1
+        assert "Ray's processes have ended: Ray has lost raylet" in out
+        assert f"; the last good checkpoint is that of step {done}\n" in out
+    else:
+        assert process.returncode == 130, out[-2000:]
+        assert f"Stopped after step {done}; everything is saved." in out
+    assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()
+    assert not psutil.wait_procs(others, timeout=60)[1]
