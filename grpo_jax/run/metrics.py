@@ -97,15 +97,22 @@ class Timers:
     """Seconds spent in each phase of a step, and which phase is running (for error messages)."""
 
     def __init__(self) -> None:
-        self.phase = "start"
+        self.running = ("start", time.monotonic())
+        """(the phase that is running or was the last one, when it began or ended on the monotonic clock)"""
         self._seconds: Metrics = {}
+
+    @property
+    def phase(self) -> str:
+        return self.running[0]
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self.phase, start = phase, time.perf_counter()
+        start = time.perf_counter()
+        self.running = (phase, time.monotonic())
         try:
             yield
         finally:
+            self.running = (self.phase, time.monotonic())  # of a phase within this one, where there was one
             name = f"timing_s/{phase}"
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 

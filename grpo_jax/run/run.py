@@ -40,6 +40,7 @@ from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress
 from grpo_jax.run.devices import open_devices
+from grpo_jax.run.hangs import HangWatch
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
@@ -108,6 +109,8 @@ class Run:
             config.checkpoint.max_to_keep,
             is_offloaded=optimizer_class(config.optim).is_on_host,
         )
+        # Closed last: what closes before it may hang too.
+        resources.callback(HangWatch(self.timers, workdir.hangs, config.trainer.phase_timeout_s).close)
         resources.callback(self.checkpointer.close)
         self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
         self._budget, self._mesh, self._resources = budget, budget.mesh, resources

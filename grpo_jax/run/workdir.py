@@ -43,6 +43,7 @@ class Workdir:
         self.sft_model = path / "sft-model"
         self.validation = path / "validation"
         self.rollouts = path / "rollouts"
+        self.hangs = path / "hangs"
         self.learning_curve = path / "learning_curve.png"
 
     def epoch_model(self, epoch: int) -> Path:

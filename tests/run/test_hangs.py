@@ -1,0 +1,100 @@
+"""A phase that stands still: it is named, everybody's stack is written down, and the run ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.hangs import HangWatch, descendants
+from grpo_jax.run.metrics import Timers
+from grpo_jax.run.stopping import reported_failure
+
+ROOT = Path(__file__).parents[2]
+
+
+def stand_still():
+    time.sleep(60)
+
+
+def test_the_report_and_the_end(tmp_path, capsys):
+    timers, saved = Timers(), []
+    checkpointer = Checkpointer(tmp_path / "checkpoints", 1, is_offloaded=False)
+    before = signal.getsignal(signal.SIGALRM)
+    child = subprocess.Popen(["sleep", "61"])
+    watch = HangWatch(timers, tmp_path / "hangs", 0.4)
+    begin = time.monotonic()
+    failing = reported_failure(timers, checkpointer, lambda error, phase: None, lambda: saved.append(1))
+    with pytest.raises(SystemExit) as stop, failing, timers("gen"):
+        stand_still()
+    taken = time.monotonic() - begin
+    watch.close()
+    checkpointer.close()
+    child.kill()
+    child.wait()
+    assert stop.value.code == 1 and saved == [1]
+    assert 0.4 < taken < 10
+    (report,) = (tmp_path / "hangs").iterdir()
+    assert report.name.endswith("-gen.txt")
+    text = report.read_text()
+    assert "phase gen has taken 0 s, of at most 0.4" in text and "in stand_still" in text
+    assert f"process {child.pid}: sleep 61\n  state S" in text
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "error: phase gen: has taken 0 s (trainer.phase_timeout_s=0.4); where all threads and processes"
+    )
+    assert str(report) in last and last.endswith("; there is no checkpoint yet")
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_main_thread_that_no_signal_reaches_is_ended(tmp_path):
+    code = """
+import signal, sys, time, pathlib
+from grpo_jax.run import hangs
+from grpo_jax.run.metrics import Timers
+hangs.END_S = 0.3
+timers = Timers()
+watch = hangs.HangWatch(timers, pathlib.Path(sys.argv[1]), 0.3)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+with timers("update_actor"):
+    time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True, text=True, timeout=50, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: phase update_actor: has taken 0 s")
+    assert done.stderr.endswith("it cannot be ended in order\n")
+
+
+def test_phases_within_their_time_are_left_alone(tmp_path):
+    """Each one has the whole time, and so has what lies between two."""
+    timers = Timers()
+    watch = HangWatch(timers, tmp_path / "hangs", 0.8)
+    for phase in ("gen", "reward"):
+        with timers(phase):
+            time.sleep(0.5)
+        time.sleep(0.5)
+    watch.close()
+    never = HangWatch(timers, tmp_path / "hangs", 0)
+    assert not any(thread.name == "hang watch" for thread in threading.enumerate())
+    never.close()
+    assert not (tmp_path / "hangs").exists()
+
+
+def test_all_descendants():
+    shell = subprocess.Popen(["bash", "-c", "sleep 62 & sleep 63"])
+    end = time.monotonic() + 10
+    while len(found := descendants(shell.pid)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert shell.pid in descendants(os.getpid()) and set(found) < set(descendants(os.getpid()))
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    shell.wait()
