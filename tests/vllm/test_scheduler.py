@@ -114,6 +114,34 @@ def test_rollouts_are_handed_over_in_runs_that_end_at_different_steps(models, ru
     assert sum(unfinished) > 10 and max(unfinished) <= 2
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_pause_is_over_when_all_tokens_are_handed_over(models, runs, kind):
+    """vLLM counts a token among the weights of the moment at which it is handed over."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    def paused_midway(cls):
+        """What each request was handed before the pause ended, and in all; and the empty steps of the pause."""
+        scheduler = runs.scheduler_for(cls, models["qwen2-tied"])
+        for request in runs.make_requests(20):
+            scheduler.add_request(request)
+        received = runs.step_all(scheduler, num_steps=60)
+        scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        num_empty = 0
+        while scheduler.has_requests():
+            num_empty += 1
+            runs.step_empty(scheduler, received)
+        before = {request_id: list(tokens) for request_id, tokens in received.items()}
+        scheduler.set_pause_state(PauseState.UNPAUSED)
+        runs.step_all(scheduler, received=received)
+        return before, received, num_empty
+
+    before, received, num_empty = paused_midway(runs.OURS[kind])
+    their_before, their_received, their_num_empty = paused_midway(runs.THEIRS[kind])
+    assert before == their_before and received == their_received
+    assert num_empty == max(1, their_num_empty)
+    assert len(before) > 10 and before != received
+
+
 @pytest.mark.parametrize(("is_asynchronous", "kind"), [(True, "async"), (False, "sync")])
 def test_ours_is_used_with_this_vllm(runs, is_asynchronous, kind):
     import vllm

@@ -13,6 +13,8 @@ most of its tokens are idle: they do not end it. So
 Sequences whose prompts have one length reach the end of a block in the same step or two. Such a step would take
 several times as long as others, so little is done in it, and runs end at different steps.
 
+Before the engine pauses, as it does for new weights, all tokens are handed over.
+
 Requests of the OpenAI-compatible port, which somebody may be reading, are passed on token by token.
 """
 
@@ -96,6 +98,8 @@ class _RunScheduler:
         by_client = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for outputs in by_client.values():
             outputs.outputs = [o for o in map(self._hold, outputs.outputs) if o is not None]
+        if self._is_paused():
+            runs = [held for held in self._held.values() if held.token_ids]
         for held in runs:
             if held.request.client_index not in by_client:
                 by_client[held.request.client_index] = EngineCoreOutputs()
@@ -105,6 +109,18 @@ class _RunScheduler:
             if not outputs.outputs and outputs.finished_requests is None and outputs.scheduler_stats is None:
                 del by_client[client]
         return by_client
+
+    def has_requests(self) -> bool:
+        """As vLLM's own, but a pause is over only when all tokens have been handed over.
+
+        vLLM 0.32 takes a token for one of the weights that the engine has when it is handed over, and weights change
+        in a pause.
+        """
+        owes = self._is_paused() and any(held.token_ids for held in self._held.values())
+        return owes or super().has_requests()  # type: ignore[misc]
+
+    def _is_paused(self) -> bool:
+        return getattr(getattr(self, "pause_state", None), "name", "") == "PAUSED_ALL"
 
     def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> tuple[Any, list[_Held]]:
         """Notes the idle tokens of a step.
