@@ -113,8 +113,8 @@ class _RunScheduler:
     def has_requests(self) -> bool:
         """As vLLM's own, but a pause is over only when all tokens have been handed over.
 
-        vLLM 0.32 takes a token for one of the weights that the engine has when it is handed over, and weights change
-        in a pause.
+        vLLM 0.32 takes a token for one of the weights that the engine has when it is handed over, and weights
+        change in a pause.
         """
         owes = self._is_paused() and any(held.token_ids for held in self._held.values())
         return owes or super().has_requests()  # type: ignore[misc]
