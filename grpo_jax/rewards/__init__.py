@@ -49,7 +49,8 @@ def make_reward(section: RewardSection, *, max_response_length: int) -> "Reward"
             parts.append(Part(short, weight, stack.enter_context(_make_one(key, name, section))))
         stack.pop_all()
     penalty = LengthPenalty(max_response_length, section.overlong_buffer, section.overlong_penalty)
-    return CombinedReward(parts, penalty if section.overlong_buffer else None)
+    penalty_or_none = penalty if section.overlong_buffer else None
+    return CombinedReward(parts, penalty_or_none, on_error=section.on_error)
 
 
 def _make_one(key: str, name: str, section: RewardSection) -> "Reward":

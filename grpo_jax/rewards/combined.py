@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from grpo_jax.rewards.base import Reward, RewardResult
+from grpo_jax.rewards.base import Reward, RewardError, RewardResult
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
 
@@ -47,28 +47,46 @@ class LengthPenalty:
 class CombinedReward(Reward):
     """sum of weight * function, and the length penalty if there is one. Owns its parts.
 
-    The first part decides what counts as correct.
+    The first part decides what counts as correct. A sum that float32 cannot hold is an error like those of a
+    function: finite rewards times finite weights need not be finite.
+
+    Args: on_error: "stop" or "zero", as `reward.on_error`.
     """
 
-    def __init__(self, parts: Sequence[Part], penalty: LengthPenalty | None):
-        self._parts, self._penalty = parts, penalty
+    def __init__(self, parts: Sequence[Part], penalty: LengthPenalty | None, *, on_error: str):
+        self._parts, self._penalty, self._on_error = parts, penalty, on_error
 
     def score(self, groups: Sequence[RolloutGroup]) -> RewardResult:
         results = [part.reward.score(groups) for part in self._parts]
         values = {part.name: result.rewards for part, result in zip(self._parts, results, strict=True)}
-        total = sum(np.float32(part.weight) * values[part.name] for part in self._parts)
-        rewards = unshaped = np.asarray(total, np.float32)
-        if self._penalty is not None:
-            lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
-            values[LengthPenalty.NAME] = self._penalty.of_lengths(lengths)
-            rewards = unshaped + values[LengthPenalty.NAME]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = sum(np.float32(part.weight) * values[part.name] for part in self._parts)
+            rewards = unshaped = np.asarray(total, np.float32)
+            if self._penalty is not None:
+                lengths = np.array([[len(c.token_ids) for c in group.completions] for group in groups])
+                values[LengthPenalty.NAME] = self._penalty.of_lengths(lengths)
+                rewards = unshaped + values[LengthPenalty.NAME]
+        too_large = ~(np.isfinite(rewards) & np.isfinite(unshaped))
+        errors = [error for result in results for error in result.errors]
+        errors += self._name(groups, too_large)
         return RewardResult(
-            rewards=rewards,
-            unshaped=unshaped,
+            rewards=np.where(too_large, np.float32(0), rewards),
+            unshaped=np.where(too_large, np.float32(0), unshaped),
             correctness=results[0].rewards,
             parts=values,
-            errors=tuple(error for result in results for error in result.errors),
+            errors=tuple(errors),
         )
+
+    def _name(self, groups: Sequence[RolloutGroup], too_large: np.ndarray) -> list[str]:
+        """Returns a line for each completion whose sum is too large. Raises: RewardError: it stops the run."""
+        lines = [
+            f"prompt {groups[row].prompt.prompt_id}, completion {column}: the sum of its rewards, times their "
+            "weights, is no finite float32"
+            for row, column in np.argwhere(too_large)
+        ]
+        if lines and self._on_error == "stop":
+            raise RewardError(lines[0])
+        return lines
 
     def explain(self, prompt: Prompt, completion: Completion, reward: float) -> str:
         if len(self._parts) == 1 and self._penalty is None and self._parts[0].weight == 1:

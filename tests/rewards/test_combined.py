@@ -5,7 +5,7 @@ import pytest
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rewards import formats, make_reward
-from grpo_jax.rewards.base import RewardResult
+from grpo_jax.rewards.base import RewardError, RewardResult
 from grpo_jax.rewards.combined import LengthPenalty
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
@@ -58,6 +58,29 @@ def test_errors_of_all_functions_are_told(reward_section, tmp_path):
     with make_reward(section, max_response_length=8) as reward:
         result = reward.score([group("t")])
     assert len(result.errors) == 2 and ":a raised KeyError" in result.errors[0] and ":b" in result.errors[1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "values"),
+    [((2.0, 1.0), "3e38 0"), ((1.0, 1.0), "3e38 3e38"), ((4.0, -4.0), "3e38 3e38")],  # inf, inf, inf - inf
+)
+def test_a_sum_that_float32_cannot_hold_is_an_error(reward_section, tmp_path, weights, values):
+    path = tmp_path / "large.py"
+    path.write_text(
+        "def first(*, solution_str, **_):\n    return float(solution_str.split()[0])\n\n"
+        "def second(*, solution_str, **_):\n    return float(solution_str.split()[1])\n"
+    )
+    options = dict(function=f"{path}:first", extra_functions=(f"{path}:second",), weights=weights)
+    line = "prompt train/0, completion 1: the sum of its rewards, times their weights, is no finite float32"
+    with make_reward(reward_section(**options, on_error="zero"), max_response_length=8) as reward:
+        result = reward.score([group("1 0", values)])
+    assert result.rewards.tolist() == result.unshaped.tolist() == [[weights[0], 0.0]]
+    assert result.errors == (line,)
+    with (
+        make_reward(reward_section(**options, on_error="stop"), max_response_length=8) as reward,
+        pytest.raises(RewardError, match=f"^{line}$"),
+    ):
+        reward.score([group("1 0", values)])
 
 
 @pytest.mark.parametrize(

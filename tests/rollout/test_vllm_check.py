@@ -1,9 +1,12 @@
 """What is said of a vLLM that cannot be used. No vLLM and no Ray take part."""
 
 import logging
+import os
+import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -82,6 +85,40 @@ def test_a_program_that_is_no_interpreter(rollout_section, tmp_path):
 
 def test_a_program_that_fails_without_a_word(rollout_section):
     assert refusal(rollout_section(python="/bin/false")).rule.endswith("interpreter: no output")
+
+
+def test_a_program_that_gives_no_answer(rollout_section, tmp_path, monkeypatch):
+    """It may wait for ever, for what it started itself say, or for a line to read."""
+    monkeypatch.setattr(vllm_check, "ANSWER_S", 1.0)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n/bin/sleep 50 &\necho $! > {tmp_path}/pid\nwait\n")
+    program.chmod(0o755)
+    start = time.monotonic()
+    error = refusal(rollout_section(python=str(program)))
+    assert time.monotonic() - start < 10
+    assert (error.key, error.value) == ("rollout.python", str(program))
+    assert error.rule == "does not answer as a Python interpreter within 1 s"
+    pid = int((tmp_path / "pid").read_text())
+    state = pathlib.Path(f"/proc/{pid}/stat")
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() - start < 20
+        time.sleep(0.02)
+
+
+def test_a_program_does_not_read_what_the_run_is_given(rollout_section, tmp_path):
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\nread line && echo "$line" >&2\n')
+    program.chmod(0o755)
+    ours, theirs = os.pipe()
+    os.write(theirs, b"a line for the trainer\n")
+    stdin = os.dup(0)
+    os.dup2(ours, 0)
+    try:
+        assert refusal(rollout_section(python=str(program))).rule.endswith("interpreter: no output")
+    finally:
+        os.dup2(stdin, 0)
+        for fd in (ours, theirs, stdin):
+            os.close(fd)
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o755], ids=["not executable", "no program"])

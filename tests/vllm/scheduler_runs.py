@@ -11,6 +11,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.request import Request, RequestStatus
 
 from grpo_jax.rollout.vllm.scheduler import AsyncRunScheduler, RunScheduler
@@ -113,6 +114,46 @@ def run(cls, folder, requests, *, num_blocks, events=None, depth=2, pauses=()):
         assert len(steps) < 5000
     assert not getattr(scheduler, "_held", {})
     return steps, received, num_outputs
+
+
+def scheduler_for(cls, folder):
+    """With room for twenty requests at once."""
+    return make_scheduler(
+        cls, folder, max_num_seqs=20, max_num_batched_tokens=2048, max_model_len=MAX_LEN, num_blocks=1000
+    )
+
+
+def step_all(scheduler, *, num_steps=5000, received=None):
+    """Schedules and samples, one step at a time, and returns the tokens that were handed over for each request."""
+    received = {} if received is None else received
+    while scheduler.has_requests() and num_steps:
+        scheduled = scheduler.schedule()
+        if scheduled.num_scheduled_tokens:
+            # A request's next token is made up from how many it has.
+            made = [
+                made_up(request_id, scheduler.requests[request_id].num_tokens)
+                for request_id in scheduled.num_scheduled_tokens
+            ]
+            tokens, logprobs = map(np.array, zip(*made, strict=True))
+            output = model_output(scheduler, scheduled, tokens.astype(np.int32), logprobs.astype(np.float32))
+            _note(scheduler.update_from_output(scheduled, output), received)
+        else:
+            _note(scheduler.update_from_output(scheduled, EMPTY_MODEL_RUNNER_OUTPUT), received)
+        num_steps -= 1
+    return received
+
+
+def step_empty(scheduler, received):
+    """A step of an engine that is paused."""
+    scheduled = scheduler.schedule()
+    assert not scheduled.num_scheduled_tokens
+    _note(scheduler.update_from_output(scheduled, EMPTY_MODEL_RUNNER_OUTPUT), received)
+
+
+def _note(by_client, received):
+    for outputs in by_client.values():
+        for output in outputs.outputs:
+            received.setdefault(output.request_id, []).extend(output.new_token_ids)
 
 
 def reset(scheduler):

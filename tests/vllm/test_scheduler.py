@@ -4,6 +4,7 @@ No model runs here. Both schedulers are real, and get the same made-up tokens.
 """
 
 import collections
+import logging
 
 import pytest
 
@@ -111,3 +112,96 @@ def test_rollouts_are_handed_over_in_runs_that_end_at_different_steps(models, ru
         assert all(num_tokens == RUN for num_tokens, _ in parts[1:-1])
     unfinished = [sum(not is_over for *_, is_over in outputs) for outputs in runs.Recording.outputs]
     assert sum(unfinished) > 10 and max(unfinished) <= 2
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_pause_is_over_when_all_tokens_are_handed_over(models, runs, kind):
+    """vLLM counts a token among the weights of the moment at which it is handed over."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    def paused_midway(cls):
+        """What each request was handed before the pause ended, and in all; and the empty steps of the pause."""
+        scheduler = runs.scheduler_for(cls, models["qwen2-tied"])
+        for request in runs.make_requests(20):
+            scheduler.add_request(request)
+        received = runs.step_all(scheduler, num_steps=60)
+        scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        num_empty = 0
+        while scheduler.has_requests():
+            num_empty += 1
+            runs.step_empty(scheduler, received)
+        before = {request_id: list(tokens) for request_id, tokens in received.items()}
+        scheduler.set_pause_state(PauseState.UNPAUSED)
+        runs.step_all(scheduler, received=received)
+        return before, received, num_empty
+
+    before, received, num_empty = paused_midway(runs.OURS[kind])
+    their_before, their_received, their_num_empty = paused_midway(runs.THEIRS[kind])
+    assert before == their_before and received == their_received
+    assert num_empty == max(1, their_num_empty)
+    assert len(before) > 10 and before != received
+
+
+@pytest.mark.parametrize(("is_asynchronous", "kind"), [(True, "async"), (False, "sync")])
+def test_ours_is_used_with_this_vllm(runs, is_asynchronous, kind):
+    import vllm
+
+    from grpo_jax.rollout.vllm.scheduler_choice import choose_scheduler
+
+    # Written down by name and switched off, as a user may.
+    off = {
+        "return_sampling_mask": False,
+        "kv_transfer_config": None,
+        "per_request_spec_decode_metrics": "none",
+    }
+    name, why = choose_scheduler(off, vllm.__version__, is_asynchronous=is_asynchronous)
+    assert (name, why) == (f"grpo_jax.rollout.vllm.scheduler.{runs.OURS[kind].__name__}", "")
+
+
+def allocate_with_another_order(self, num_new_tokens, request, num_lookahead_tokens=0): ...
+def allocate_with_one_more(self, request, num_new_tokens, group, num_lookahead_tokens=0): ...
+def allocate_without_lookahead(self, request, num_new_tokens, **options): ...
+def cache_with_another_name(self, request, num_tokens): ...
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("allocate_slots", allocate_with_another_order),
+        ("allocate_slots", allocate_with_one_more),
+        ("allocate_slots", allocate_without_lookahead),
+        ("cache_blocks", cache_with_another_name),
+    ],
+)
+def test_a_vllm_that_has_changed_has_its_own(runs, monkeypatch, method, changed):
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from grpo_jax.rollout.vllm.scheduler_choice import choose_scheduler
+
+    monkeypatch.setattr(KVCacheManager, method, changed)
+    name, why = choose_scheduler({}, "0.32.0", is_asynchronous=True)
+    assert name is None
+    assert why == f"vLLM 0.32.0 has changed {changed.__qualname__}, which ours relies on"
+
+
+def test_an_engine_that_is_asked_for_more_has_vllms_own(models, caplog):
+    import vllm_helpers as helpers
+
+    from grpo_jax.rollout.base import SamplingParams
+
+    folder, mesh = models["qwen2-tied"], helpers.mesh_of()
+    _, params = helpers.load(folder, mesh)
+    events = "kv_events_config={'enable_kv_cache_events': True, 'publisher': 'null'}"
+    with caplog.at_level(logging.WARNING):
+        engine = helpers.engine_for(folder, mesh, engine_args=(events,))
+        try:
+            engine.load_weights(params, version=0)
+            groups = engine.generate(helpers.prompts([3, 5]), SamplingParams(2, 1.0, 150), seed=0)
+        finally:
+            engine.close()
+    [line] = [r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()]
+    assert line.startswith(
+        "vLLM's own scheduler is used: ours would lose what kv_events_config asks for. It takes two to three"
+    )
+    difference = helpers.worst_difference(groups, helpers.reference(folder))
+    assert difference < helpers.TOLERANCE

@@ -1,10 +1,12 @@
 """Finds a usable vLLM, in this environment or in one of its own, before any device is touched."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 TESTED = ("0.25.1", "0.32.0")
 OLDEST = (0, 25)
 """The first release whose weight-transfer engines own start, update and finish."""
+
+ANSWER_S = 60.0
+"""Seconds for an interpreter to start, perhaps from a cold network disk, and to name its packages."""
 
 INSTALL_REMEDY = (
     "install it (pip install -e '.[vllm]'), name another environment's interpreter in rollout.python"
@@ -128,16 +133,41 @@ def _environment_of(python: str) -> dict:
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)  # the engine does not get the trainer's
     try:
-        result = subprocess.run(
-            [python, "-c", _PRINT_VERSIONS], capture_output=True, text=True, env=environment
-        )
-        return json.loads(result.stdout.splitlines()[-1])
+        stdout, stderr = _output_of([python, "-c", _PRINT_VERSIONS], environment)
+        return json.loads(stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        rule = f"does not answer as a Python interpreter within {ANSWER_S:g} s"
+        raise ConfigError("rollout.python", python, rule) from None
     except (OSError, ValueError, IndexError) as error:
         reason = str(error)
         if isinstance(error, IndexError):  # it printed nothing on stdout; stderr may say why
-            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            reason = (stderr.strip().splitlines() or ["no output"])[-1]
         rule = f"does not run as a Python interpreter: {reason}"
         raise ConfigError("rollout.python", python, rule) from None
+
+
+def _output_of(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Returns what a command writes to stdout and stderr.
+
+    Raises: subprocess.TimeoutExpired: it takes longer than `ANSWER_S`. It is killed, with what it started, and not
+        waited for: a process that hangs on a lost disk does not end.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,  # it is not to read ours
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        return process.communicate(timeout=ANSWER_S)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def _minor(version: str) -> str:

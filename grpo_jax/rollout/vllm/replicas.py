@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # between two looks at an engine that is starting
 PROGRESS_S = 20.0  # between two lines that say that an engine is still starting
+SCHEDULER_LINE = (
+    "vLLM's own scheduler is used: %s. It takes two to three times as much Python for each token, which small "
+    "models with hundreds of sequences notice (docs/rollouts.md, 'Less to do for each token')"
+)
 
 
 class TimedOut(RuntimeError):
@@ -189,6 +193,8 @@ class Replicas:
         replica.starting, replica.pid = None, self._pid_of(replica)
         replica.is_local = ray.get(replica.actor.node_id.remote()) == self._cluster.node_id
         logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
+        if about["why_not_our_scheduler"] and replica.number == 0:
+            logger.warning(SCHEDULER_LINE, about["why_not_our_scheduler"])
 
     def _pid_of(self, replica: Replica) -> int:
         """The process id of an engine that may not have started; 0 if it does not answer."""

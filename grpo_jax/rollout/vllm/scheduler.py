@@ -13,22 +13,48 @@ most of its tokens are idle: they do not end it. So
 Sequences whose prompts have one length reach the end of a block in the same step or two. Such a step would take
 several times as long as others, so little is done in it, and runs end at different steps.
 
+Before the engine pauses, as it does for new weights, all tokens are handed over.
+
 Requests of the OpenAI-compatible port, which somebody may be reading, are passed on token by token.
 """
 
 import dataclasses
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request
 
 RUN = 64
+
+
+def changes() -> list[str]:
+    """Returns the methods of vLLM, of those this file relies on, that take other arguments than it thinks."""
+    expected: list[tuple[Callable, tuple[str, ...], tuple[str, ...]]] = [
+        (KVCacheManager.allocate_slots, ("request", "num_new_tokens"), ("num_lookahead_tokens",)),
+        (KVCacheManager.cache_blocks, ("request", "num_computed_tokens"), ()),
+        (Request.update_block_hashes, (), ()),
+        (Scheduler.update_from_output, ("scheduler_output", "model_runner_output"), ()),
+        (AsyncScheduler.update_from_output, ("scheduler_output", "model_runner_output"), ()),
+        (Scheduler.finish_requests, ("request_ids", "finished_status"), ()),
+    ]
+    return [method.__qualname__ for method, first, named in expected if not _takes(method, first, named)]
+
+
+def _takes(method: Callable, first: tuple[str, ...], named: tuple[str, ...]) -> bool:
+    """Whether a method wants the arguments `first`, knows `named`, and can do without any other."""
+    _, *parameters = inspect.signature(method).parameters.values()
+    wanted = tuple(p.name for p in parameters if p.default is p.empty)
+    return wanted == first and {*named} <= {p.name for p in parameters}
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,6 +98,8 @@ class _RunScheduler:
         by_client = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for outputs in by_client.values():
             outputs.outputs = [o for o in map(self._hold, outputs.outputs) if o is not None]
+        if self._is_paused():
+            runs = [held for held in self._held.values() if held.token_ids]
         for held in runs:
             if held.request.client_index not in by_client:
                 by_client[held.request.client_index] = EngineCoreOutputs()
@@ -82,6 +110,18 @@ class _RunScheduler:
                 del by_client[client]
         return by_client
 
+    def has_requests(self) -> bool:
+        """As vLLM's own, but a pause is over only when all tokens have been handed over.
+
+        vLLM 0.32 takes a token for one of the weights that the engine has when it is handed over, and weights
+        change in a pause.
+        """
+        owes = self._is_paused() and any(held.token_ids for held in self._held.values())
+        return owes or super().has_requests()  # type: ignore[misc]
+
+    def _is_paused(self) -> bool:
+        return getattr(getattr(self, "pause_state", None), "name", "") == "PAUSED_ALL"
+
     def _take_idle(self, scheduler_output: Any, model_runner_output: Any) -> tuple[Any, list[_Held]]:
         """Notes the idle tokens of a step.
 
@@ -90,8 +130,7 @@ class _RunScheduler:
         """
         sampled, logprobs = model_runner_output.sampled_token_ids, model_runner_output.logprobs
         is_plain = logprobs is not None and logprobs.cu_num_generated_tokens is None
-        # vLLM reads the list of experts in the order of all requests of the step: none may be left out.
-        if not sampled or not is_plain or getattr(model_runner_output, "routed_experts", None) is not None:
+        if not sampled or not is_plain:
             return scheduler_output, []
         index, values = model_runner_output.req_id_to_index, logprobs.logprobs[:, 0].tolist()
         others, runs = {}, []
@@ -195,6 +234,7 @@ def _is_rollout(request: Any) -> bool:
         and params.repetition_detection is None
         and request.structured_output_request is None
         and not request.resumable
+        and not request.has_encoder_inputs
         and not params.detokenize  # text might hold a stop string, which the front-end process looks for
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.rollout.vllm.scheduler_choice import choose_scheduler
 from grpo_jax.weight_sync.wire import Mailbox, deadline_check
 
 Request = tuple[int, list[int], int]
@@ -59,9 +60,9 @@ class EngineActor:
 
         # Otherwise the kernels for sampling are compiled at every start: PyTorch deletes the folder they are in.
         os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(envs.VLLM_CACHE_ROOT, "triton"))
-        scheduler = "AsyncRunScheduler"
+        is_asynchronous = options.get("async_scheduling") is not False and not current_platform.is_cpu()
+        scheduler, why_not_ours = choose_scheduler(options, vllm.__version__, is_asynchronous=is_asynchronous)
         if current_platform.is_cpu():
-            scheduler = "RunScheduler"
             # A seeded sample whose prompt is read in parts crashes vLLM: "CPU Generator does not use offset".
             options = {"enable_chunked_prefill": False, **options}
         arguments = AsyncEngineArgs(
@@ -70,7 +71,7 @@ class EngineActor:
             logprobs_mode="processed_logprobs",  # those of the distribution that is sampled from
             disable_log_stats=True,
             skip_tokenizer_init=not api_port,
-            scheduler_cls=f"grpo_jax.rollout.vllm.scheduler.{scheduler}",
+            scheduler_cls=scheduler,
             worker_extension_cls=EXTENSION,
             weight_transfer_config=WeightTransferConfig(backend="grpo_jax"),
             **options,
@@ -86,7 +87,11 @@ class EngineActor:
             await asyncio.wait({self._server, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if self._server.done():
                 self._server.result()  # raises the error that kept it from starting
-        return {"vllm": vllm.__version__, "device": current_platform.get_device_name()}
+        return {
+            "vllm": vllm.__version__,
+            "device": current_platform.get_device_name(),
+            "why_not_our_scheduler": why_not_ours,
+        }
 
     async def _check_head(self, options: dict[str, Any], version: str) -> None:
         """Raises: EngineError: a head in float32 is asked for, and this vLLM would ignore that."""

@@ -1,0 +1,95 @@
+"""Ends reward workers with all that their functions started: `python -m grpo_jax.rewards.keeper PARENT MARKER`.
+
+Killing a worker's process group misses children with a session of their own, and a trainer that is killed with
+SIGKILL kills nobody. So each worker has a marker in its environment, which whatever it starts inherits, and a
+keeper beside the trainer waits until the trainer is gone, then ends everything that has one.
+
+Not `prctl(PR_SET_PDEATHSIG)`: it fires when the *thread* that started the worker ends, and the worker's own
+children would stay. Not `PR_SET_CHILD_SUBREAPER`: nobody would reap what the worker inherits.
+
+Standard library only, as `worker.py`. Without /proc (macOS) process groups are all there is.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+
+VARIABLE = "GRPO_JAX_REWARD_WORKER"
+"""Of the environment; its value begins with the marker."""
+LOOK_S = 0.5
+"""Seconds between two looks whether the trainer is there."""
+END_S = 5.0
+"""Seconds after which `end_family` looks for no more processes: some start new ones faster than it finds them."""
+
+
+def main(parent: int, marker: str) -> None:
+    """Waits until the process `parent`, which started this one, is gone; then ends the family of `marker`."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # systemd and Slurm send them to every process of a job
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    for _ in range(4):  # a worker that was just being started has its environment a moment later
+        end_family(marker)
+        time.sleep(LOOK_S)
+
+
+def end_family(marker: str, roots: Iterable[int] = ()) -> None:
+    """Kills the processes whose `VARIABLE` begins with `marker`, `roots`, and all that descend from them.
+
+    Descendants without the variable, whose environment was cleared, are found through their parents. They are
+    all stopped first, so that none is born or loses its parent meanwhile.
+
+    Args: roots: process ids, not yet waited for: others may have been given to strangers.
+    """
+    roots, found, end = set(roots), set[int](), time.monotonic() + END_S
+    while new := _family(marker, roots) - found:
+        for pid in new:
+            _send(pid, signal.SIGSTOP)
+        found |= new
+        if time.monotonic() > end:
+            break
+    for pid in found:
+        _send(pid, signal.SIGKILL)
+
+
+def _family(marker: str, roots: set[int]) -> set[int]:
+    family, children = set(roots), dict[int, list[int]]()
+    for pid in _all_processes():
+        try:
+            state, parent = _read(pid, "stat").rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it has just ended
+        children.setdefault(int(parent), []).append(pid)
+        with contextlib.suppress(OSError):  # another user's
+            if state not in b"ZX" and f"\0{VARIABLE}={marker}".encode() in b"\0" + _read(pid, "environ"):
+                family.add(pid)
+    waiting = list(family)
+    while waiting:
+        born = [child for child in children.get(waiting.pop(), ()) if child not in family]
+        family.update(born)
+        waiting += born
+    return family - {os.getpid()}
+
+
+def _all_processes() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except FileNotFoundError:
+        return []
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
