@@ -71,13 +71,16 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
     return section.weight_sync
 
 
-def make_sender(transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination]) -> Sender:
+def make_sender(
+    transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination], *, timeout_s: float
+) -> Sender:
     """Makes the trainer's end of a transport.
 
     Args:
         transport: "ipc", "nccl" or "host".
         mesh: of the trainer's devices.
         destinations: one for each engine.
+        timeout_s: for the engines to open their end, where that waits.
     """
     devices = list(mesh.devices.flat)
     if transport == "ipc":
@@ -87,7 +90,7 @@ def make_sender(transport: str, layout: Layout, mesh: Mesh, destinations: Sequen
     if transport == "nccl":
         from grpo_jax.weight_sync.nccl import NcclSender
 
-        return NcclSender(destinations, devices[0])
+        return NcclSender(destinations, devices[0], timeout_s)
     from grpo_jax.weight_sync.host import HostSender
 
     return HostSender(layout, destinations)

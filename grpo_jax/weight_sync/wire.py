@@ -3,16 +3,18 @@
 Imported by the trainer and by the engine's workers, which need not have JAX: standard library and numpy only.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
 import mmap
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,9 @@ HEADER_BYTES = 4096
 SPINS = 2000  # one or two milliseconds
 POLL_S = 5e-5
 CHECK_EVERY = 128  # polls
+CHECK_S = 0.1  # between two checks of a call in a thread
+
+T = TypeVar("T")
 
 
 class WeightSyncError(RuntimeError):
@@ -185,7 +190,7 @@ class Mailbox:
 
     def wait_writable(self, bucket: int, check: Callable[[], None]) -> None:
         """Waits until every reader is done with what the slot of `bucket` held before."""
-        _poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
+        poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
 
     def publish(self, bucket: int) -> None:
         """Tells the readers that `bucket` is in its slot."""
@@ -193,7 +198,7 @@ class Mailbox:
 
     def wait_readable(self, bucket: int, check: Callable[[], None]) -> None:
         """Waits until `bucket` is in its slot."""
-        _poll(lambda: self._counts[0] > bucket, check)
+        poll(lambda: self._counts[0] > bucket, check)
 
     def release(self, reader: int, bucket: int) -> None:
         """Tells the writer that a reader is done with `bucket`."""
@@ -240,7 +245,35 @@ def deadline_check(seconds: float, what: str) -> Callable[[], None]:
     return check
 
 
-def _poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
+def call_in_thread(
+    call: Callable[[], T], check: Callable[[], None], *, undo: Callable[[T], Any] = lambda result: None
+) -> T:
+    """Makes a library's call that waits and cannot be told to stop. Gives it up where `check` raises.
+
+    Its thread is a daemon's, so that nobody waits for it at the process's end; a thread of a pool is waited for.
+
+    Args:
+        undo: called with the result of a call that returns although it was given up.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while not concurrent.futures.wait([future], timeout=CHECK_S).done:
+            check()
+    except BaseException:
+        future.add_done_callback(lambda late: late.exception() or undo(late.result()))
+        raise
+    return future.result()
+
+
+def poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
     """Waits, at first without sleeping: mostly the other end needs some tenths of a millisecond."""
     spins = 0
     while not is_true():

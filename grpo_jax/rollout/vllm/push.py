@@ -82,7 +82,7 @@ class WeightPusher:
             return self._sender
         transport, layout = self._transport, self._plan.layout
         destinations = [self._destination(replica) for replica in self._replicas]
-        sender = make_sender(transport, layout, self._mesh, destinations)
+        sender = make_sender(transport, layout, self._mesh, destinations, timeout_s=self._timeout_s)
         self._sender = sender  # from now on `disconnect` closes it, if what follows fails
         calls = [
             replica.actor.connect.remote(transport, link, layout.to_dict())
