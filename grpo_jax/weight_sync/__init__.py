@@ -45,8 +45,11 @@ class Sender(Protocol):
         Returns when they may be deleted. Takes the next bucket when it has let go of the one before.
         """
 
+    def give_up(self) -> None:
+        """Ends a push that has failed, as far as receivers can be told. Only `close` comes after it."""
+
     def close(self) -> None:
-        """Frees buffers and shared memory."""
+        """Frees buffers and shared memory. The workers have closed their end, or are gone."""
 
 
 def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bool) -> str:

@@ -75,6 +75,11 @@ class HostSender:
                 self._mailbox.publish(number)
             _wait_for(calls, check)
 
+    def give_up(self) -> None:
+        """See `Sender.give_up`. Engines on other hosts give up their own mailboxes as they are disconnected."""
+        if self._mailbox is not None:
+            self._mailbox.give_up()
+
     def close(self) -> None:
         """See `Sender.close`."""
         if self._mailbox is not None:

@@ -66,6 +66,10 @@ class IpcSender:
                 data.unsafe_buffer_pointer(), data.nbytes, number % NUM_SLOTS * self._slot_bytes
             )
 
+    def give_up(self) -> None:
+        """See `Sender.give_up`."""
+        self._mailbox.give_up()
+
     def close(self) -> None:
         """See `Sender.close`."""
         self._mailbox.close()
@@ -88,10 +92,10 @@ class IpcReceiver:
                 "rollout.placement=colocated"
             )
         self._ordinal, self._slot_bytes = ordinal, link["slot_bytes"]
-        self._pointer = cuda.open_shared(ordinal, link["handles"][uuid])
-        self._slots = as_tensor(self._pointer, NUM_SLOTS * self._slot_bytes, device)
         self._mailbox = Mailbox(**link["mailbox"], create=False)
         self._reader = link["first_reader"] + rank
+        self._pointer = cuda.open_shared(ordinal, link["handles"][uuid])
+        self._slots = as_tensor(self._pointer, NUM_SLOTS * self._slot_bytes, device)
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
         """Yields (bucket, release): [n] uint8 on this worker's device, and a function that frees its memory.

@@ -74,7 +74,7 @@ class Communicator:
         self._open_connections()
 
     def _open_connections(self) -> None:
-        """Broadcasts a byte: NCCL opens its connections with the first one, in a call that waits for the others."""
+        """Broadcasts a byte: NCCL opens its connections with the first broadcast, which waits for the others."""
         pointer = ctypes.c_uint64()
         with cuda.on_device(self._ordinal):
             cuda.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(1))
@@ -149,10 +149,15 @@ class NcclSender:
             self._communicator.synchronize(check)
             del flat, data  # before the next one is made
 
+    def give_up(self) -> None:
+        """See `Sender.give_up`. Workers notice by their own deadline."""
+        self.close()
+
     def close(self) -> None:
         """See `Sender.close`."""
         if self._communicator is not None:
             self._communicator.close()
+            self._communicator = None
 
 
 class NcclReceiver:

@@ -27,6 +27,7 @@ HEADER_BYTES = 4096
 SPINS = 2000  # one or two milliseconds
 POLL_S = 5e-5
 CHECK_EVERY = 128  # polls
+GIVEN_UP = -1
 CHECK_S = 0.1  # between two checks of a call in a thread
 
 T = TypeVar("T")
@@ -196,9 +197,15 @@ class Mailbox:
         """Tells the readers that `bucket` is in its slot."""
         self._counts[0] = bucket + 1
 
+    def give_up(self) -> None:
+        """Ends a push that has failed: readers stop waiting. The mailbox is of no further use."""
+        self._counts[0] = GIVEN_UP
+
     def wait_readable(self, bucket: int, check: Callable[[], None]) -> None:
-        """Waits until `bucket` is in its slot."""
-        poll(lambda: self._counts[0] > bucket, check)
+        """Waits until `bucket` is in its slot. Raises: WeightSyncError: the other end has given up."""
+        poll(lambda: self._counts[0] > bucket or self._counts[0] == GIVEN_UP, check)
+        if self._counts[0] == GIVEN_UP:
+            raise WeightSyncError("the trainer gave this push up")
 
     def release(self, reader: int, bucket: int) -> None:
         """Tells the writer that a reader is done with `bucket`."""

@@ -253,6 +253,11 @@ class WorkerExtension:
         """Checksums of the last push, in the order of the buckets and their pieces."""
         return self.weight_transfer_engine.checksums
 
+    def grpo_jax_disconnect(self) -> None:
+        """Closes the worker's end of the transport of the weights."""
+        if self.weight_transfer_engine is not None:
+            self.weight_transfer_engine.shutdown()
+
     def grpo_jax_head_dtype(self) -> str:
         """What the output head is computed in; "" where this vLLM has no setting for it."""
         dtype = getattr(getattr(self.get_model(), "logits_processor", None), "head_dtype", None)

@@ -1,0 +1,73 @@
+"""Engines that die, hang or are slow, with the real vLLM: who is restarted, who is charged, what is lost."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+
+import pytest
+import vllm_helpers as helpers
+
+from grpo_jax.rollout import SamplingParams
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = SamplingParams(num_samples=1, temperature=0.0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def two_engines(models):
+    """(engine of two replicas on this host, its parameters), with one prompt at a time in each."""
+    mesh = helpers.mesh_of()
+    _, params = helpers.load(models["llama3"], mesh)
+    changes = dict(num_replicas=2, max_restarts=20, max_num_seqs=2)
+    with contextlib.closing(helpers.engine_for(models["llama3"], mesh, **changes)) as engine:
+        engine.load_weights(params, version=1)
+        yield engine, params
+
+
+def restarts(engine):
+    return [replica.num_restarts for replica in engine._replicas]
+
+
+def core_of(engine, number):
+    """Process id of vLLM's own process of an engine: what its actor has started and computes."""
+    replica = list(engine._replicas)[number]
+    others = [pid for pid in replica.processes if pid != replica.pid]
+    (core,) = [pid for pid in others if b"EngineCore" in helpers.command_line(pid)]
+    return core
+
+
+def test_one_dead_core_restarts_its_own_engine_alone(two_engines):
+    """vLLM's own process dies between two steps; the actors of both engines go on answering."""
+    engine, params = two_engines
+    before, charged = helpers.pids(engine), restarts(engine)
+    os.kill(core_of(engine, 1), signal.SIGKILL)
+    begin = time.monotonic()
+    engine.load_weights(params, version=2)
+    assert time.monotonic() - begin < 300  # the start of one engine, and no `timeout_s`, which is 600 s here
+    assert restarts(engine) == [charged[0], charged[1] + 1]
+    after = helpers.pids(engine)
+    assert after[0] == before[0] and after[1] != before[1]
+    groups = engine.generate(helpers.prompts([8, 9, 10, 11]), GREEDY, seed=0)
+    assert [group.completions[0].policy_version for group in groups] == [2] * 4
+
+
+def test_a_batch_that_queues_behind_another_is_no_silence(two_engines, monkeypatch):
+    """The engines work on the batch ahead for several times `timeout_s`; nobody takes its answers meanwhile."""
+    engine, _ = two_engines
+    before, charged = helpers.pids(engine), restarts(engine)
+    long = SamplingParams(num_samples=2, temperature=1.0, max_tokens=200)
+    begin = time.monotonic()
+    engine.generate(helpers.prompts([20] * 2), long, seed=0)  # one prompt in each engine
+    one = time.monotonic() - begin
+    limit = max(2.0, 3 * one)
+    monkeypatch.setattr(engine, "_section", dataclasses.replace(engine._section, timeout_s=limit))
+    ahead = engine.submit(helpers.prompts([20] * 2 * int(3 * limit / one)), long, seed=0)
+    begin = time.monotonic()
+    (group,) = engine.generate(helpers.prompts([9]), GREEDY, seed=0)
+    assert time.monotonic() - begin > limit, "the batch ahead was too short for this test"
+    assert len(group.completions) == 1
+    assert all(len(group.completions) == 2 for group in ahead())
+    assert helpers.pids(engine) == before and restarts(engine) == charged
