@@ -173,7 +173,10 @@ class NcclReceiver:
         self._communicator = join(link["uid"], link["first_rank"] + rank, link["size"], ordinal, check)
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """As `IpcReceiver.buckets`; `check` is not called: NCCL waits on the GPU. Buffers last one push."""
+        """As `IpcReceiver.buckets`, but NCCL waits on the GPU: a bucket is there when the device gets to it.
+
+        Whoever waits for the device gives up where `check` raises, and closes this. Buffers last one push.
+        """
         import torch
 
         receive, load = torch.cuda.Stream(self._device), torch.cuda.current_stream()
@@ -181,6 +184,7 @@ class NcclReceiver:
         received = [torch.cuda.Event() for _ in layout.buckets]
         loaded: list[Any] = []
         for number, pieces in enumerate(layout.buckets):
+            check()
             self._request(number, slots, layout, receive, received, loaded)
             load.wait_event(received[number])
             # Released on the device: the broadcast into this slot waits for the event, and no host does.

@@ -31,6 +31,7 @@ GIVEN_UP = -1
 CHECK_S = 0.1  # between two checks of a call in a thread
 
 T = TypeVar("T")
+_FENCE = threading.Lock()
 
 
 class WeightSyncError(RuntimeError):
@@ -139,7 +140,8 @@ class Mailbox:
     """Slots for buckets in shared memory of one host. One process writes, several read, without a lock.
 
     A header counts the buckets that were written, and the buckets that each reader is done with. Bucket k lies in
-    slot k % num_slots. A transport that moves the bytes in another way uses the counters alone (`slot_bytes` 0).
+    slot k % num_slots. A counter is written after what it counts, and read before that: see `fence`. A transport
+    that moves the bytes in another way uses the counters alone (`slot_bytes` 0).
     """
 
     def __init__(self, path: str, num_readers: int, num_slots: int, slot_bytes: int, *, create: bool):
@@ -192,9 +194,11 @@ class Mailbox:
     def wait_writable(self, bucket: int, check: Callable[[], None]) -> None:
         """Waits until every reader is done with what the slot of `bucket` held before."""
         poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
+        fence()
 
     def publish(self, bucket: int) -> None:
         """Tells the readers that `bucket` is in its slot."""
+        fence()
         self._counts[0] = bucket + 1
 
     def give_up(self) -> None:
@@ -206,9 +210,11 @@ class Mailbox:
         poll(lambda: self._counts[0] > bucket or self._counts[0] == GIVEN_UP, check)
         if self._counts[0] == GIVEN_UP:
             raise WeightSyncError("the trainer gave this push up")
+        fence()
 
     def release(self, reader: int, bucket: int) -> None:
         """Tells the writer that a reader is done with `bucket`."""
+        fence()
         self._counts[1 + reader] = bucket + 1
 
     def send(
@@ -270,14 +276,35 @@ def call_in_thread(
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
         while not concurrent.futures.wait([future], timeout=CHECK_S).done:
             check()
     except BaseException:
         future.add_done_callback(lambda late: late.exception() or undo(late.result()))
         raise
+    thread.join()  # it has nothing left to do but to let go of its arguments
     return future.result()
+
+
+def wait_for_device(device: Any, check: Callable[[], None]) -> None:
+    """Waits for what is on PyTorch's current stream of a worker's device."""
+    import torch
+
+    if device.type != "cpu":
+        poll(torch.accelerator.current_stream(device).query, check)
+
+
+def fence() -> None:
+    """Orders what this thread read and wrote before it and what it does after it, as other processes see it.
+
+    x86 does so by itself, ARM does not. Python has no other barrier than a lock: what comes before its release
+    stays before it, and what comes after its next acquisition after that.
+    """
+    for _ in range(2):
+        with _FENCE:
+            pass
 
 
 def poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -71,3 +72,66 @@ def test_a_batch_that_queues_behind_another_is_no_silence(two_engines, monkeypat
     assert len(group.completions) == 1
     assert all(len(group.completions) == 2 for group in ahead())
     assert helpers.pids(engine) == before and restarts(engine) == charged
+
+
+# Many deaths in a row
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def mortal_engine(models):
+    """(engine of one replica, its parameters)"""
+    mesh = helpers.mesh_of()
+    _, params = helpers.load(models["llama3"], mesh)
+    with contextlib.closing(helpers.engine_for(models["llama3"], mesh, max_restarts=KILLS)) as engine:
+        engine.load_weights(params, version=0)
+        yield engine, params
+
+
+def kill_within_a_batch(engine, params, pid, number):
+    """When its first group has come back."""
+    killer = threading.Thread(target=helpers.kill_midway, args=(engine, pid), daemon=True)
+    killer.start()
+    return killer
+
+
+def kill_within_a_push(engine, params, pid, number):
+    """Some milliseconds after its beginning: from before the first bucket to after the last."""
+    killer = threading.Timer(0.004 * number, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    engine.load_weights(params, version=number)
+    return killer
+
+
+def kill_now(engine, params, pid, number):
+    os.kill(pid, signal.SIGKILL)
+    return threading.Thread()
+
+
+@pytest.mark.slow
+def test_twenty_deaths_in_a_row_lose_and_double_nothing(mortal_engine):
+    """The actor's process and vLLM's own, in turns, at three kinds of moments, with a batch under way."""
+    engine, params = mortal_engine
+    sampling = SamplingParams(num_samples=3, temperature=1.0, max_tokens=150)
+    batch = helpers.prompts([30] * 16, seed=4)
+    expected = {
+        group.prompt.prompt_id: [c.token_ids for c in group.completions]
+        for group in engine.generate(batch, sampling, seed=9)
+    }
+    assert all(len(set(samples)) == 3 for samples in expected.values())
+    moments = (kill_within_a_batch, kill_within_a_push, kill_now)
+    for number in range(1, KILLS + 1):
+        pid = core_of(engine, 0) if number % 2 else helpers.pids(engine)[0]
+        wait = engine.submit(batch, sampling, seed=9)
+        killer = moments[number % 3](engine, params, pid, number)
+        groups = wait()
+        if killer.ident:
+            killer.join()
+        # A kill that came after the last answer is noticed by the next one.
+        engine.generate(batch[:1], sampling, seed=9)
+        assert restarts(engine) == [number]
+        assert [group.prompt.prompt_id for group in groups] == [prompt.prompt_id for prompt in batch]
+        assert {
+            group.prompt.prompt_id: [c.token_ids for c in group.completions] for group in groups
+        } == expected

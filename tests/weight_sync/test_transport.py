@@ -248,7 +248,7 @@ class FakeRay(types.ModuleType):
         self.put = lambda value: value
         self.wait = lambda calls, timeout: (calls[:1], calls[1:])
 
-    def get(self, calls):
+    def get(self, calls, timeout):
         for call in calls:
             if isinstance(call, Exception):
                 raise call
