@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 
 import pytest
 import vllm_helpers as helpers
 
-from grpo_jax.rollout import SamplingParams
+from grpo_jax.rollout import EngineError, SamplingParams
+from grpo_jax.rollout.vllm import push, server
+from grpo_jax.rollout.vllm.check import VllmInstallation
+from grpo_jax.rollout.vllm.replicas import Replicas
 
 pytestmark = pytest.mark.vllm
 
@@ -72,6 +76,91 @@ def test_a_batch_that_queues_behind_another_is_no_silence(two_engines, monkeypat
     assert len(group.completions) == 1
     assert all(len(group.completions) == 2 for group in ahead())
     assert helpers.pids(engine) == before and restarts(engine) == charged
+
+
+def test_a_push_that_fails_half_way_leaves_nothing_paused_open_or_half_new(
+    two_engines, models, monkeypatch, tmp_path
+):
+    """The trainer's own fault, with rollouts under way that new weights may change.
+
+    What the engines sample from weights of two versions until the next push is sampled again.
+    """
+    engine, params = two_engines
+    before, charged = helpers.pids(engine), restarts(engine)
+    new_params, new = helpers.moved(models["llama3"], helpers.mesh_of(), tmp_path)
+    changed = dataclasses.replace(engine._section, update_weights="during", max_lag=1)
+    monkeypatch.setattr(engine, "_section", changed)
+    monkeypatch.setattr(engine, "_stop_token_ids", ())  # so that none ends before the push
+    pack = push.pack_buckets
+
+    def failing(*args):
+        yield next(pack(*args))
+        raise RuntimeError("the trainer's device has failed")
+
+    engine.load_weights(params, version=3)
+    wait = engine.submit(
+        helpers.prompts([20, 30], seed=8),
+        SamplingParams(num_samples=1, temperature=1.0, max_tokens=400),
+        seed=0,
+    )
+    helpers.wait_for_tokens(engine, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(push, "pack_buckets", failing)
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="the trainer's device has failed"):
+            engine.load_weights(new_params, version=4)
+    engine.load_weights(new_params, version=4)
+    assert time.monotonic() - begin < 100  # nobody has waited for `timeout_s`
+    groups = wait()
+    assert {c.policy_version for group in groups for c in group.completions} == {4}
+    assert all(len(c.token_ids) == 400 for group in groups for c in group.completions)
+    assert helpers.worst_difference(groups, new) < helpers.TOLERANCE
+    assert helpers.pids(engine) == before and restarts(engine) == charged
+
+
+# A start that fails
+
+
+class FlakyActor:
+    """Starts, except at the second and the third time. No vLLM takes part."""
+
+    async def start(self, options, api_port):
+        import pathlib
+
+        from grpo_jax.rollout import EngineError
+
+        file = pathlib.Path(options["starts"])
+        number = len(file.read_text()) + 1 if file.exists() else 1
+        file.write_text("x" * number)
+        if number in (2, 3):
+            raise EngineError("ValueError: its GPU is still taken")
+        return {"vllm": "0", "device": "none", "node_id": "", "processes": {number: 0}}
+
+    async def pid(self):
+        return 0
+
+    async def stop(self):
+        pass
+
+
+@pytest.mark.parametrize("max_restarts", [3, 2])
+def test_a_restart_that_fails_is_tried_again_while_restarts_are_left(tmp_path, monkeypatch, max_restarts):
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor cannot import this file
+    monkeypatch.setattr(server, "EngineActor", FlakyActor)
+    section = helpers.section(max_restarts=max_restarts)
+    options = {"starts": str(tmp_path / "starts")}
+    engines = Replicas(section, options, num_replicas=1, installation=VllmInstallation("0", True))
+    with contextlib.closing(engines):
+        engines.wait_until_ready()
+        if max_restarts == 3:
+            engines.restart([0], RuntimeError("OSError: it died"))
+            assert [replica.num_restarts for replica in engines] == [3]
+            assert [replica.pid for replica in engines] == [4]
+        else:
+            with pytest.raises(EngineError, match=r"failed 3 time\(s\).*its GPU is still taken"):
+                engines.restart([0], RuntimeError("OSError: it died"))
 
 
 # Many deaths in a row
