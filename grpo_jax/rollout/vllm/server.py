@@ -64,6 +64,7 @@ class EngineActor:
             raise EngineError(f"{type(error).__name__}: {said}") from None
 
     async def _start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
+        import ray
         import vllm
         from vllm import AsyncEngineArgs, envs
         from vllm.config import WeightTransferConfig
@@ -102,7 +103,7 @@ class EngineActor:
         return {
             "vllm": vllm.__version__,
             "device": current_platform.get_device_name(),
-            "node_id": await self.node_id(),
+            "node_id": ray.get_runtime_context().get_node_id(),
             "processes": family(os.getpid()),
         }
 
@@ -148,8 +149,9 @@ class EngineActor:
         """Closes the workers' end of the transport: what the trainer shares with them, it may then free."""
         if self._mailbox is not None:
             self._mailbox.give_up()
-        closing = self._llm.collective_rpc("grpo_jax_disconnect")
-        await self._ended(timeout_s, "close its end of the transport of the weights", closing)
+        async with self._alone(timeout_s):
+            closing = self._llm.collective_rpc("grpo_jax_disconnect")
+            await self._ended(timeout_s, "close its end of the transport of the weights", closing)
         if self._mailbox is not None:
             self._mailbox.close()
             self._mailbox = None
@@ -184,24 +186,32 @@ class EngineActor:
         Returns:
             The checksums of each worker, in the order of buckets and pieces.
         """
-        await self._ended(timeout_s, "end an earlier push", self._pushing.acquire())
-        is_busy = self._in_flight > 0 or self._server is not None
-        self._is_whole.clear()
+        async with self._alone(timeout_s):
+            is_busy = self._in_flight > 0 or self._server is not None
+            self._is_whole.clear()
+            try:
+                checksums = await self._take_weights(timeout_s, is_busy)
+            except BaseException:
+                self._num_failed_pushes += 1
+                raise
+            else:
+                self._version = version
+            finally:
+                if is_busy:
+                    resuming = self._llm.engine_core.resume_scheduler_async()
+                    await self._ended(timeout_s, "go on after a push", resuming)
+            self._heard = time.monotonic()
+            self._is_whole.set()
+        return checksums
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
+        """Lets an earlier push end: what comes after one that has failed must not get in its way."""
+        await self._ended(timeout_s, "end a push", self._pushing.acquire())
         try:
-            checksums = await self._take_weights(timeout_s, is_busy)
-        except BaseException:
-            self._num_failed_pushes += 1
-            raise
-        else:
-            self._version = version
+            yield
         finally:
             self._pushing.release()
-            if is_busy:
-                resuming = self._llm.engine_core.resume_scheduler_async()
-                await self._ended(timeout_s, "go on after a push", resuming)
-        self._heard = time.monotonic()
-        self._is_whole.set()
-        return checksums
 
     async def _take_weights(self, timeout_s: float, is_busy: bool) -> list[list[list[int]]]:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -360,11 +370,6 @@ class EngineActor:
 
     async def pid(self) -> int:
         return os.getpid()
-
-    async def node_id(self) -> str:
-        import ray
-
-        return ray.get_runtime_context().get_node_id()
 
     async def stop(self) -> None:
         """Ends vLLM's processes."""
