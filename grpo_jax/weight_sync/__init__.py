@@ -45,8 +45,11 @@ class Sender(Protocol):
         Returns when they may be deleted. Takes the next bucket when it has let go of the one before.
         """
 
+    def give_up(self) -> None:
+        """Ends a push that has failed, as far as receivers can be told. Only `close` comes after it."""
+
     def close(self) -> None:
-        """Frees buffers and shared memory."""
+        """Frees buffers and shared memory. The workers have closed their end, or are gone."""
 
 
 def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bool) -> str:
@@ -71,13 +74,16 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
     return section.weight_sync
 
 
-def make_sender(transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination]) -> Sender:
+def make_sender(
+    transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination], *, timeout_s: float
+) -> Sender:
     """Makes the trainer's end of a transport.
 
     Args:
         transport: "ipc", "nccl" or "host".
         mesh: of the trainer's devices.
         destinations: one for each engine.
+        timeout_s: for the engines to open their end, where that waits.
     """
     devices = list(mesh.devices.flat)
     if transport == "ipc":
@@ -87,7 +93,7 @@ def make_sender(transport: str, layout: Layout, mesh: Mesh, destinations: Sequen
     if transport == "nccl":
         from grpo_jax.weight_sync.nccl import NcclSender
 
-        return NcclSender(destinations, devices[0])
+        return NcclSender(destinations, devices[0], timeout_s)
     from grpo_jax.weight_sync.host import HostSender
 
     return HostSender(layout, destinations)

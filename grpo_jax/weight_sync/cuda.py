@@ -7,10 +7,9 @@ neither end should need the other's framework: libcuda.so.1 is wherever the driv
 import contextlib
 import ctypes
 import functools
-import time
 from collections.abc import Callable, Iterator
 
-from grpo_jax.weight_sync.wire import POLL_S
+from grpo_jax.weight_sync.wire import poll
 
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
@@ -74,15 +73,19 @@ class SharedBuffer:
         with on_device(ordinal):
             call("cuMemAlloc_v2", ctypes.byref(self._pointer), ctypes.c_size_t(num_bytes))
             handle = _IpcHandle()
-            call("cuIpcGetMemHandle", ctypes.byref(handle), self._pointer)
+            try:
+                call("cuIpcGetMemHandle", ctypes.byref(handle), self._pointer)
+            except CudaError:
+                self.close()
+                raise
         self.handle = bytes(handle).hex()
 
-    def copy_from(self, pointer: int, num_bytes: int, offset: int) -> None:
+    def copy_from(self, pointer: int, num_bytes: int, offset: int, check: Callable[[], None]) -> None:
         """Copies from device memory of this process and waits for it."""
         with on_device(self._ordinal):
             target = ctypes.c_uint64(self._pointer.value + offset)
             call("cuMemcpyDtoD_v2", target, ctypes.c_uint64(pointer), ctypes.c_size_t(num_bytes))
-            call("cuStreamSynchronize", None)
+            wait_for_stream(None, check)
 
     def close(self) -> None:
         with on_device(self._ordinal):
@@ -102,10 +105,7 @@ def close_shared(ordinal: int, pointer: int) -> None:
         call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
 
 
-def wait_for_stream(stream: ctypes.c_void_p, check: Callable[[], None]) -> None:
-    """Waits until a stream is idle; `check` raises where waiting has no more sense."""
-    while (code := _library().cuStreamQuery(stream)) == NOT_READY:
-        check()
-        time.sleep(POLL_S)
-    if code:
-        call("cuStreamSynchronize", stream)  # fails with the stream's error
+def wait_for_stream(stream: ctypes.c_void_p | None, check: Callable[[], None]) -> None:
+    """Waits until a stream is idle; `check` raises where waiting has no more sense. None: the default stream."""
+    poll(lambda: _library().cuStreamQuery(stream) != NOT_READY, check)
+    call("cuStreamQuery", stream)  # fails with the stream's error

@@ -5,14 +5,24 @@ To engines on other hosts a bucket is relayed: Ray's object store moves it once 
 actor puts it into a mailbox of its own host, which its workers read as they would read the trainer's.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.weight_sync.wire import Destination, Layout, Mailbox, bucket_size, first_workers
+from grpo_jax.weight_sync.wire import (
+    Destination,
+    Layout,
+    Mailbox,
+    bucket_size,
+    call_in_thread,
+    first_workers,
+    wait_for_device,
+)
 
 NUM_SLOTS = 2
+ANSWER_S = 10.0  # for an answer that is there to arrive
 
 
 class HostSender:
@@ -47,15 +57,15 @@ class HostSender:
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
         """See `Sender.send`."""
-        on_host = self._to_host(buckets)
+        on_host = self._to_host(buckets, check)
         if self._remote:
             self._send_everywhere(on_host, check)
         elif self._mailbox is not None:
             self._mailbox.send(self._put, on_host, check)
 
-    def _to_host(self, buckets: Iterator[Any]) -> Iterator[np.ndarray]:
+    def _to_host(self, buckets: Iterator[Any], check: Callable[[], None]) -> Iterator[np.ndarray]:
         for flat in buckets:
-            bucket = np.asarray(flat).view(np.uint8)
+            bucket = call_in_thread(functools.partial(np.asarray, flat), check).view(np.uint8)
             del flat  # before the next one is made
             yield bucket
 
@@ -67,13 +77,19 @@ class HostSender:
         import ray
 
         for number, bucket in enumerate(buckets):
-            shared = ray.put(bucket)
+            # Where the object store is full, this waits for room.
+            shared = call_in_thread(functools.partial(ray.put, bucket), check)
             calls = [destination.relay(number, shared) for destination in self._remote]
             if self._mailbox is not None:
                 self._mailbox.wait_writable(number, check)
                 self._put(number, bucket)
                 self._mailbox.publish(number)
             _wait_for(calls, check)
+
+    def give_up(self) -> None:
+        """See `Sender.give_up`. Engines on other hosts give up their own mailboxes as they are disconnected."""
+        if self._mailbox is not None:
+            self._mailbox.give_up()
 
     def close(self) -> None:
         """See `Sender.close`."""
@@ -87,7 +103,7 @@ def _wait_for(calls: list[Any], check: Callable[[], None]) -> None:
 
     while calls:
         done, calls = ray.wait(calls, timeout=1.0)
-        ray.get(done)
+        ray.get(done, timeout=ANSWER_S)
         check()
 
 
@@ -106,8 +122,7 @@ class HostReceiver:
             self._mailbox.wait_readable(number, check)
 
             def release(number: int = number) -> None:
-                if self._device.type != "cpu":
-                    torch.accelerator.synchronize()
+                wait_for_device(self._device, check)
                 self._mailbox.release(self._reader, number)
 
             yield (

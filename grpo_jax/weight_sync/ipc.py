@@ -5,6 +5,7 @@ packs the next one while the engine copies from the slot into its parameters. Th
 memory tell each side how far the other is: waiting costs microseconds and no remote call.
 """
 
+import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from grpo_jax.weight_sync.wire import (
     WeightSyncError,
     bucket_size,
     first_workers,
+    poll,
+    wait_for_device,
 )
 
 NUM_SLOTS = 2
@@ -28,10 +31,15 @@ class IpcSender:
     def __init__(self, layout: Layout, ordinals: list[int], destinations: Sequence[Destination]):
         """Args: ordinals: CUDA numbers of the trainer's devices."""
         self._slot_bytes = layout.bucket_bytes
-        self._buffers = {n: cuda.SharedBuffer(n, NUM_SLOTS * self._slot_bytes) for n in ordinals}
+        self._buffers: dict[int, cuda.SharedBuffer] = {}
         self._first_readers = first_workers(destinations)
         num_readers = sum(destination.num_workers for destination in destinations)
-        self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, 0)
+        with contextlib.ExitStack() as opened:  # where one of them fails, the others are not left behind
+            for n in ordinals:
+                self._buffers[n] = cuda.SharedBuffer(n, NUM_SLOTS * self._slot_bytes)
+                opened.callback(self._buffers[n].close)
+            self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, 0)
+            opened.pop_all()
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
@@ -56,15 +64,19 @@ class IpcSender:
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
         """See `Sender.send`."""
-        self._mailbox.send(self._put, buckets, check)
+        self._mailbox.send(lambda number, flat: self._put(number, flat, check), buckets, check)
 
-    def _put(self, number: int, flat: Any) -> None:
-        flat.block_until_ready()
+    def _put(self, number: int, flat: Any, check: Callable[[], None]) -> None:
+        poll(flat.is_ready, check)
         for shard in flat.addressable_shards:
             data = shard.data
             self._buffers[data.device.local_hardware_id].copy_from(
-                data.unsafe_buffer_pointer(), data.nbytes, number % NUM_SLOTS * self._slot_bytes
+                data.unsafe_buffer_pointer(), data.nbytes, number % NUM_SLOTS * self._slot_bytes, check
             )
+
+    def give_up(self) -> None:
+        """See `Sender.give_up`."""
+        self._mailbox.give_up()
 
     def close(self) -> None:
         """See `Sender.close`."""
@@ -87,25 +99,23 @@ class IpcReceiver:
                 f"this engine's GPU {uuid} is none of the trainer's; rollout.weight_sync=ipc needs "
                 "rollout.placement=colocated"
             )
-        self._ordinal, self._slot_bytes = ordinal, link["slot_bytes"]
-        self._pointer = cuda.open_shared(ordinal, link["handles"][uuid])
-        self._slots = as_tensor(self._pointer, NUM_SLOTS * self._slot_bytes, device)
+        self._ordinal, self._device, self._slot_bytes = ordinal, device, link["slot_bytes"]
         self._mailbox = Mailbox(**link["mailbox"], create=False)
         self._reader = link["first_reader"] + rank
+        self._pointer = cuda.open_shared(ordinal, link["handles"][uuid])
+        self._slots = as_tensor(self._pointer, NUM_SLOTS * self._slot_bytes, device)
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
         """Yields (bucket, release): [n] uint8 on this worker's device, and a function that frees its memory.
 
         Call `release` when all reading of the bucket is on the device's stream, before taking the next bucket.
         """
-        import torch
-
         for number, pieces in enumerate(layout.buckets):
             self._mailbox.wait_readable(number, check)
             start = number % NUM_SLOTS * self._slot_bytes
 
             def release(number: int = number) -> None:
-                torch.cuda.current_stream().synchronize()
+                wait_for_device(self._device, check)
                 self._mailbox.release(self._reader, number)
 
             yield self._slots[start : start + bucket_size(pieces)], release

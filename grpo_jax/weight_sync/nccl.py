@@ -5,7 +5,6 @@ through ctypes, with the library that JAX's or PyTorch's wheels bring along, so 
 Both ends must find the same major version of NCCL.
 """
 
-import concurrent.futures
 import ctypes
 import functools
 import importlib.util
@@ -15,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.weight_sync import cuda
-from grpo_jax.weight_sync.wire import Destination, Layout, WeightSyncError, bucket_size, first_workers
+from grpo_jax.weight_sync.wire import (
+    Destination,
+    Layout,
+    WeightSyncError,
+    bucket_size,
+    call_in_thread,
+    deadline_check,
+    first_workers,
+    poll,
+)
 
 NCCL_UINT8 = 1
 
@@ -54,7 +62,7 @@ def unique_id() -> str:
 
 
 class Communicator:
-    """One rank of a group that rank 0 broadcasts to. All ranks must be created at the same time."""
+    """One rank of a group that rank 0 broadcasts to. All ranks must be created at the same time: see `join`."""
 
     def __init__(self, uid: str, rank: int, size: int, ordinal: int):
         self._ordinal, self._comm, self._stream = ordinal, ctypes.c_void_p(), ctypes.c_void_p()
@@ -63,6 +71,16 @@ class Communicator:
         with cuda.on_device(ordinal):
             _call("ncclCommInitRank", ctypes.byref(self._comm), size, raw, rank)
             cuda.call("cuStreamCreate", ctypes.byref(self._stream), 1)  # 1: does not wait for stream 0
+        self._open_connections()
+
+    def _open_connections(self) -> None:
+        """Broadcasts a byte: NCCL opens its connections with the first broadcast, which waits for the others."""
+        pointer = ctypes.c_uint64()
+        with cuda.on_device(self._ordinal):
+            cuda.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(1))
+            self.broadcast(pointer.value, 1)
+            cuda.call("cuStreamSynchronize", self._stream)
+            cuda.call("cuMemFree_v2", pointer)
 
     def broadcast(self, pointer: int, num_bytes: int, stream: int | None = None) -> None:
         """Broadcasts device memory from rank 0 to all, in place, on `stream` (None: the communicator's own)."""
@@ -81,34 +99,42 @@ class Communicator:
             _call("ncclCommAbort", self._comm)  # never waits for a rank that is gone
 
 
+def join(uid: str, rank: int, size: int, ordinal: int, check: Callable[[], None]) -> Communicator:
+    """Makes a communicator when all its ranks have joined, or gives up where `check` raises.
+
+    NCCL cannot be told to stop waiting; should the group come about later, it is left again.
+    """
+    return call_in_thread(
+        lambda: Communicator(uid, rank, size, ordinal), check, undo=lambda late: late.close()
+    )
+
+
 class NcclSender:
     """The trainer's end: rank 0."""
 
-    def __init__(self, destinations: Sequence[Destination], device: Any):
-        """Args: device: the JAX device that broadcasts."""
+    def __init__(self, destinations: Sequence[Destination], device: Any, timeout_s: float):
+        """Args: device: the JAX device that broadcasts. timeout_s: for a worker to join."""
         self._first_workers = first_workers(destinations)
         self._size = 1 + sum(destination.num_workers for destination in destinations)
-        self._uid, self._device = unique_id(), device
+        self._uid, self._device, self._timeout_s = unique_id(), device, timeout_s
         self._communicator: Communicator | None = None
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
         return [
-            {"uid": self._uid, "size": self._size, "first_rank": 1 + first} for first in self._first_workers
+            {
+                "uid": self._uid,
+                "size": self._size,
+                "first_rank": 1 + first,
+                "timeout_s": self._timeout_s,
+            }
+            for first in self._first_workers
         ]
 
     def connect(self, check: Callable[[], None]) -> None:
         """See `Sender.connect`. Returns when all workers have joined, which they must do at the same time."""
         ordinal = self._device.local_hardware_id
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            joining = pool.submit(Communicator, self._uid, 0, self._size, ordinal)
-            try:
-                while not concurrent.futures.wait([joining], timeout=0.2).done:
-                    check()
-            except BaseException:
-                pool.shutdown(wait=False)  # NCCL cannot be told to stop; its thread ends with the process
-                raise
-            self._communicator = joining.result()
+        self._communicator = join(self._uid, 0, self._size, ordinal, check)
 
     def reset(self, check: Callable[[], None]) -> None:
         """Nothing to reset: broadcasts keep no count."""
@@ -117,16 +143,21 @@ class NcclSender:
         """See `Sender.send`."""
         assert self._communicator is not None, "connect comes before send"
         for flat in buckets:
-            flat.block_until_ready()
+            poll(flat.is_ready, check)
             (data,) = (shard.data for shard in flat.addressable_shards if shard.device == self._device)
             self._communicator.broadcast(data.unsafe_buffer_pointer(), data.nbytes)
             self._communicator.synchronize(check)
             del flat, data  # before the next one is made
 
+    def give_up(self) -> None:
+        """See `Sender.give_up`. Workers notice by their own deadline."""
+        self.close()
+
     def close(self) -> None:
         """See `Sender.close`."""
         if self._communicator is not None:
             self._communicator.close()
+            self._communicator = None
 
 
 class NcclReceiver:
@@ -138,10 +169,14 @@ class NcclReceiver:
         torch.zeros(1, device=device)
         self._device = device
         ordinal = torch.cuda.current_device() if device.index is None else device.index
-        self._communicator = Communicator(link["uid"], link["first_rank"] + rank, link["size"], ordinal)
+        check = deadline_check(link["timeout_s"], "trainer and engines did not all join NCCL's group")
+        self._communicator = join(link["uid"], link["first_rank"] + rank, link["size"], ordinal, check)
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """As `IpcReceiver.buckets`; `check` is not called: NCCL waits on the GPU. Buffers last one push."""
+        """As `IpcReceiver.buckets`, but NCCL waits on the GPU: a bucket is there when the device gets to it.
+
+        Whoever waits for the device gives up where `check` raises, and closes this. Buffers last one push.
+        """
         import torch
 
         receive, load = torch.cuda.Stream(self._device), torch.cuda.current_stream()
@@ -149,6 +184,7 @@ class NcclReceiver:
         received = [torch.cuda.Event() for _ in layout.buckets]
         loaded: list[Any] = []
         for number, pieces in enumerate(layout.buckets):
+            check()
             self._request(number, slots, layout, receive, received, loaded)
             load.wait_event(received[number])
             # Released on the device: the broadcast into this slot waits for the event, and no host does.

@@ -3,16 +3,18 @@
 Imported by the trainer and by the engine's workers, which need not have JAX: standard library and numpy only.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
 import mmap
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +27,11 @@ HEADER_BYTES = 4096
 SPINS = 2000  # one or two milliseconds
 POLL_S = 5e-5
 CHECK_EVERY = 128  # polls
+GIVEN_UP = -1
+CHECK_S = 0.1  # between two checks of a call in a thread
+
+T = TypeVar("T")
+_FENCE = threading.Lock()
 
 
 class WeightSyncError(RuntimeError):
@@ -133,7 +140,8 @@ class Mailbox:
     """Slots for buckets in shared memory of one host. One process writes, several read, without a lock.
 
     A header counts the buckets that were written, and the buckets that each reader is done with. Bucket k lies in
-    slot k % num_slots. A transport that moves the bytes in another way uses the counters alone (`slot_bytes` 0).
+    slot k % num_slots. A counter is written after what it counts, and read before that: see `fence`. A transport
+    that moves the bytes in another way uses the counters alone (`slot_bytes` 0).
     """
 
     def __init__(self, path: str, num_readers: int, num_slots: int, slot_bytes: int, *, create: bool):
@@ -185,18 +193,28 @@ class Mailbox:
 
     def wait_writable(self, bucket: int, check: Callable[[], None]) -> None:
         """Waits until every reader is done with what the slot of `bucket` held before."""
-        _poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
+        poll(lambda: self._counts[1:].min() > bucket - self._num_slots, check)
+        fence()
 
     def publish(self, bucket: int) -> None:
         """Tells the readers that `bucket` is in its slot."""
+        fence()
         self._counts[0] = bucket + 1
 
+    def give_up(self) -> None:
+        """Ends a push that has failed: readers stop waiting. The mailbox is of no further use."""
+        self._counts[0] = GIVEN_UP
+
     def wait_readable(self, bucket: int, check: Callable[[], None]) -> None:
-        """Waits until `bucket` is in its slot."""
-        _poll(lambda: self._counts[0] > bucket, check)
+        """Waits until `bucket` is in its slot. Raises: WeightSyncError: the other end has given up."""
+        poll(lambda: self._counts[0] > bucket or self._counts[0] == GIVEN_UP, check)
+        if self._counts[0] == GIVEN_UP:
+            raise WeightSyncError("the trainer gave this push up")
+        fence()
 
     def release(self, reader: int, bucket: int) -> None:
         """Tells the writer that a reader is done with `bucket`."""
+        fence()
         self._counts[1 + reader] = bucket + 1
 
     def send(
@@ -240,7 +258,56 @@ def deadline_check(seconds: float, what: str) -> Callable[[], None]:
     return check
 
 
-def _poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
+def call_in_thread(
+    call: Callable[[], T], check: Callable[[], None], *, undo: Callable[[T], Any] = lambda result: None
+) -> T:
+    """Makes a library's call that waits and cannot be told to stop. Gives it up where `check` raises.
+
+    Its thread is a daemon's, so that nobody waits for it at the process's end; a thread of a pool is waited for.
+
+    Args:
+        undo: called with the result of a call that returns although it was given up.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while not concurrent.futures.wait([future], timeout=CHECK_S).done:
+            check()
+    except BaseException:
+        future.add_done_callback(lambda late: late.exception() or undo(late.result()))
+        raise
+    thread.join()  # it has nothing left to do but to let go of its arguments
+    return future.result()
+
+
+def wait_for_device(device: Any, check: Callable[[], None]) -> None:
+    """Waits for what is on PyTorch's current stream of a worker's device."""
+    import torch
+
+    if device.type != "cpu":
+        poll(torch.accelerator.current_stream(device).query, check)
+
+
+def fence() -> None:
+    """Orders what this thread read and wrote before it and what it does after it, as other processes see it.
+
+    x86 does so by itself, ARM does not. Python has no other barrier than a lock: what comes before its release
+    stays before it, and what comes after its next acquisition after that.
+    """
+    for _ in range(2):
+        with _FENCE:
+            pass
+
+
+def poll(is_true: Callable[[], Any], check: Callable[[], None]) -> None:
     """Waits, at first without sleeping: mostly the other end needs some tenths of a millisecond."""
     spins = 0
     while not is_true():

@@ -1,7 +1,9 @@
 """Tiny models, engines over them, and what transformers says: for the tests with the real vLLM."""
 
+import contextlib
 import functools
 import os
+import pathlib
 import signal
 import time
 
@@ -110,6 +112,13 @@ def engine_for(folder, mesh, *, max_model_len=512, **changes):
 def pids(engine):
     """Process ids of the engines of a `VllmEngine`."""
     return [replica.pid for replica in engine._replicas]
+
+
+def command_line(pid):
+    """What a process was started as, or has renamed itself to; b"" where it is gone."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def wait_for_tokens(engine, count):

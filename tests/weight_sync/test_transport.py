@@ -119,7 +119,7 @@ def test_two_workers_get_every_push_whole(models, opened, patient, dtype):
     model, mesh = models("qwen2-untied"), mesh_of(2, 2, 2)
     config = dataclasses.replace(model.config, dtype=np.dtype(getattr(jax.numpy, dtype)))
     plan = make_push_plan(config, SPLIT)
-    sender = opened(make_sender("host", plan.layout, mesh, [local_engine(1), local_engine(1)]))
+    sender = opened(make_sender("host", plan.layout, mesh, [local_engine(1), local_engine(1)], timeout_s=60))
     assert isinstance(sender, HostSender)
     receivers = [opened(HostReceiver(link, 0, torch.device("cpu"))) for link in sender.links()]
     sender.connect(patient)
@@ -230,8 +230,10 @@ def test_workers_read_their_own_counters_and_the_memory_of_their_gpu(models, ope
 
 def test_workers_join_the_group_after_the_trainer(monkeypatch):
     monkeypatch.setattr(nccl, "unique_id", lambda: "an id")
-    sender = nccl.NcclSender([local_engine(2), remote_engine(relay_nothing), local_engine(4)], None)
-    assert sender.links() == [{"uid": "an id", "size": 8, "first_rank": rank} for rank in (1, 3, 4)]
+    sender = nccl.NcclSender([local_engine(2), remote_engine(relay_nothing), local_engine(4)], None, 7.0)
+    assert sender.links() == [
+        {"uid": "an id", "size": 8, "first_rank": rank, "timeout_s": 7.0} for rank in (1, 3, 4)
+    ]
     sender.close()
 
 
@@ -246,7 +248,7 @@ class FakeRay(types.ModuleType):
         self.put = lambda value: value
         self.wait = lambda calls, timeout: (calls[:1], calls[1:])
 
-    def get(self, calls):
+    def get(self, calls, timeout):
         for call in calls:
             if isinstance(call, Exception):
                 raise call

@@ -4,7 +4,8 @@ This file has the functions that `grpo_jax.rollout` calls. The actors import it 
 without JAX, so everything heavy is imported within a function.
 
     trainer's process       engine.py, the `RolloutEngine`, over requests.py, push.py, replicas.py and cluster.py;
-                            only the last two know Ray. Before that: check.py, devices.py, options.py, speed.py
+                            only the last two know Ray. Beside it: processes.py. Before that: check.py,
+                            devices.py, options.py, speed.py
     an actor's process      server.py, api.py
     vLLM's own processes    scheduler.py, worker.py
 """

@@ -168,16 +168,6 @@ class Cluster:
         variables["PYTHONPATH"] = self._links.name
         return {"env_vars": variables, "py_executable": str(Path(self._section.python).absolute())}
 
-    def is_alive(self, actor: Any) -> bool:
-        """False once the actor's process is gone."""
-        import ray
-
-        try:
-            ray.get(actor.node_id.remote(), timeout=10)
-        except ray.exceptions.RayError:
-            return False
-        return True
-
     def kill(self, actor: Any) -> None:
         """Ends an actor and its processes, whether or not they still answer."""
         import ray

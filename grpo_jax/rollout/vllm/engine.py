@@ -91,9 +91,10 @@ class VllmEngine:
         self._pending.append(pending)
 
         def wait() -> list[RolloutGroup]:
-            groups = pending.wait()
-            self._pending.remove(pending)
-            return groups
+            try:
+                return pending.wait()
+            finally:
+                self._pending.remove(pending)
 
         return wait
 
@@ -156,8 +157,9 @@ class VllmEngine:
         """See `RolloutEngine.sleep`. Does nothing without `rollout.sleep`."""
         if self._section.sleep and not self._is_asleep:
             self._replicas.wait_until_ready()
+            limit = self._section.timeout_s
             try:
-                self._replicas.results([r.actor.sleep.remote() for r in self._replicas], "sleep")
+                self._replicas.results([r.actor.sleep.remote(limit) for r in self._replicas], "sleep")
             except call_errors() as error:  # the next push starts it again
                 logger.warning("an engine did not go to sleep: %s", root_cause(error)[0])
             self._is_asleep = True
@@ -172,13 +174,14 @@ class VllmEngine:
         while True:
             try:
                 if self._is_asleep:
-                    self._replicas.results([r.actor.wake_up.remote() for r in self._replicas], "wake_up")
+                    limit = self._section.timeout_s
+                    self._replicas.results([r.actor.wake_up.remote(limit) for r in self._replicas], "wake_up")
                 self._pusher.push(self._params, self._version)
                 self._is_asleep = False
                 return
             except call_errors() as error:
-                # If all live and yet the push failed, nobody knows in what state their weights are.
-                self._restart(self._replicas.dead() or range(len(self._replicas)), error)
+                # If all are well and yet the push failed, nobody knows in what state their weights are.
+                self._restart(self._replicas.sick() or range(len(self._replicas)), error)
 
     def _restart(self, numbers: Sequence[int], error: Exception) -> None:
         """Replaces engines by new ones, which have no weights yet.
@@ -186,9 +189,8 @@ class VllmEngine:
         Raises:
             EngineError: one has been restarted too often, or does not start.
         """
-        self._replicas.relaunch(numbers, error)
         self._pusher.disconnect()
-        self._replicas.wait_until_ready()
+        self._replicas.restart(numbers, error)
 
     def _revive(self, number: int, error: Exception) -> None:
         """Restarts an engine and gives all of them the current weights, so that it can answer again."""

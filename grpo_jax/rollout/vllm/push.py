@@ -17,6 +17,8 @@ from grpo_jax.weight_sync.wire import Destination, compare_checksums, piece_chec
 
 logger = logging.getLogger(__name__)
 
+DISCONNECT_S = 30.0  # for an engine to close its end of the transport
+
 
 class WeightPusher:
     """The trainer's end of the transport. It is opened by the first push, and by the first one after a restart."""
@@ -48,6 +50,13 @@ class WeightPusher:
             EngineError: the engines cannot take these parameters at all.
             call_errors: an engine failed.
         """
+        try:
+            self._push(params, version)
+        except BaseException:
+            self.disconnect()
+            raise
+
+    def _push(self, params: Params, version: int) -> None:
         sender = self._connect()
         sender.reset(self._replicas.make_check("did not prepare for the weights"))
         calls = [replica.actor.push.remote(version, self._timeout_s) for replica in self._replicas]
@@ -63,10 +72,25 @@ class WeightPusher:
                 compare_checksums(layout, sent, received)
 
     def disconnect(self) -> None:
-        """Closes the transport: engines were replaced, or everything ends."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        """Closes the transport: a push has failed, engines were replaced, or everything ends.
+
+        The engines close their ends first. One that does not is killed: what it has open may be freed here.
+        """
+        if self._sender is None:
+            return
+        sender, self._sender = self._sender, None
+        sender.give_up()
+        calls = [replica.actor.disconnect.remote(DISCONNECT_S) for replica in self._replicas]
+        for replica, failure in zip(
+            self._replicas, self._replicas.failures(calls, DISCONNECT_S), strict=True
+        ):
+            if failure is not None:
+                logger.warning(
+                    "engine %d does not let go of the last push and is ended: %s",
+                    replica.number, root_cause(failure)[0],
+                )  # fmt: skip
+                self._replicas.kill(replica.number)
+        sender.close()
 
     def _pack(self, params: Params, blocks: list[jax.Array]) -> Iterator[jax.Array]:
         """Yields the buckets and appends their checksums to `blocks`."""
@@ -82,10 +106,10 @@ class WeightPusher:
             return self._sender
         transport, layout = self._transport, self._plan.layout
         destinations = [self._destination(replica) for replica in self._replicas]
-        sender = make_sender(transport, layout, self._mesh, destinations)
+        sender = make_sender(transport, layout, self._mesh, destinations, timeout_s=self._timeout_s)
         self._sender = sender  # from now on `disconnect` closes it, if what follows fails
         calls = [
-            replica.actor.connect.remote(transport, link, layout.to_dict())
+            replica.actor.connect.remote(transport, link, layout.to_dict(), self._timeout_s)
             for replica, link in zip(self._replicas, sender.links(), strict=True)
         ]
         sender.connect(self._replicas.make_check("did not join the trainer's group", calls))

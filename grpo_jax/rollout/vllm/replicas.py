@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from grpo_jax.config import RolloutSection
 from grpo_jax.rollout.base import EngineError, SamplingParams
 from grpo_jax.rollout.vllm.check import VllmInstallation
 from grpo_jax.rollout.vllm.cluster import Cluster, explain_start, root_cause
+from grpo_jax.rollout.vllm.processes import end
 from grpo_jax.rollout.vllm.server import Request
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,8 @@ SCHEDULER_LINE = (
     "vLLM's own scheduler is used: %s. It takes two to three times as much Python for each token, which small "
     "models with hundreds of sequences notice (docs/rollouts.md, 'Less to do for each token')"
 )
+HEALTH_S = 30.0  # for vLLM's own process to answer; it may be within a step
+ANSWER_S = 10.0  # for an actor to answer what needs no vLLM, and for an answer that is there to arrive
 
 
 class TimedOut(RuntimeError):
@@ -51,6 +55,8 @@ class Replica:
     """The call of `EngineActor.start`; None once it has returned."""
     pid: int = 0
     """Of the actor's process; 0 until it is ready."""
+    processes: dict[int, int] = dataclasses.field(default_factory=dict)
+    """See `processes.family`; of an engine on the trainer's host."""
     is_local: bool = True
     """On the trainer's host."""
     num_restarts: int = 0
@@ -78,7 +84,10 @@ class AnswerStream(Iterator[tuple[int, dict[str, Any]]]):
         """Waits for the next answer. Raises one of `call_errors` where the engine fails."""
         import ray
 
-        return ray.get(next(self.answers))
+        try:
+            return ray.get(next(self.answers), timeout=ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            raise TimedOut(f"an engine's answer did not arrive within {ANSWER_S:g} s") from None
 
 
 def wait_for_answers(streams: Iterable[AnswerStream], timeout_s: float) -> list[AnswerStream]:
@@ -129,47 +138,84 @@ class Replicas:
         Raises:
             EngineError: one cannot start, or is not ready within `rollout.start_timeout_s`.
         """
-        for replica in self._replicas:
-            if replica.starting is not None:
-                self._wait_for_start(replica)
+        for replica in self._starting():
+            self._wait_for_start(replica)
 
-    def relaunch(self, numbers: Sequence[int], error: Exception) -> None:
-        """Kills engines that have failed with `error`, and launches new ones.
+    def restart(self, numbers: Iterable[int], error: Exception) -> None:
+        """Kills engines that have failed with `error`, and waits for new ones. A start that fails is tried again.
 
         Raises:
             EngineError: one has failed more often than `rollout.max_restarts`, or Ray has died.
         """
-        self._cluster.check()
-        for replica in (self._replicas[number] for number in numbers):
-            replica.num_restarts += 1
-            cause, log = root_cause(error, replica.pid)
-            if replica.num_restarts > self._section.max_restarts:
-                raise EngineError(
-                    f"engine {replica.number} failed {replica.num_restarts} time(s) (rollout.max_restarts="
-                    f"{self._section.max_restarts}), the last time with: {cause} (log: {log})"
-                ) from error
-            logger.warning("engine %d failed and is started again: %s (log: %s)", replica.number, cause, log)
-            self.kill(replica.number)
-            self._launch(replica)
+        failed = dict.fromkeys(numbers, error)
+        while failed:
+            self._cluster.check()
+            for number, cause in failed.items():
+                self._relaunch(self._replicas[number], cause)
+            failed = {}
+            for replica in self._starting():
+                try:
+                    self._wait_for_start(replica)
+                except EngineError as again:
+                    failed[replica.number] = again
+
+    def _relaunch(self, replica: Replica, error: Exception) -> None:
+        replica.num_restarts += 1
+        cause, log = root_cause(error, replica.pid)
+        if replica.num_restarts > self._section.max_restarts:
+            raise EngineError(
+                f"engine {replica.number} failed {replica.num_restarts} time(s) (rollout.max_restarts="
+                f"{self._section.max_restarts}), the last time with: {cause} (log: {log})"
+            ) from error
+        logger.warning("engine %d failed and is started again: %s (log: %s)", replica.number, cause, log)
+        self.kill(replica.number)
+        self._launch(replica)
 
     def kill(self, number: int) -> None:
         """Ends an engine, whether or not it still answers."""
-        self._cluster.kill(self._replicas[number].actor)
+        replica = self._replicas[number]
+        self._cluster.kill(replica.actor)
+        end(replica.processes)  # vLLM's own outlive an actor that was killed
 
-    def dead(self) -> list[int]:
-        """Numbers of the engines whose actors are gone."""
-        return [r.number for r in self._replicas if not self._cluster.is_alive(r.actor)]
+    def sick(self, timeout_s: float = HEALTH_S) -> list[int]:
+        """Numbers of the engines of which vLLM's own process is gone, or does not answer in time."""
+        calls = [replica.actor.check_health.remote(timeout_s) for replica in self._replicas]
+        failures = self.failures(calls, timeout_s)
+        return [replica.number for replica, failure in zip(self, failures, strict=True) if failure]
 
     def close(self) -> None:
         """Ends all engines, and Ray if it was started for them."""
         self._cluster.close([replica.actor for replica in self._replicas])
+        for replica in self._replicas:
+            end(replica.processes)
+
+    def _starting(self) -> list[Replica]:
+        return [replica for replica in self._replicas if replica.starting is not None]
 
     def _launch(self, replica: Replica) -> None:
-        replica.actor = self._cluster.make_actor(replica.number)
+        replica.actor, replica.pid, replica.processes = self._cluster.make_actor(replica.number), 0, {}
         port = self._section.api_port if replica.number == 0 else 0
         replica.starting = replica.actor.start.remote(self._options, port)
 
     def _wait_for_start(self, replica: Replica) -> None:
+        import ray
+
+        try:
+            self._watch_start(replica)
+            about = ray.get(replica.starting, timeout=ANSWER_S)
+        except ray.exceptions.RayError as error:
+            raise EngineError(explain_start(error, self._pid_of(replica))) from error
+        finally:
+            replica.starting = None
+        replica.is_local = about["node_id"] == self._cluster.node_id
+        replica.pid = next(iter(about["processes"]))
+        replica.processes = about["processes"] if replica.is_local else {}
+        logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
+        if about["why_not_our_scheduler"] and replica.number == 0:
+            logger.warning(SCHEDULER_LINE, about["why_not_our_scheduler"])
+
+    def _watch_start(self, replica: Replica) -> None:
+        """Waits until the start has ended, and logs now and then that it has not."""
         import ray
 
         begin = last = time.monotonic()
@@ -186,22 +232,13 @@ class Replicas:
                     "  engine %d is still starting, %.0f s (one or two minutes are usual, more at first)",
                     replica.number, now - begin,
                 )  # fmt: skip
-        try:
-            about = ray.get(replica.starting)
-        except Exception as error:
-            raise EngineError(explain_start(error, self._pid_of(replica))) from error
-        replica.starting, replica.pid = None, self._pid_of(replica)
-        replica.is_local = ray.get(replica.actor.node_id.remote()) == self._cluster.node_id
-        logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
-        if about["why_not_our_scheduler"] and replica.number == 0:
-            logger.warning(SCHEDULER_LINE, about["why_not_our_scheduler"])
 
     def _pid_of(self, replica: Replica) -> int:
         """The process id of an engine that may not have started; 0 if it does not answer."""
         import ray
 
         try:
-            return ray.get(replica.actor.pid.remote(), timeout=10)
+            return ray.get(replica.actor.pid.remote(), timeout=ANSWER_S)
         except ray.exceptions.RayError:
             return 0
 
@@ -225,6 +262,31 @@ class Replicas:
         except ray.exceptions.GetTimeoutError:
             raise TimedOut(f"an engine did not answer {method} within {limit:g} s") from None
 
+    def failures(self, calls: Sequence[Any], timeout_s: float) -> list[Exception | None]:
+        """Waits for calls, and returns what each has raised; a `TimedOut` for one that has not ended in time."""
+        import ray
+
+        done = set(ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s + ANSWER_S)[0])
+        found: list[Exception | None] = []
+        for call in calls:
+            try:
+                if call not in done:
+                    raise TimedOut(f"an engine did not answer within {timeout_s:g} s")
+                ray.get(call, timeout=ANSWER_S)
+                found.append(None)
+            except call_errors() as error:
+                found.append(error)
+        return found
+
+    def silence(self, number: int) -> float:
+        """Seconds since an engine finished a request of whatever batch; infinite where it has none or is mute."""
+        import ray
+
+        try:
+            return ray.get(self._replicas[number].actor.silence.remote(), timeout=ANSWER_S)
+        except ray.exceptions.RayError:
+            return math.inf
+
     def make_check(self, failure: str, calls: Sequence[Any] = ()) -> Callable[[], None]:
         """Returns a function to be called while waiting for engines.
 
@@ -237,7 +299,7 @@ class Replicas:
 
         def check() -> None:
             done = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
-            ray.get(done)
+            ray.get(done, timeout=ANSWER_S)
             if time.monotonic() > end:
                 raise TimedOut(f"an engine {failure} within {limit:g} s")
 

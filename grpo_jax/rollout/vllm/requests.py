@@ -37,7 +37,7 @@ class PendingRollouts:
 
         Args:
             requests: see `make_requests`.
-            silence_s: an engine of which no group finishes for so long is lost.
+            silence_s: an engine that finishes nothing for so long, of whatever batch, is lost.
             decode: (number of a prompt, answer of `EngineActor.generate` to it) -> its group.
             revive: (number of an engine, its error) -> restarts it and gives it the current weights.
             progress: label of a progress bar; "" shows none.
@@ -106,11 +106,16 @@ class PendingRollouts:
         return 1
 
     def _notice_silence(self, heard: dict[int, float], on_loss: OnLoss) -> None:
-        now = time.monotonic()
-        for number in [n for n in self._streams if now - heard[n] > self._silence_s]:
-            error = TimedOut(f"no group finished for {self._silence_s:g} s (rollout.timeout_s)")
-            on_loss(self._streams[number], error)
-            heard.update(dict.fromkeys(heard, time.monotonic()))
+        """Gives up engines that finish nothing. One that is busy with another batch first is waited for."""
+        for number in [n for n in self._streams if time.monotonic() - heard[n] > self._silence_s]:
+            silence = self._replicas.silence(number)
+            heard[number] = time.monotonic() - silence
+            if silence > self._silence_s:
+                error = TimedOut(
+                    f"engine {number} finished nothing for {self._silence_s:g} s (rollout.timeout_s)"
+                )
+                on_loss(self._streams[number], error)
+                heard.update(dict.fromkeys(heard, time.monotonic()))
 
     def _revive_and_ask(self, stream: AnswerStream, error: Exception) -> None:
         if not stream.is_stale:

@@ -7,19 +7,23 @@ come out; the trainer decodes them.
 import asyncio
 import contextlib
 import itertools
+import math
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.rollout.vllm.processes import family
 from grpo_jax.rollout.vllm.scheduler_choice import choose_scheduler
 from grpo_jax.weight_sync.wire import Mailbox, deadline_check
 
 Request = tuple[int, list[int], int]
 """(number of the prompt, its token ids, seed)"""
 
+WATCH_S = 0.5  # between two looks whether vLLM's own process lives, while it is waited for
 EXTENSION = "grpo_jax.rollout.vllm.worker.WorkerExtension"
 
 
@@ -31,6 +35,12 @@ class EngineActor:
         self._version = -1
         self._ids = itertools.count()
         self._in_flight = 0
+        self._heard = 0.0
+        self._pushing = asyncio.Lock()
+        self._is_whole = asyncio.Event()
+        """Set unless a push is under way, or the last one has failed and left weights of two versions."""
+        self._is_whole.set()
+        self._num_failed_pushes = 0
         self._mailbox: Mailbox | None = None
         self._server: asyncio.Task | None = None
 
@@ -40,6 +50,10 @@ class EngineActor:
         Args:
             options: fields of vLLM's `AsyncEngineArgs`.
             api_port: of the OpenAI-compatible server; 0: none.
+
+        Returns:
+            "vllm", its version; "device"; "node_id", Ray's; "processes", see `processes.family`;
+            "why_not_our_scheduler", "" where it is ours.
 
         Raises:
             EngineError: vLLM's message, on one line. Its own exceptions cannot all be sent to the trainer.
@@ -52,6 +66,7 @@ class EngineActor:
             raise EngineError(f"{type(error).__name__}: {said}") from None
 
     async def _start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
+        import ray
         import vllm
         from vllm import AsyncEngineArgs, envs
         from vllm.config import WeightTransferConfig
@@ -91,6 +106,8 @@ class EngineActor:
             "vllm": vllm.__version__,
             "device": current_platform.get_device_name(),
             "why_not_our_scheduler": why_not_ours,
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "processes": family(os.getpid()),
         }
 
     async def _check_head(self, options: dict[str, Any], version: str) -> None:
@@ -102,7 +119,11 @@ class EngineActor:
         if held != {"float32"}:
             raise EngineError(f"vLLM {version} does not compute the head of this model in float32")
 
-    async def connect(self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any]) -> None:
+    # ---- weights ----
+
+    async def connect(
+        self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any], timeout_s: float
+    ) -> None:
         """Opens the workers' end of the transport of the weights.
 
         Args:
@@ -122,9 +143,21 @@ class EngineActor:
             self._mailbox = Mailbox.create(workers, NUM_SLOTS, Layout.from_dict(layout).bucket_bytes)
             link = {"mailbox": self._mailbox.address, "first_reader": 0}
         info = {"transport": transport, "link": link, "layout": layout}
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        opening = self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        await self._ended(timeout_s, "open its end of the transport of the weights", opening)
         if self._mailbox is not None:
             self._mailbox.unlink()
+
+    async def disconnect(self, timeout_s: float) -> None:
+        """Closes the workers' end of the transport: what the trainer shares with them, it may then free."""
+        if self._mailbox is not None:
+            self._mailbox.give_up()
+        async with self._alone(timeout_s):
+            closing = self._llm.collective_rpc("grpo_jax_disconnect")
+            await self._ended(timeout_s, "close its end of the transport of the weights", closing)
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
 
     async def relay(self, number: int, bucket: np.ndarray, timeout_s: float) -> None:
         """Puts a bucket from another host into the mailbox of this host."""
@@ -147,6 +180,7 @@ class EngineActor:
         """Takes the weights that the trainer sends meanwhile, and drops what was cached with the old ones.
 
         Running rollouts are frozen. They go on with the new weights, and their keys and values are computed again.
+        They go on after a push that fails, too, but with weights of two versions: see `_complete`.
 
         Args:
             version: of the weights; completions that begin from now on are stamped with it.
@@ -155,25 +189,52 @@ class EngineActor:
         Returns:
             The checksums of each worker, in the order of buckets and pieces.
         """
+        async with self._alone(timeout_s):
+            is_busy = self._in_flight > 0 or self._server is not None
+            self._is_whole.clear()
+            try:
+                checksums = await self._take_weights(timeout_s, is_busy)
+            except BaseException:
+                self._num_failed_pushes += 1
+                raise
+            else:
+                self._version = version
+            finally:
+                if is_busy:
+                    resuming = self._llm.engine_core.resume_scheduler_async()
+                    await self._ended(timeout_s, "go on after a push", resuming)
+            self._heard = time.monotonic()
+            self._is_whole.set()
+        return checksums
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
+        """Lets an earlier push end: what comes after one that has failed must not get in its way."""
+        await self._ended(timeout_s, "end a push", self._pushing.acquire())
+        try:
+            yield
+        finally:
+            self._pushing.release()
+
+    async def _take_weights(self, timeout_s: float, is_busy: bool) -> list[list[list[int]]]:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
         request = WeightTransferUpdateRequest(update_info={"timeout_s": timeout_s})
-        is_busy = self._in_flight > 0 or self._server is not None
         if is_busy:
-            await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            pausing = llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            await self._ended(timeout_s, "pause for the weights", pausing)
         # vLLM's process runs these one after the other. Sent together, none waits for the answer of another.
-        *_, checksums = await asyncio.gather(
+        *_, checksums = await self._ended(
+            timeout_s,
+            "take the weights",
             llm.start_weight_update(),
             llm.update_weights(request),
             llm.finish_weight_update(),
             llm.collective_rpc("grpo_jax_checksums"),
         )
-        self._version = version
-        if is_busy:
-            await llm.engine_core.resume_scheduler_async()
-        else:
-            await self._reset_prefix_cache()
+        if not is_busy:
+            await self._ended(timeout_s, "empty its prefix cache", self._reset_prefix_cache())
         return checksums
 
     async def _reset_prefix_cache(self) -> None:
@@ -183,13 +244,19 @@ class EngineActor:
             await asyncio.sleep(0.01)  # the last requests' blocks are not free yet
         raise RuntimeError("vLLM's prefix cache could not be reset: requests are still running")
 
+    # ---- rollouts ----
+
     async def generate(
         self, requests: list[Request], sampling: SamplingParams, stop_token_ids: tuple[int, ...]
     ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
         """Yields (number of the prompt, its group) as groups finish. See `_group`."""
         tasks = [asyncio.create_task(self._group(*r, sampling, stop_token_ids)) for r in requests]
-        for task in asyncio.as_completed(tasks):
-            yield await task
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()  # after an error nobody takes the other answers
 
     async def _group(
         self,
@@ -205,15 +272,8 @@ class EngineActor:
             (number of the prompt, its group): "token_ids" and "logprobs" of all completions one after the other,
             their "lengths" and "finish_reasons", and the "versions" of the weights at the start and at the end.
         """
-        version = self._version
-        self._in_flight += 1
-        try:
-            prompt = {"prompt_token_ids": token_ids}
-            params = vllm_sampling(sampling, seed, stop_token_ids)
-            async for output in self._llm.generate(prompt, params, f"rollout-{next(self._ids)}"):
-                result = output
-        finally:
-            self._in_flight -= 1
+        params = vllm_sampling(sampling, seed, stop_token_ids)
+        version, result = await self._complete(token_ids, params)
         outputs = sorted(result.outputs, key=lambda o: o.index)
         logprobs = [_sampled_logprobs(o.logprobs) for o in outputs]
         return number, {
@@ -223,6 +283,33 @@ class EngineActor:
             "finish_reasons": [o.finish_reason for o in outputs],
             "versions": (version, self._version),
         }
+
+    async def _complete(self, token_ids: list[int], params: Any) -> tuple[int, Any]:
+        """Returns (version of the weights at the start, vLLM's last output).
+
+        What a failed push has left to sample from weights of two versions is sampled again, from whole ones.
+        """
+        while True:
+            await self._is_whole.wait()
+            version, failed = self._version, self._num_failed_pushes
+            with self._under_way():
+                prompt = {"prompt_token_ids": token_ids}
+                async for output in self._llm.generate(prompt, params, f"rollout-{next(self._ids)}"):
+                    result = output
+            if failed == self._num_failed_pushes:
+                return version, result
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Counts a request, and notes when vLLM was last heard of."""
+        if not self._in_flight:
+            self._heard = time.monotonic()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._heard = time.monotonic()
 
     async def score(self, rows: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
         """The log-probabilities of completions. Args: rows: (token ids of a prompt, those of its completion)."""
@@ -239,23 +326,46 @@ class EngineActor:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._in_flight += 1
-        try:
-            whole = {"prompt_token_ids": prompt + completion}
-            async for output in self._llm.generate(whole, params, f"score-{next(self._ids)}"):
-                result = output
-        finally:
-            self._in_flight -= 1
+        _, result = await self._complete(prompt + completion, params)
         entries = zip(result.prompt_logprobs[len(prompt) :], completion, strict=True)
         return np.array([entry[token].logprob for entry, token in entries], np.float32)
 
-    async def sleep(self) -> None:
-        """Frees the memory of weights and cache. The engine must be given new weights before it samples again."""
-        await self._llm.sleep(level=2)
+    # ---- life ----
 
-    async def wake_up(self) -> None:
+    async def silence(self) -> float:
+        """Seconds since vLLM finished a request, of whatever batch; infinite where it has none."""
+        return time.monotonic() - self._heard if self._in_flight else math.inf
+
+    async def check_health(self, timeout_s: float) -> None:
+        """Asks vLLM's own process for an answer. Raises: an error where that is gone, or gives none in time."""
+        await self._llm.check_health()
+        await self._ended(timeout_s, "answer at all", self._llm.is_sleeping())
+
+    async def sleep(self, timeout_s: float) -> None:
+        """Frees the memory of weights and cache. The engine must be given new weights before it samples again."""
+        await self._ended(timeout_s, "go to sleep", self._llm.sleep(level=2))
+
+    async def wake_up(self, timeout_s: float) -> None:
         """Takes the memory again that `sleep` has freed."""
-        await self._llm.wake_up()
+        await self._ended(timeout_s, "wake up", self._llm.wake_up())
+
+    async def _ended(self, timeout_s: float, what: str, *calls: Awaitable[Any]) -> list[Any]:
+        """Waits for calls of vLLM, which itself waits for ever for an answer of a process that has died.
+
+        Raises:
+            EngineError: vLLM did not do `what` in time.
+            EngineDeadError: vLLM's, where its own process is gone.
+        """
+        results = asyncio.gather(*calls)
+        end = time.monotonic() + timeout_s
+        while not (await asyncio.wait([results], timeout=WATCH_S))[0]:
+            if self._llm.errored:
+                results.cancel()
+                raise self._llm.dead_error
+            if time.monotonic() > end:
+                results.cancel()
+                raise EngineError(f"vLLM did not {what} within {timeout_s:g} s")
+        return results.result()
 
     async def memory_peak(self) -> int:
         """Largest number of bytes since the last call by which a worker's PyTorch held more than it does now."""
@@ -263,11 +373,6 @@ class EngineActor:
 
     async def pid(self) -> int:
         return os.getpid()
-
-    async def node_id(self) -> str:
-        import ray
-
-        return ray.get_runtime_context().get_node_id()
 
     async def stop(self) -> None:
         """Ends vLLM's processes."""

@@ -8,7 +8,7 @@ backwards reads the parameters out again, and their checksums are compared with 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from grpo_jax.weight_sync.wire import (
     WeightSyncError,
     deadline_check,
     piece_checksums,
+    wait_for_device,
 )
 
 BACKEND = "grpo_jax"
@@ -196,6 +197,13 @@ class PushReceiver(WeightTransferEngine):
         what has arrived.
         """
         check = deadline_check(update_info.timeout_s, "the trainer's weights did not arrive")
+        try:
+            self.checksums = self._receive(check)
+        except BaseException:
+            self.shutdown()  # where NCCL waits on the device, nothing else ends that
+            raise
+
+    def _receive(self, check: Callable[[], None]) -> list[list[int]]:
         sums = []
         with torch.no_grad():
             for number, (bucket, release) in enumerate(self._receiver.buckets(self._layout, check)):
@@ -207,8 +215,10 @@ class PushReceiver(WeightTransferEngine):
                 if self._is_whole:  # the parameters are read while the next bucket is on its way
                     sums.append(block_sums(self._read_out(number, bucket), self._weights))
         ends = np.cumsum([len(blocks) for blocks in sums])[:-1]
-        on_host = np.split(torch.cat(sums).cpu().numpy(), ends)
-        self.checksums = [
+        together = torch.cat(sums)
+        wait_for_device(self.device, check)
+        on_host = np.split(together.cpu().numpy(), ends)
+        return [
             piece_checksums(blocks, pieces)
             for blocks, pieces in zip(on_host, self._layout.buckets, strict=True)
         ]
@@ -252,6 +262,11 @@ class WorkerExtension:
     def grpo_jax_checksums(self) -> list[list[int]]:
         """Checksums of the last push, in the order of the buckets and their pieces."""
         return self.weight_transfer_engine.checksums
+
+    def grpo_jax_disconnect(self) -> None:
+        """Closes the worker's end of the transport of the weights."""
+        if self.weight_transfer_engine is not None:
+            self.weight_transfer_engine.shutdown()
 
     def grpo_jax_head_dtype(self) -> str:
         """What the output head is computed in; "" where this vLLM has no setting for it."""
