@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo_jax.rollout.vllm.processes import family
 from grpo_jax.run.metrics import Timers
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def write_report(file: TextIO, head: str) -> None:
     file.flush()
     faulthandler.dump_traceback(file, all_threads=True)
     py_spy = shutil.which("py-spy")
-    for pid in descendants(os.getpid()):
+    for pid in family(os.getpid()).keys() - {os.getpid()}:
         file.write(f"\nprocess {pid}: {_about(pid)}\n")
         file.flush()
         if py_spy:
@@ -94,23 +95,6 @@ def write_report(file: TextIO, head: str) -> None:
                 file.write("py-spy gave no answer\n")
     if not py_spy:
         file.write("\nWith py-spy installed, the stacks of these processes would stand here too.\n")
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, by Linux's /proc; [] elsewhere."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # pid (name) state parent ...; a name may hold anything.
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue  # it has just ended
-        parents.setdefault(parent, []).append(int(stat.parent.name))
-    found, new = [], [pid]
-    while new:
-        new = [child for parent in new for child in parents.get(parent, [])]
-        found += new
-    return found
 
 
 def _about(pid: int) -> str:
