@@ -79,6 +79,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
         budget = Budget(config, read_model_config(config), mesh, memory_limit())
         budget.check_plan()
         try_functions(algorithm)
+        resources.enter_context(workdir.hold(config))
         workdir.open(config, inputs.beginning)
         run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
         with reported_failure(run.timers, run.checkpointer, budget.explain), jax.set_mesh(mesh):

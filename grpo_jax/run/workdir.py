@@ -1,16 +1,20 @@
 """The folder of a run: what lies where, whose run it is, and the log."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
+from grpo_jax.run import lock
+from grpo_jax.storage.files import sweep, write_whole
 
 logger = logging.getLogger("grpo_jax")
 
@@ -30,6 +34,8 @@ class Workdir:
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock = path / "lock"
+        """Held while a run is under way; says by whom."""
         self.config = path / "config.json"
         self.beginning = path / "beginning.json"
         self.log = path / "train.log"
@@ -55,16 +61,20 @@ class Workdir:
         return self.path / "checkpoint-final"
 
     def check(self, config: Config) -> None:
-        """Refuses a folder that holds another run.
+        """Refuses a folder that holds another run, or in which one is under way.
 
-        Raises: ConfigError: config.json is there and differs in a key that changes what is computed; with
-            resume=force, in one that its checkpoints depend on.
+        Raises: ConfigError: another process holds the lock; or config.json is there and differs in a key that
+            changes what is computed; with resume=force, in one that its checkpoints depend on.
         """
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not existing.is_dir():
             raise ConfigError("--workdir", str(self.path), f"must be a folder, but {existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError("--workdir", str(self.path), f"{existing} cannot be written to")
+        lock.check_free(self.lock)
+        self._check_config(config)
+
+    def _check_config(self, config: Config) -> None:
         if not self.config.exists():
             return
         is_forced = config.checkpoint.resume == "force"
@@ -136,12 +146,24 @@ class Workdir:
             raise ConfigError(key, config.get(key), f"{what}; {insist}")
         logger.warning("WARNING: %s=%r %s.", key, config.get(key), what)
 
+    @contextlib.contextmanager
+    def hold(self, config: Config) -> Iterator[None]:
+        """Makes the folder this process's own, and removes what dead runs left half written.
+
+        Raises: ConfigError: another process has it, or has made another run of it since `check`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock.hold(self.lock):
+            self._check_config(config)
+            for folder in (self.path, self.checkpoints, self.data):
+                sweep(folder)
+            yield
+
     def open(self, config: Config, beginning: Beginning) -> None:
-        """Creates the folder, writes config.json and beginning.json if there are none, and starts the log.
+        """Writes config.json and beginning.json if there are none, and starts the log. The folder must be held.
 
         The log begins with the keys that are set and that nothing reads, if there are any.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             self.record(config)
         if not self.beginning.exists():
@@ -152,12 +174,12 @@ class Workdir:
 
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""
-        self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        write_whole(self.config, json.dumps(config.to_dict(), indent=2) + "\n")
 
     def record_beginning(self, beginning: Beginning) -> None:
         """Writes beginning.json: what is to stay so from now on."""
         content = {"date": beginning.date.isoformat(), "prompts": beginning.prompts}
-        self.beginning.write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(self.beginning, json.dumps(content, indent=2) + "\n")
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
