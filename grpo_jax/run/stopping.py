@@ -11,7 +11,7 @@ from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.algorithm.loss import MISMATCH_MEANS
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.rewards.base import Reward
-from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics, ScoredBatch, StepResult
 
@@ -155,6 +155,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def quietly(what: str, close: Callable[[], None]) -> None:
+    """Closes something while a run ends. An error there is logged: it must not hide why the run ends."""
+    try:
+        close()
+    except Exception as error:
+        logger.error("%s: %s: %s", what, type(error).__name__, error)
+
+
 @contextlib.contextmanager
 def reported_failure(
     timers: Timers, checkpointer: Checkpointer, explain: Callable[[Exception, str], str | None]
@@ -168,7 +176,7 @@ def reported_failure(
     except ConfigError:
         raise
     except (KeyboardInterrupt, Exception) as error:
-        checkpointer.wait()
+        quietly("the last checkpoint", checkpointer.wait)
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         if isinstance(error, KeyboardInterrupt):
@@ -177,6 +185,8 @@ def reported_failure(
             raise SystemExit(130) from None
         if isinstance(error, TrainingStopped):
             phase = "update_actor"  # noticed later, when the step has been reported
+        elif isinstance(error, CheckpointError):
+            phase = "save_checkpoint"
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)

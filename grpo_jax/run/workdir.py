@@ -14,6 +14,7 @@ from typing import Any
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 from grpo_jax.run import lock
+from grpo_jax.run.retention import saved_steps
 from grpo_jax.storage.files import sweep, write_whole
 
 logger = logging.getLogger("grpo_jax")
@@ -27,6 +28,9 @@ class Beginning:
     """What chat templates take for today's."""
     prompts: str
     """Fingerprint of the training prompts."""
+
+    def to_json(self) -> dict[str, str]:
+        return {"date": self.date.isoformat(), "prompts": self.prompts}
 
 
 class Workdir:
@@ -178,15 +182,7 @@ class Workdir:
 
     def record_beginning(self, beginning: Beginning) -> None:
         """Writes beginning.json: what is to stay so from now on."""
-        content = {"date": beginning.date.isoformat(), "prompts": beginning.prompts}
-        write_whole(self.beginning, json.dumps(content, indent=2) + "\n")
-
-
-def saved_steps(checkpoints: Path) -> list[int]:
-    """The steps that a folder holds checkpoints of; none if there is no such folder."""
-    if not checkpoints.is_dir():
-        return []
-    return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+        write_whole(self.beginning, json.dumps(beginning.to_json(), indent=2) + "\n")
 
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:

@@ -9,10 +9,10 @@ from grpo_jax.run.writer import drop_after
 
 KILLED = """
 import os, pathlib, signal, sys
-from grpo_jax.config import parse_config
+from grpo_jax.config import Config, LoggingSection
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import MetricsWriter
-config = parse_config({"logging": {"loggers": ()}})
+config = Config(logging=LoggingSection(loggers=()))
 writer = MetricsWriter(Workdir(pathlib.Path(sys.argv[1])), config, resume_step=0)
 writer.write({"reward/mean": float("nan")}, step=1, epoch=1)
 synced = []
