@@ -31,6 +31,7 @@ from grpo_jax.config import ConfigError, ModelSection
 from grpo_jax.model.config import KEY, ModelConfig, parse_hf_config
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.files import replace_folder, temporary_beside
+from grpo_jax.storage.manifest import damage, has_manifest, write_manifest
 from grpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,15 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     return ModelFolder(
         folder, config, tensors, dtype, _eos_token_ids(folder, hf), max_position=_max_position(config, hf)
     )
+
+
+def verify_weights(path: str | Path) -> None:
+    """Compares the weights of a folder that `save_folder` wrote with their checksums; others have none.
+
+    Raises: ConfigError: they are damaged.
+    """
+    if has_manifest(Path(path)) and (reason := damage(Path(path), "*.safetensors")):
+        raise ConfigError(KEY, str(path), f"is damaged: {reason}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -335,6 +345,7 @@ def save_folder(
     try:
         copy_side_files(files_from, temporary)
         _write_weights(temporary, params, config, DTYPES[dtype], max_shard_bytes)
+        write_manifest(temporary, {})
         replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

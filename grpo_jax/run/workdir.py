@@ -16,6 +16,7 @@ from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 from grpo_jax.run import lock
 from grpo_jax.run.retention import saved_steps
 from grpo_jax.storage.files import sweep, write_whole
+from grpo_jax.storage.manifest import read_facts
 
 logger = logging.getLogger("grpo_jax")
 
@@ -79,16 +80,15 @@ class Workdir:
         self._check_config(config)
 
     def _check_config(self, config: Config) -> None:
-        if not self.config.exists():
-            return
         is_forced = config.checkpoint.resume == "force"
         try:
-            held = parse_config(json.loads(self.config.read_text()))
-        except ValueError as error:  # ConfigError and JSONDecodeError
+            held = self.read_config()
+        except ConfigError as error:
             if is_forced:
                 return
-            rule = f"holds a config.json that cannot be read ({error})"
-            raise ConfigError("--workdir", str(self.path), rule) from None
+            raise _with_way_out(error) from None
+        if held is None:
+            return
         differences = _differences(held.to_dict(), config.to_dict())
         if is_forced:
             self._check_arrays(differences)
@@ -105,6 +105,47 @@ class Workdir:
                 f"the run in {self.path} has {old!r}; choose another --workdir, or insist on going on with "
                 "--config.checkpoint.resume=force",
             )
+
+    def read_config(self) -> Config | None:
+        """The configuration of the run in this folder: config.json, or what its last checkpoint knows of it.
+
+        Returns: None where there is neither, and nothing that it would say something about.
+        Raises:  ConfigError: it cannot be read, or is of a version with other keys.
+        """
+        held = self._read(self.config)
+        if held is None:
+            return None
+        try:
+            return parse_config(held)
+        except (ConfigError, AttributeError, TypeError) as error:
+            raise self._unreadable(self.config, error) from None
+
+    def _read(self, file: Path) -> Any:
+        """JSON of config.json or beginning.json, or what the last checkpoint's manifest has of it.
+
+        Returns: None where the file is missing; without checkpoints also where it is empty, as a kill left it in
+            older versions.
+        Raises:  ConfigError: it is damaged, and no manifest has it.
+        """
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            steps = saved_steps(self.checkpoints)
+            for step in reversed(steps):
+                with contextlib.suppress(ValueError, KeyError):
+                    held = read_facts(self.checkpoints / str(step))[file.stem]
+                    text = "WARNING: %s is damaged; what the checkpoint of step %d knows of it is taken"
+                    logger.warning(text, file, step)
+                    return held
+            if not steps and not file.stat().st_size:
+                return None
+            raise self._unreadable(file, error) from None
+
+    def _unreadable(self, file: Path, error: Exception) -> ConfigError:
+        rule = f"holds a {file.name} that cannot be read ({type(error).__name__}: {error})"
+        return ConfigError("--workdir", str(self.path), rule)
 
     def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
         if not saved_steps(self.checkpoints):
@@ -123,16 +164,16 @@ class Workdir:
         Args:   is_forced: whether a file that cannot be read counts as none.
         Raises: ConfigError: it cannot be read.
         """
-        if not self.beginning.exists():
-            return None
         try:
-            held = json.loads(self.beginning.read_text())
+            held = self._read(self.beginning)
+            if held is None:
+                return None
             return Beginning(datetime.datetime.fromisoformat(held["date"]), held["prompts"])
         except (ValueError, KeyError, TypeError) as error:
             if is_forced:
                 return None
-            rule = f"holds a {self.beginning.name} that cannot be read ({type(error).__name__}: {error})"
-            raise ConfigError("--workdir", str(self.path), rule) from None
+            refusal = error if isinstance(error, ConfigError) else self._unreadable(self.beginning, error)
+            raise _with_way_out(refusal) from None
 
     def check_prompts(self, config: Config, held: Beginning, prompts: str) -> None:
         """Refuses to go on after a checkpoint with other training prompts; with resume=force it warns.
@@ -168,13 +209,16 @@ class Workdir:
 
         The log begins with the keys that are set and that nothing reads, if there are any.
         """
-        if not self.config.exists():
+        if self._is_missing(self.config):
             self.record(config)
-        if not self.beginning.exists():
+        if self._is_missing(self.beginning):
             self.record_beginning(beginning)
         start_logging(self.log)
         if warning := unread_warning(config):
             logger.warning(warning)
+
+    def _is_missing(self, file: Path) -> bool:
+        return not file.exists() or not file.stat().st_size
 
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""
@@ -200,6 +244,11 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+def _with_way_out(error: ConfigError) -> ConfigError:
+    insist = "if this is the run's folder, --config.checkpoint.resume=force goes on without that file"
+    return ConfigError(error.key, error.value, f"{error.rule}; {insist}")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,6 +4,7 @@ It is written last, when every file has reached the disk.
 """
 
 import concurrent.futures
+import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
@@ -51,10 +52,15 @@ def size(folder: Path) -> int:
     return sum(entry["size"] for entry in _read(folder)["files"].values())
 
 
-def damage(folder: Path) -> str:
-    """What is not as the manifest has it, in a few words; "" for a folder that is whole."""
+def damage(folder: Path, pattern: str = "*") -> str:
+    """What is not as the manifest has it, in a few words; "" for a folder that is whole.
+
+    Args: pattern: of the names of the files that are looked at.
+    """
     try:
-        entries = _read(folder)["files"]
+        entries = {
+            name: entry for name, entry in _read(folder)["files"].items() if fnmatch.fnmatch(name, pattern)
+        }
     except ValueError as error:
         return str(error)
     for name, entry in entries.items():

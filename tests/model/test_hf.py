@@ -258,7 +258,8 @@ def test_round_trip_is_bit_identical(folders, tmp_path, tokenizer_folder, family
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
         side_files
     )
-    assert sorted(file.name for file in saved.iterdir()) == sorted([*side_files, "model.safetensors"])
+    written = sorted([*side_files, "manifest.json", "model.safetensors"])
+    assert sorted(file.name for file in saved.iterdir()) == written
     assert all((saved / name).read_bytes() == (path / name).read_bytes() for name in side_files)
 
 
