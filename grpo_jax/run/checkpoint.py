@@ -84,7 +84,8 @@ class _Save:
     is_decided: threading.Event
     is_wanted: bool = False
     """Whether it gets its name; decided by `commit`, or by whoever waits without it."""
-    future: "concurrent.futures.Future[None]" = dataclasses.field(init=False)
+    future: "concurrent.futures.Future[None] | None" = None
+    """None: until its files are being written."""
 
 
 class Checkpointer:
@@ -165,13 +166,14 @@ class Checkpointer:
         temporary = temporary_beside(self._folder / str(step))
         save = _Save(step, temporary, facts, threading.Event(), threading.Event())
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._under_way = save  # known before it begins: Ctrl-C may come at any moment
         try:
             self._orbax.save(temporary, args=ocp.args.Composite(**items))
         except BaseException:
+            self._under_way = None
             _remove(temporary)
             raise
         save.future = self._thread.submit(self._finish, save)
-        self._under_way = save
         if self._is_offloaded:
             save.is_written.wait()  # what is still to be copied is given back by the next update
 
@@ -183,7 +185,8 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises: CheckpointError: the save that was under way has failed since. Waits for nothing."""
-        if self._under_way is not None and self._under_way.future.done():
+        future = None if self._under_way is None else self._under_way.future
+        if future is not None and future.done():
             self.wait()
 
     def wait(self) -> None:
@@ -195,6 +198,8 @@ class Checkpointer:
         if save is None:
             return
         save.is_decided.set()
+        if save.future is None:
+            return
         try:
             save.future.result()
         except Exception as error:

@@ -349,11 +349,14 @@ class Run:
         }
 
     def _save(self, state: TrainState, done: int, metrics: Metrics, *, is_stopping: bool) -> None:
-        """Writes the checkpoint and the Hugging Face folder that are due after `done` steps."""
+        """Writes the checkpoint and the Hugging Face folder that are due after `done` steps.
+
+        Raises: CheckpointError: the state is not finite, or this save or the one before cannot be written.
+        """
         section, per_epoch, is_last = self.config.checkpoint, self.steps_per_epoch, done == self.num_steps
         epoch = done // per_epoch if done % per_epoch == 0 else None
         with self.timers("save_checkpoint"):
-            if is_stopping or is_last or self._is_checkpoint_due(done, metrics):
+            if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
                 reference = self.learner.reference
                 saved_reference = reference.params if reference.is_refreshed else None
                 progress = self._progress(done)
@@ -370,8 +373,11 @@ class Run:
                     dtype=self.folder.dtype,
                 )
 
-    def _is_checkpoint_due(self, done: int, metrics: Metrics) -> bool:
+    def _is_checkpoint_due(self, done: int, epoch: int | None, metrics: Metrics) -> bool:
+        """Args: epoch: that has ended; metrics: of the step."""
         section = self.config.checkpoint
+        if epoch and section.keep_every_epochs and epoch % section.keep_every_epochs == 0:
+            return True
         minutes = (time.monotonic() - self._saved_at) / 60
         if section.every_minutes and minutes >= section.every_minutes:
             return True

@@ -3,6 +3,7 @@
 What is written has a temporary name that nobody else has, reaches the disk, and is then renamed.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -10,6 +11,8 @@ from pathlib import Path
 
 END = ".tmp"
 """Of every temporary name; those of dead runs are swept by it."""
+ORBAX_END = ".orbax-checkpoint-tmp"
+"""The same of checkpoints that Orbax is writing, and older versions wrote."""
 
 
 def temporary_beside(path: Path) -> Path:
@@ -39,6 +42,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders of some network file systems
+            raise
     finally:
         os.close(descriptor)
 
@@ -65,7 +71,7 @@ def sweep(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if END not in path.suffixes:
+        if END not in path.suffixes and not path.suffix.startswith(ORBAX_END):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -126,7 +126,7 @@ def test_checkpoints_by_time_and_by_the_best_validation(tmp_path, reward_file):
     assert saved_steps(tmp_path / "time" / "checkpoints") == [1, 2, 3]
 
     best = overrides | {"checkpoint.keep_best": "val/accuracy", "eval.every_steps": 1}
-    best |= {"checkpoint.max_to_keep": 1, "checkpoint.keep_every_epochs": 1, "checkpoint.every_epochs": 1}
+    best |= {"checkpoint.max_to_keep": 1, "checkpoint.keep_every_epochs": 1}
     helpers.train_ok(tmp_path / "best", best)
     accuracy = {line["step"]: line["val/accuracy"] for line in helpers.read_lines(tmp_path / "best")}
     first_best = max(accuracy, key=accuracy.__getitem__)

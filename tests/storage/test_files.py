@@ -63,6 +63,7 @@ def test_only_temporary_names_are_swept(tmp_path):
     (tmp_path / "sft-model.tmp" / "inner").mkdir(parents=True)  # as older versions named it
     (tmp_path / "4.0123456789ab.tmp.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "metrics.jsonl.0123456789ab.tmp").write_text("")
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "4").mkdir()
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "tmp").mkdir()
