@@ -104,7 +104,7 @@ def make_config(args: Any) -> Config:
 
 
 def _run(args: Any) -> None:
-    from grpo_jax.model.hf import inspect_folder
+    from grpo_jax.model.hf import inspect_folder, verify_weights
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, shares_parameters
     from grpo_jax.run.devices import open_devices
@@ -116,6 +116,7 @@ def _run(args: Any) -> None:
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     check_engine(config.rollout)
     folder = inspect_folder(args.model, config.model)
+    verify_weights(args.model)
     tokenizer = load_model_tokenizer(folder)
     prompts = _read_prompts(args, tokenizer)
     if not args.allow_beyond_max_position:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.config import ConfigError, MeshSection
-from grpo_jax.config.command_line import load_saved_config, make_parser, one_line_errors
+from grpo_jax.config.command_line import make_parser, one_line_errors
 from grpo_jax.learner import optimizer_class
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import read_json, save_folder
@@ -29,7 +29,9 @@ def export(checkpoint: Path, output: Path) -> int:
         raise ConfigError("--output", str(output), "exists already; nothing was overwritten")
     step_folder = find_checkpoint(checkpoint)
     workdir = Workdir(step_folder.parent.parent)
-    config = load_saved_config(workdir.config)
+    config = workdir.read_config()
+    if config is None:
+        raise ConfigError("--checkpoint", str(workdir.config), "is missing or empty; an export needs it")
     model = parse_hf_config(read_json(workdir.model_files / "config.json"), config.model)
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     with jax.set_mesh(mesh):

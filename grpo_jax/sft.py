@@ -25,9 +25,10 @@ def main() -> None:
         start_logging()
         inputs = read_inputs(config, workdir)
         mesh = open_devices(config, inputs.model_config, engine=None)
-        workdir.open(config, inputs.beginning)
         try:
-            make_model(config, inputs, workdir, mesh)
+            with workdir.hold(config):
+                workdir.open(config, inputs.beginning)
+                make_model(config, inputs, workdir, mesh)
         except FloatingPointError as error:
             raise SystemExit(f"error: {error}") from None  # exit code 1
 

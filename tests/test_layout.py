@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "grpo_jax"
 COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch"}
 FLOORS = (  # a folder imports from the floors below its own, never from beside it
     {"config"},
-    {"types"},
+    {"types", "storage"},
     {"data", "algorithm", "model", "rewards"},
     {"learner", "weight_sync"},
     {"rollout"},

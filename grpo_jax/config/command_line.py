@@ -12,7 +12,6 @@ out has its default.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import runpy
 import signal
@@ -217,19 +216,6 @@ def load_config(path: str | Path, variant: str = "") -> Any:
         raise ConfigError("--config", str(path), f"has a section named {strange[0]!r}, which is no text")
     with config.unlocked():
         return _complete(config)
-
-
-def load_saved_config(path: Path) -> Config:
-    """Reads the config.json of a workdir.
-
-    Raises: ConfigError: it is missing, damaged, or of a version with other keys.
-    """
-    try:
-        return parse_config(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError("--workdir", str(path), "there is no such file") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError("--workdir", str(path), f"is not JSON ({error})") from None
 
 
 def _load_config_file(name: str) -> Any:

@@ -256,6 +256,9 @@ class CheckpointSection:
     every_epochs: int = key(1, "epochs between Orbax checkpoints; 0: only at the end", unit="epochs", at_least=0, resume=FREE)
     every_steps: int = key(0, "the same in steps; 0: never", unit="steps", at_least=0, resume=FREE)
     max_to_keep: int = key(2, "older checkpoints are deleted", at_least=1, resume=FREE)
+    every_minutes: float = key(0.0, "the same in minutes since the last; 0: never", unit="minutes", at_least=0, resume=FREE)
+    keep_every_epochs: int = key(0, "after each so many one is made that stays for ever; 0: none", unit="epochs", at_least=0, resume=FREE)
+    keep_best: str = key("none", "whenever it is best, a checkpoint is made, and stays until a better one", choices="none val/accuracy", resume=FREE)
     hf_every_epochs: int = key(1, "epochs between folders `checkpoint-epoch-N`; 0: only at the end", unit="epochs", at_least=0, resume=FREE)
     resume: str = key("auto", "go on if the workdir holds this run, or whatever it holds", choices="auto force", resume=FREE)
 

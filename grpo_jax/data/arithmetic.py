@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_jax.config import ConfigError
 from grpo_jax.config.command_line import make_parser, one_line_errors
-from grpo_jax.data.schema import write_rows
+from grpo_jax.data.schema import write_tables
 
 DATA_SOURCE = "grpo_jax/arithmetic"
 MAX_DIFFICULTY = 4
@@ -81,10 +81,14 @@ def generate_splits(
 
 def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> dict[str, Path]:
     """Writes FOLDER/SPLIT.parquet for every split that has rows. Returns the paths by split."""
-    paths = {split: folder / f"{split}.parquet" for split, rows in splits.items() if rows}
-    for split, path in paths.items():
-        write_rows(path, splits[split])
+    paths = split_paths(folder, splits)
+    write_tables({path: splits[split] for split, path in paths.items()})
     return paths
+
+
+def split_paths(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> dict[str, Path]:
+    """The paths of `write_splits`, by split."""
+    return {split: folder / f"{split}.parquet" for split, rows in splits.items() if rows}
 
 
 def _distinct_problems(rng: random.Random, difficulty: int) -> Iterator[tuple[str, list[str], int]]:

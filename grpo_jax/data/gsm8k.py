@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_jax.config import ConfigError
 from grpo_jax.config.command_line import make_parser, one_line_errors
-from grpo_jax.data.schema import write_rows
+from grpo_jax.data.schema import write_tables
 
 HUB_NAME = "openai/gsm8k"
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'  # verl's, word for word
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not rows[split]:
             rule = f"leaves no problem of {split}.parquet: no solution there marks so few calculations"
             raise ConfigError("--max_calculations", args.max_calculations, rule)
-    for split in SPLITS:
-        path = Path(args.local_dir) / f"{split}.parquet"
-        try:
-            write_rows(path, rows[split])
-        except OSError as error:
-            raise ConfigError("--local_dir", args.local_dir, f"cannot be written to: {error}") from None
+    paths = {split: Path(args.local_dir) / f"{split}.parquet" for split in SPLITS}
+    try:
+        write_tables({path: rows[split] for split, path in paths.items()})
+    except OSError as error:
+        raise ConfigError("--local_dir", args.local_dir, f"cannot be written to: {error}") from None
+    for split, path in paths.items():
         left_out = len(read[split]) - len(rows[split])
         print(f"{path}: {len(rows[split])} rows" + (f", {left_out} left out" if left_out else ""))
 

@@ -10,12 +10,12 @@ Nothing here knows about tokens: `prompts.py` encodes.
 """
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import ConfigError
+from grpo_jax.storage.files import sync, temporary_beside
 
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 
@@ -26,19 +26,29 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OSError: the folder cannot be made or written to.
     """
+    write_tables({Path(path): rows})
+
+
+def write_tables(tables: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
+    """Writes one Parquet file a path, its rows by path. None gets its name before all of them are complete.
+
+    Raises:
+        OSError: a folder cannot be made or written to; what was there is as it was.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(
-        f".{path.name}.{os.getpid()}.partial"
-    )  # same folder, so that the rename is atomic
+    partial = {path: temporary_beside(path) for path in tables}
     try:
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
-        partial.replace(path)
+        for path, temporary in partial.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist([dict(row) for row in tables[path]]), temporary)
+            sync(temporary)
+        for path, temporary in partial.items():
+            temporary.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for temporary in partial.values():
+            temporary.unlink(missing_ok=True)
 
 
 def read_rows(files: Sequence[str | Path], key: str) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ from safetensors.numpy import save_file
 from grpo_jax.config import ConfigError, ModelSection
 from grpo_jax.model.config import KEY, ModelConfig, parse_hf_config
 from grpo_jax.model.transformer import abstract_params, param_shardings
+from grpo_jax.storage.files import replace_folder, temporary_beside
+from grpo_jax.storage.manifest import damage, has_manifest, write_manifest
 from grpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,15 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     return ModelFolder(
         folder, config, tensors, dtype, _eos_token_ids(folder, hf), max_position=_max_position(config, hf)
     )
+
+
+def verify_weights(path: str | Path) -> None:
+    """Compares the weights of a folder that `save_folder` wrote with their checksums; others have none.
+
+    Raises: ConfigError: they are damaged.
+    """
+    if has_manifest(Path(path)) and (reason := damage(Path(path), "*.safetensors")):
+        raise ConfigError(KEY, str(path), f"is damaged: {reason}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -329,12 +340,23 @@ def save_folder(
         dtype: "F32", "BF16" or "F16".
         max_shard_bytes: a larger model is written as several files with an index.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
-    copy_side_files(files_from, temporary)
+    try:
+        copy_side_files(files_from, temporary)
+        _write_weights(temporary, params, config, DTYPES[dtype], max_shard_bytes)
+        write_manifest(temporary, {})
+        replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(
+    folder: Path, params: Params, config: ModelConfig, dtype: Any, max_shard_bytes: int
+) -> None:
+    """Writes the safetensors files of a folder, and their index where they are several."""
     plan = split_state_dict_into_shards_factory(
-        stored_bytes(config, DTYPES[dtype]),
+        stored_bytes(config, dtype),
         get_storage_size=int,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
@@ -345,13 +367,11 @@ def save_folder(
         for spec in {sources[name][0]: None for name in names}:
             leaf = _on_device(spec.of(params))
             of_spec = [name for name in names if sources[name][0] == spec]
-            tensors |= {name: _to_stored(leaf, *sources[name], DTYPES[dtype]) for name in of_spec}
-        save_file({name: tensors[name] for name in names}, temporary / file, metadata={"format": "pt"})
+            tensors |= {name: _to_stored(leaf, *sources[name], dtype) for name in of_spec}
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def copy_side_files(source: Path, target: Path) -> None:

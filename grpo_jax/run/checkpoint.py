@@ -1,19 +1,43 @@
 """Orbax checkpoints: all that a run needs to go on as if it had never stopped.
 
 Parameters and optimizer state are separate items, so that `export` reads the parameters alone. Saving is
-asynchronous: the next step runs while the files are written. Of state on the host it is not, for want of memory.
+asynchronous: the next step runs while the files are written, and then read once more for their checksums. Of state
+on the host it is not, for want of memory.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax.config import ConfigError
-from grpo_jax.run.workdir import saved_steps
-from grpo_jax.types import Params, TrainState
+from grpo_jax.config import CheckpointSection, ConfigError
+from grpo_jax.run.retention import (
+    MARK,
+    best_step,
+    damage_of,
+    find_whole,
+    read_all_facts,
+    rotate,
+    saved_steps,
+    set_aside,
+    value_of,
+)
+from grpo_jax.storage.files import replace_folder, temporary_beside
+from grpo_jax.storage.manifest import has_manifest, size, write_manifest
+from grpo_jax.types import Metrics, Params, TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +64,199 @@ class Progress:
 
 HOST_GB = 8
 """The most that is copied within the host at once, of state that lives there; one array at least."""
+SPARE_BYTES = 100 * 10**6
+"""Left free on the disk beside a checkpoint."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot or must not be written; the message says why."""
+
+
+@dataclasses.dataclass
+class _Save:
+    """A checkpoint on its way to the disk."""
+
+    step: int
+    temporary: Path
+    facts: dict[str, Any]
+    is_written: threading.Event
+    """Nothing of the state is read any more."""
+    is_decided: threading.Event
+    is_wanted: bool = False
+    """Whether it gets its name; decided by `commit`, or by whoever waits without it."""
+    future: "concurrent.futures.Future[None] | None" = None
+    """None: until its files are being written."""
 
 
 class Checkpointer:
-    """Saves to and restores from DIR/STEP."""
+    """Saves to and restores from DIR/STEP.
 
-    def __init__(self, folder: Path, max_to_keep: int, *, is_offloaded: bool):
-        """Args: is_offloaded: the optimizer's state fills the host's memory, with no room for a copy of it."""
-        self._folder, self._is_offloaded = folder.absolute(), is_offloaded
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
-        limits = dict(save_device_host_concurrent_gb=HOST_GB, restore_concurrent_gb=HOST_GB)
-        arrays = lambda: ocp.PyTreeCheckpointHandler(**(limits if is_offloaded else {}))
-        handlers: dict[str, Any] = {name: arrays() for name in ("params", "optimizer", "reference")}
-        handlers["progress"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+    A folder has that name only when its files have reached the disk, its manifest has their checksums, and
+    `commit` has been called. One save is under way at a time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        section: CheckpointSection,
+        *,
+        is_offloaded: bool,
+        about: Mapping[str, Any] | None = None,
+    ):
+        """Args:
+        section: says which checkpoints stay.
+        is_offloaded: the optimizer's state fills the host's memory, with no room for a copy of it.
+        about: JSON that every manifest gets, by which the run is known.
+        """
+        self._folder, self._section, self._is_offloaded = folder.absolute(), section, is_offloaded
+        self._about = dict(about or {})
+        self._orbax = ocp.AsyncCheckpointer(_handler(is_offloaded))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: _Save | None = None
 
     @property
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(saved_steps(self._folder), default=None)
 
-    def save(self, state: TrainState, progress: Progress, reference: Params = None) -> None:
-        """Saves once a step; a second call for the same step does nothing.
+    def best_value(self) -> float | None:
+        """The largest checkpoint.keep_best of all checkpoints; None: of none."""
+        facts = read_all_facts(self._folder)
+        best = best_step(facts, self._section.keep_best)
+        return None if best is None else value_of(facts[best], self._section.keep_best)
 
-        Args: reference: parameters of a reference that changes during the run.
+    # ---- saving ----
+
+    def save(
+        self,
+        state: TrainState,
+        progress: Progress,
+        reference: Params = None,
+        *,
+        epoch: int | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Begins to save, once a step: a second call for the same step does nothing. Then `commit`.
+
+        Returns when the state may be given away.
+
+        Args:
+            reference: parameters of a reference that changes during the run.
+            epoch: that ended with this step; None: none did.
+            metrics: of this step, among which checkpoint.keep_best is looked for.
+
+        Raises: CheckpointError: the state is not finite, or there is no space; and what a save before failed with.
         """
-        if self.latest_step == progress.global_step:
+        step = progress.global_step
+        if step == self.latest_step or (self._under_way and step == self._under_way.step):
             return
+        self.wait()
+        check_finite(state, step)
         rest = _rest(state)
+        self._check_space((state.params, rest, reference))
         items = {
             "params": ocp.args.PyTreeSave(state.params),
             "optimizer": ocp.args.PyTreeSave(rest),
-            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(progress) | {MARK: True}),
         }
         if reference is not None:
             items["reference"] = ocp.args.PyTreeSave(reference)
-        self._manager.save(progress.global_step, args=ocp.args.Composite(**items))
+        name = self._section.keep_best
+        measured = {name: float(metrics[name])} if metrics and name in metrics else {}
+        facts = self._about | {"step": step, "epoch": epoch, "metrics": measured}
+        temporary = temporary_beside(self._folder / str(step))
+        save = _Save(step, temporary, facts, threading.Event(), threading.Event())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._under_way = save  # known before it begins: Ctrl-C may come at any moment
+        try:
+            self._orbax.save(temporary, args=ocp.args.Composite(**items))
+        except BaseException:
+            self._under_way = None
+            _remove(temporary)
+            raise
+        save.future = self._thread.submit(self._finish, save)
         if self._is_offloaded:
-            self.wait()  # what is still to be copied is given back by the next update
+            save.is_written.wait()  # what is still to be copied is given back by the next update
+
+    def commit(self) -> None:
+        """Lets the checkpoint that is under way, if any, have its name: all that is to be there before it is."""
+        if self._under_way is not None:
+            self._under_way.is_wanted = True
+            self._under_way.is_decided.set()
+
+    def check(self) -> None:
+        """Raises: CheckpointError: the save that was under way has failed since. Waits for nothing."""
+        future = None if self._under_way is None else self._under_way.future
+        if future is not None and future.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything committed is on disk. What is not committed by now never will be.
+
+        Raises: CheckpointError: it could not be written.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        save.is_decided.set()
+        if save.future is None:
+            return
+        try:
+            save.future.result()
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"the checkpoint of step {save.step} could not be written: {text}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits and lets go. Raises: CheckpointError: as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _finish(self, save: _Save) -> None:
+        """In the background: from files that are being written to a checkpoint."""
+        try:
+            try:
+                self._orbax.wait_until_finished()
+            finally:
+                save.is_written.set()
+            write_manifest(save.temporary, save.facts)
+            save.is_decided.wait()
+            if save.is_wanted:
+                replace_folder(save.temporary, self._folder / str(save.step))
+                rotate(self._folder, self._section)
+        finally:
+            _remove(save.temporary)
+
+    def _check_space(self, arrays: Any) -> None:
+        """Raises: CheckpointError: the disk has less left than the last checkpoint took, or the arrays would."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+        with contextlib.suppress(ValueError):
+            if (last := self.latest_step) is not None:
+                needed = size(self._folder / str(last))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed + SPARE_BYTES:
+            raise CheckpointError(
+                f"a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {self._folder}"
+            )
+
+    # ---- restoring ----
+
+    def find_good(self) -> int | None:
+        """The latest step whose checkpoint is whole; None: there are no checkpoints.
+
+        Damaged ones that are later are moved aside. One from before there were manifests is taken as it is.
+
+        Raises: ConfigError: there are checkpoints, and none is whole.
+        """
+        good, damaged = find_whole(self._folder)
+        for step, reason in damaged.items():
+            set_aside(self._folder / str(step), reason)
+        return good
 
     def restore(
         self, abstract: TrainState, abstract_reference: Params = None
@@ -86,32 +266,82 @@ class Checkpointer:
         Args:   both `jax.ShapeDtypeStruct`s with shardings; without the second no reference is read.
         Raises: ConfigError: it holds other arrays, as of another model after checkpoint.resume=force.
         """
-        rest = _rest(abstract)
         items = {
             "params": _restore_like(abstract.params),
-            "optimizer": _restore_like(rest),
+            "optimizer": _restore_like(_rest(abstract)),
             "progress": ocp.args.JsonRestore(),
         }
         if abstract_reference is not None:
             items["reference"] = _restore_like(abstract_reference)
-        try:
-            restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-        except (KeyError, ValueError) as error:
-            rule = (
-                f"step {self.latest_step} does not hold the arrays that this configuration asks for "
-                f"({' '.join(str(error).split())[:300]})"
-            )
-            raise ConfigError("checkpoint", str(self._folder), rule) from error
+        folder = self._folder / str(self.latest_step)
+        restored = _restore(self._orbax, folder, items, "checkpoint")
         state = TrainState(params=restored.params, **restored.optimizer)
-        return state, Progress(**restored.progress), restored.get("reference")
+        return state, _progress(restored.progress), restored.get("reference")
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+def check_finite(state: TrainState, step: int) -> None:
+    """Raises: CheckpointError: a number of the parameters or of the optimizer's state is not finite."""
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    on_host = [leaf for _, leaf in leaves if leaf.sharding.memory_kind == "pinned_host"]
+    on_device = [leaf for _, leaf in leaves if leaf.sharding.memory_kind != "pinned_host"]
+    answers = iter(jax.device_get(_are_finite(on_device)))
+    host_answers = iter([_is_finite_on_host(leaf) for leaf in on_host])
+    for name, leaf in leaves:
+        is_on_host = leaf.sharding.memory_kind == "pinned_host"
+        if not next(host_answers if is_on_host else answers):
+            place, _, rest = name.partition("/")
+            what = ("parameters", "optimizer")[int(place)]
+            text = f"{what} {rest} hold a number that is not finite after step {step}; nothing was saved"
+            raise CheckpointError(text)
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def _is_finite_on_host(leaf: jax.Array) -> bool:
+    """One shard at a time: the host has no room for a copy of all."""
+    return all(bool(np.isfinite(np.asarray(shard.data)).all()) for shard in leaf.addressable_shards)
+
+
+def _handler(is_offloaded: bool) -> ocp.CompositeCheckpointHandler:
+    limits = (
+        dict(save_device_host_concurrent_gb=HOST_GB, restore_concurrent_gb=HOST_GB) if is_offloaded else {}
+    )
+    handlers: dict[str, Any] = {
+        name: ocp.PyTreeCheckpointHandler(**limits) for name in ("params", "optimizer", "reference")
+    }
+    return ocp.CompositeCheckpointHandler(**handlers, progress=ocp.JsonCheckpointHandler())
+
+
+def _remove(temporary: Path) -> None:
+    """Removes what a save has left, also under the name that Orbax gives it while it writes."""
+    for _ in range(20):  # where one file failed, Orbax may still be writing others
+        left = list(temporary.parent.glob(temporary.name + "*"))
+        if not left:
+            return
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+
+
+def _restore(orbax: Any, folder: Path, items: dict[str, Any], key: str) -> Any:
+    """Raises: ConfigError: the checkpoint holds other arrays."""
+    try:
+        return orbax.restore(folder, args=ocp.args.Composite(**items))
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        rule = (
+            f"step {folder.name} does not hold the arrays that this configuration asks for "
+            f"({' '.join(str(error).split())[:300]})"
+        )
+        if not has_manifest(folder):
+            rule += "; or it is damaged, which nothing tells of a checkpoint without a manifest"
+        raise ConfigError(key, str(folder.parent), rule) from error
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -126,18 +356,26 @@ def _restore_like(abstract: Any, **options: Any) -> Any:
     )
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """Resolves WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP to the latter, the latest step.
+def _progress(held: dict[str, Any]) -> Progress:
+    return Progress(**{name: value for name, value in held.items() if name != MARK})
 
-    Raises: ConfigError: there is no checkpoint.
+
+def find_checkpoint(folder: Path) -> Path:
+    """Resolves WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP to the latter, the latest that is whole.
+
+    Raises: ConfigError: there is no checkpoint, or it is damaged.
     """
     candidates = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if (candidates / "params").is_dir():
+    if (candidates / "params").is_dir() or has_manifest(candidates):
+        if reason := damage_of(candidates):
+            raise ConfigError("--checkpoint", str(folder), f"is damaged ({reason}); name another step")
         return candidates
-    steps = saved_steps(candidates)
-    if not steps:
+    good, damaged = find_whole(candidates, "--checkpoint")
+    if good is None:
         raise ConfigError("--checkpoint", str(folder), "there is no checkpoint in this folder")
-    return candidates / str(max(steps))
+    for step, reason in damaged.items():
+        logger.warning("WARNING: the checkpoint of step %d is damaged (%s), and left out", step, reason)
+    return candidates / str(good)
 
 
 def load_for_export(
@@ -145,21 +383,17 @@ def load_for_export(
 ) -> tuple[Params, Progress]:
     """Reads the parameters and the progress of one checkpoint, and nothing else of it.
 
-    Args: are_on_host: the parameters that the optimizer changes were on the host, among its state.
+    Args:   are_on_host: the parameters that the optimizer changes were on the host, among its state.
+    Raises: ConfigError: it holds other arrays.
     """
     item, abstract, options = "params", abstract_params, {}
     if are_on_host:
         masters = jax.tree.map(lambda x: {"master": x}, abstract_params)
         item, abstract, options = "optimizer", {"opt_state": masters}, {"partial_restore": True}
     arguments = {item: _restore_like(abstract, **options), "progress": ocp.args.JsonRestore()}
-    with ocp.CheckpointManager(
-        step_folder.parent.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
-        restored = manager.restore(
-            int(step_folder.name),
-            args=ocp.args.Composite(**arguments),
-        )
+    with ocp.Checkpointer(_handler(is_offloaded=False)) as orbax:
+        restored = _restore(orbax, step_folder.absolute(), arguments, "--checkpoint")
     params = restored[item]
     if are_on_host:
         params = jax.tree.map(lambda _, leaf: leaf["master"], abstract_params, params["opt_state"])
-    return params, Progress(**restored.progress)
+    return params, _progress(restored.progress)

@@ -111,7 +111,8 @@ def _encode(
 
 def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:
     """The folder that GRPO starts from: as given, or made at random, and warm-started where configured."""
-    if inputs.generated and not workdir.data.exists():
+    # Each of them: an older version may have been killed between two.
+    if not all(path.exists() for path in arithmetic.split_paths(workdir.data, inputs.generated).values()):
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
         return with_kernel(inspect_folder(workdir.sft_model, config.model), config)

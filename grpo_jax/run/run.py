@@ -8,6 +8,7 @@ restores the train state; `Run.after_step` does what is due after a step. The ar
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
-from grpo_jax.run.checkpoint import Checkpointer, Progress
+from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
@@ -46,7 +47,7 @@ from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
 from grpo_jax.run.speed import WARM_UP, Speed
-from grpo_jax.run.stopping import RunWatch, reported_failure, stop_on_signal
+from grpo_jax.run.stopping import RunWatch, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
 from grpo_jax.types import Metrics, StepResult, TrainState
@@ -77,6 +78,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
         budget = Budget(config, read_model_config(config), mesh, memory_limit())
         budget.check_plan()
         try_functions(algorithm)
+        resources.enter_context(workdir.hold(config))
         workdir.open(config, inputs.beginning)
         run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
         with reported_failure(run.timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
@@ -106,12 +108,13 @@ class Run:
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
             workdir.checkpoints,
-            config.checkpoint.max_to_keep,
+            config.checkpoint,
             is_offloaded=optimizer_class(config.optim).is_on_host,
+            about={"config": config.to_dict(), "beginning": inputs.beginning.to_json()},
         )
         # Closed last: what closes before it may hang too.
         resources.callback(HangWatch(self.timers, workdir.hangs, config.trainer.phase_timeout_s).close)
-        resources.callback(self.checkpointer.close)
+        resources.callback(quietly, "the checkpoints", self.checkpointer.close)
         self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
         self._budget, self._mesh, self._resources = budget, budget.mesh, resources
         self._prompts = PromptIterator(
@@ -136,7 +139,7 @@ class Run:
             tokenizer=self._inputs.tokenizer,
             max_model_len=config.data.max_prompt_length + config.data.max_response_length,
         )
-        self._resources.callback(self.engine.close)
+        self._resources.callback(quietly, "the engine", self.engine.close)
         # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
         self.engine.sleep()
         self.learner = Learner(
@@ -189,8 +192,8 @@ class Run:
 
         With a checkpoint, the run goes on after its step.
         """
-        self.first_step = self.checkpointer.latest_step or 0
-        is_new = self.checkpointer.latest_step is None
+        found = self.checkpointer.find_good()
+        self.first_step, is_new = found or 0, found is None
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
         self._workdir.record_beginning(self._inputs.beginning)
@@ -202,12 +205,13 @@ class Run:
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
-        self._resources.callback(self._writer.close)
+        self._resources.callback(quietly, "the metrics", self._writer.close)
         self._print_plan(is_resumed=not is_new)
         if is_new and self.config.eval.before_training:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
             self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
+        self._saved_at = time.monotonic()
         self._watch = RunWatch(self.config, self._reward, is_new=is_new)
         return state
 
@@ -280,6 +284,8 @@ class Run:
             SystemExit: 130 after Ctrl-C or SIGTERM.
         """
         done, rollouts, config = step + 1, result.rollouts, self.config
+        with self.timers("save_checkpoint"):
+            self.checkpointer.check()
         metrics = rollout_metrics(rollouts, step) | result.metrics
         metrics |= {"training/global_step": done, "training/epoch": step // self.steps_per_epoch + 1}
         for error in rollouts.rewards.errors:
@@ -299,8 +305,9 @@ class Run:
         # While updates are skipped, the checkpoint from before the trouble is the good one.
         must_save = (is_stopping or done == self.num_steps) and not self._watch.is_lost
         if self._watch.is_healthy or must_save:
-            self._save(state, done, is_stopping=is_stopping)
+            self._save(state, done, metrics, is_stopping=is_stopping)
         self._report(result, metrics | self.timers.collect(), done)
+        self.checkpointer.commit()  # not before the step's line is on disk
         self._watch.stop_if_lost()
         self._done = (state, self._progress(done)) if self._watch.is_healthy else None
         if is_stopping and done < self.num_steps:
@@ -320,10 +327,12 @@ class Run:
         if not any(x.is_deleted() for x in jax.tree.leaves(state)):
             reference = self.learner.reference
             self.checkpointer.save(state, progress, reference.params if reference.is_refreshed else None)
+            self.checkpointer.commit()
 
     def finish(self) -> None:
         """Waits for the last checkpoint and prints the report of the whole run."""
-        self.checkpointer.wait()
+        with self.timers("save_checkpoint"):
+            self.checkpointer.wait()
         epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
         summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
@@ -355,24 +364,44 @@ class Run:
             f"val/{name}": value for name, value in (numbers | {"num_errors": len(result.errors)}).items()
         }
 
-    def _save(self, state: TrainState, done: int, *, is_stopping: bool) -> None:
-        """Writes the Hugging Face folder and the checkpoint that are due after `done` steps."""
+    def _save(self, state: TrainState, done: int, metrics: Metrics, *, is_stopping: bool) -> None:
+        """Writes the checkpoint and the Hugging Face folder that are due after `done` steps.
+
+        Raises: CheckpointError: the state is not finite, or this save or the one before cannot be written.
+        """
         section, per_epoch, is_last = self.config.checkpoint, self.steps_per_epoch, done == self.num_steps
+        epoch = done // per_epoch if done % per_epoch == 0 else None
         with self.timers("save_checkpoint"):
+            if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
+                reference = self.learner.reference
+                saved_reference = reference.params if reference.is_refreshed else None
+                progress = self._progress(done)
+                self.checkpointer.save(state, progress, saved_reference, epoch=epoch, metrics=metrics)
+                self._saved_at = time.monotonic()
             every = section.hf_every_epochs * per_epoch
             if is_last or (every and done % every == 0):
-                is_epoch = done % per_epoch == 0
+                check_finite(state, done)
                 save_folder(
-                    self._workdir.epoch_model(done // per_epoch) if is_epoch else self._workdir.final_model,
+                    self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch),
                     self.learner.masters(state),
                     self.folder.config,
                     files_from=self._workdir.model_files,
                     dtype=self.folder.dtype,
                 )
-            if is_stopping or is_last or self._is_due(done, section.every_steps, section.every_epochs):
-                reference = self.learner.reference
-                saved_reference = reference.params if reference.is_refreshed else None
-                self.checkpointer.save(state, self._progress(done), saved_reference)
+
+    def _is_checkpoint_due(self, done: int, epoch: int | None, metrics: Metrics) -> bool:
+        """Args: epoch: that has ended; metrics: of the step."""
+        section = self.config.checkpoint
+        if epoch and section.keep_every_epochs and epoch % section.keep_every_epochs == 0:
+            return True
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if section.every_minutes and minutes >= section.every_minutes:
+            return True
+        if section.keep_best in metrics:
+            best = self.checkpointer.best_value()
+            if best is None or metrics[section.keep_best] > best:
+                return True
+        return self._is_due(done, section.every_steps, section.every_epochs)
 
     def _progress(self, done: int) -> Progress:
         position = self.rollouts.state()

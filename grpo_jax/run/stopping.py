@@ -13,7 +13,7 @@ from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.algorithm.loss import MISMATCH_MEANS
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.rewards.base import Reward
-from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics, ScoredBatch, StepResult
 
@@ -165,6 +165,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def quietly(what: str, close: Callable[[], None]) -> None:
+    """Closes something while a run ends. An error there is logged: it must not hide why the run ends."""
+    try:
+        close()
+    except Exception as error:
+        logger.error("%s: %s: %s", what, type(error).__name__, error)
+
+
 @contextlib.contextmanager
 def reported_failure(
     timers: Timers,
@@ -184,8 +192,8 @@ def reported_failure(
         raise
     except (KeyboardInterrupt, Exception) as error:
         if not isinstance(error, KeyboardInterrupt):
-            _save_what_is_left(rescue)
-        checkpointer.wait()
+            quietly("the last whole step could not be saved", rescue)
+        quietly("the last checkpoint", checkpointer.wait)
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         if isinstance(error, KeyboardInterrupt):
@@ -194,15 +202,10 @@ def reported_failure(
             raise SystemExit(130) from None
         if isinstance(error, TrainingStopped):
             phase = "update_actor"  # noticed later, when the step has been reported
+        elif isinstance(error, CheckpointError):
+            phase = "save_checkpoint"
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)
         print(f"error: phase {phase}: {explain(error, phase) or error}; {left}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _save_what_is_left(rescue: Callable[[], None]) -> None:
-    try:
-        rescue()
-    except Exception:  # the first failure is the one to be told
-        logger.exception("after the failure, the last step could not be saved")

@@ -1,16 +1,22 @@
 """The folder of a run: what lies where, whose run it is, and the log."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
+from grpo_jax.run import lock
+from grpo_jax.run.retention import saved_steps
+from grpo_jax.storage.files import sweep, write_whole
+from grpo_jax.storage.manifest import read_facts
 
 logger = logging.getLogger("grpo_jax")
 
@@ -24,12 +30,17 @@ class Beginning:
     prompts: str
     """Fingerprint of the training prompts."""
 
+    def to_json(self) -> dict[str, str]:
+        return {"date": self.date.isoformat(), "prompts": self.prompts}
+
 
 class Workdir:
     """Paths of one run. Creating the object writes nothing."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock = path / "lock"
+        """Held while a run is under way; says by whom."""
         self.config = path / "config.json"
         self.beginning = path / "beginning.json"
         self.log = path / "train.log"
@@ -56,26 +67,29 @@ class Workdir:
         return self.path / "checkpoint-final"
 
     def check(self, config: Config) -> None:
-        """Refuses a folder that holds another run.
+        """Refuses a folder that holds another run, or in which one is under way.
 
-        Raises: ConfigError: config.json is there and differs in a key that changes what is computed; with
-            resume=force, in one that its checkpoints depend on.
+        Raises: ConfigError: another process holds the lock; or config.json is there and differs in a key that
+            changes what is computed; with resume=force, in one that its checkpoints depend on.
         """
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not existing.is_dir():
             raise ConfigError("--workdir", str(self.path), f"must be a folder, but {existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError("--workdir", str(self.path), f"{existing} cannot be written to")
-        if not self.config.exists():
-            return
+        lock.check_free(self.lock)
+        self._check_config(config)
+
+    def _check_config(self, config: Config) -> None:
         is_forced = config.checkpoint.resume == "force"
         try:
-            held = parse_config(json.loads(self.config.read_text()))
-        except ValueError as error:  # ConfigError and JSONDecodeError
+            held = self.read_config()
+        except ConfigError as error:
             if is_forced:
                 return
-            rule = f"holds a config.json that cannot be read ({error})"
-            raise ConfigError("--workdir", str(self.path), rule) from None
+            raise _with_way_out(error) from None
+        if held is None:
+            return
         differences = _differences(held.to_dict(), config.to_dict())
         if is_forced:
             self._check_arrays(differences)
@@ -92,6 +106,47 @@ class Workdir:
                 f"the run in {self.path} has {old!r}; choose another --workdir, or insist on going on with "
                 "--config.checkpoint.resume=force",
             )
+
+    def read_config(self) -> Config | None:
+        """The configuration of the run in this folder: config.json, or what its last checkpoint knows of it.
+
+        Returns: None where there is neither, and nothing that it would say something about.
+        Raises:  ConfigError: it cannot be read, or is of a version with other keys.
+        """
+        held = self._read(self.config)
+        if held is None:
+            return None
+        try:
+            return parse_config(held)
+        except (ConfigError, AttributeError, TypeError) as error:
+            raise self._unreadable(self.config, error) from None
+
+    def _read(self, file: Path) -> Any:
+        """JSON of config.json or beginning.json, or what the last checkpoint's manifest has of it.
+
+        Returns: None where the file is missing; without checkpoints also where it is empty, as a kill left it in
+            older versions.
+        Raises:  ConfigError: it is damaged, and no manifest has it.
+        """
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            steps = saved_steps(self.checkpoints)
+            for step in reversed(steps):
+                with contextlib.suppress(ValueError, KeyError):
+                    held = read_facts(self.checkpoints / str(step))[file.stem]
+                    text = "WARNING: %s is damaged; what the checkpoint of step %d knows of it is taken"
+                    logger.warning(text, file, step)
+                    return held
+            if not steps and not file.stat().st_size:
+                return None
+            raise self._unreadable(file, error) from None
+
+    def _unreadable(self, file: Path, error: Exception) -> ConfigError:
+        rule = f"holds a {file.name} that cannot be read ({type(error).__name__}: {error})"
+        return ConfigError("--workdir", str(self.path), rule)
 
     def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
         if not saved_steps(self.checkpoints):
@@ -110,16 +165,16 @@ class Workdir:
         Args:   is_forced: whether a file that cannot be read counts as none.
         Raises: ConfigError: it cannot be read.
         """
-        if not self.beginning.exists():
-            return None
         try:
-            held = json.loads(self.beginning.read_text())
+            held = self._read(self.beginning)
+            if held is None:
+                return None
             return Beginning(datetime.datetime.fromisoformat(held["date"]), held["prompts"])
         except (ValueError, KeyError, TypeError) as error:
             if is_forced:
                 return None
-            rule = f"holds a {self.beginning.name} that cannot be read ({type(error).__name__}: {error})"
-            raise ConfigError("--workdir", str(self.path), rule) from None
+            refusal = error if isinstance(error, ConfigError) else self._unreadable(self.beginning, error)
+            raise _with_way_out(refusal) from None
 
     def check_prompts(self, config: Config, held: Beginning, prompts: str) -> None:
         """Refuses to go on after a checkpoint with other training prompts; with resume=force it warns.
@@ -137,35 +192,42 @@ class Workdir:
             raise ConfigError(key, config.get(key), f"{what}; {insist}")
         logger.warning("WARNING: %s=%r %s.", key, config.get(key), what)
 
+    @contextlib.contextmanager
+    def hold(self, config: Config) -> Iterator[None]:
+        """Makes the folder this process's own, and removes what dead runs left half written.
+
+        Raises: ConfigError: another process has it, or has made another run of it since `check`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock.hold(self.lock):
+            self._check_config(config)
+            for folder in (self.path, self.checkpoints, self.data):
+                sweep(folder)
+            yield
+
     def open(self, config: Config, beginning: Beginning) -> None:
-        """Creates the folder, writes config.json and beginning.json if there are none, and starts the log.
+        """Writes config.json and beginning.json if there are none, and starts the log. The folder must be held.
 
         The log begins with the keys that are set and that nothing reads, if there are any.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
+        if self._is_missing(self.config):
             self.record(config)
-        if not self.beginning.exists():
+        if self._is_missing(self.beginning):
             self.record_beginning(beginning)
         start_logging(self.log)
         if warning := unread_warning(config):
             logger.warning(warning)
 
+    def _is_missing(self, file: Path) -> bool:
+        return not file.exists() or not file.stat().st_size
+
     def record(self, config: Config) -> None:
         """Writes config.json: the configuration that the run has from now on."""
-        self.config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        write_whole(self.config, json.dumps(config.to_dict(), indent=2) + "\n")
 
     def record_beginning(self, beginning: Beginning) -> None:
         """Writes beginning.json: what is to stay so from now on."""
-        content = {"date": beginning.date.isoformat(), "prompts": beginning.prompts}
-        self.beginning.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def saved_steps(checkpoints: Path) -> list[int]:
-    """The steps that a folder holds checkpoints of; none if there is no such folder."""
-    if not checkpoints.is_dir():
-        return []
-    return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+        write_whole(self.beginning, json.dumps(beginning.to_json(), indent=2) + "\n")
 
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:
@@ -183,6 +245,11 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+def _with_way_out(error: ConfigError) -> ConfigError:
+    insist = "if this is the run's folder, --config.checkpoint.resume=force goes on without that file"
+    return ConfigError(error.key, error.value, f"{error.rule}; {insist}")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,12 +4,16 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import Config
+from grpo_jax.run.tensorboard import TensorBoard
 from grpo_jax.run.workdir import Workdir
+from grpo_jax.storage.files import write_whole
 from grpo_jax.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -25,30 +29,30 @@ class MetricsWriter:
         self._epoch_shown = 0
         self._path = workdir.metrics
         self._tensorboard = None
-        drop_after(self._path, -1 if resume_step is None else resume_step)
+        last_step = -1 if resume_step is None else resume_step  # None: of a run that left no checkpoint
+        drop_after(self._path, last_step)
         if "tensorboard" in config.logging.loggers:
-            from tensorboardX import SummaryWriter
-
-            purge = 0 if resume_step is None else resume_step + 1  # 0: of a run that left no checkpoint
-            self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=purge)
+            self._tensorboard = TensorBoard(workdir.tensorboard, last_step=last_step)
 
     def write(self, metrics: Metrics, *, step: int, epoch: int) -> None:
-        """Writes the metrics of one step. What is not finite becomes null in metrics.jsonl."""
+        """Writes the metrics of one step. What is not finite becomes null in metrics.jsonl.
+
+        The line is on disk when this returns: the checkpoint of the step comes after it.
+        """
         values = {name: _plain(value) for name, value in metrics.items()}
         line = {"step": step, "epoch": epoch, "time": time.time(), **values}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self._tensorboard is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            self._tensorboard.write(values, step)
 
     def write_text(self, name: str, texts: Sequence[str], *, step: int) -> None:
         """Shows texts in TensorBoard, each as it is."""
         if self._tensorboard is not None and texts:
             blocks = ["    " + text.replace("\n", "\n    ") for text in texts]  # Markdown for verbatim
-            self._tensorboard.add_text(name, "\n\n---\n\n".join(blocks), step)
+            self._tensorboard.write_text(name, "\n\n---\n\n".join(blocks), step)
 
     def console(self, metrics: Metrics, *, epoch: int, step: int, steps_per_epoch: int) -> None:
         """Prints the line of a step, and the epoch's where a new one begins. All counted from 1."""
@@ -79,18 +83,17 @@ def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_after(path: Any, step: int) -> None:
-    """Removes the lines of steps after `step`: they belong to work that the last checkpoint does not hold."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+def drop_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`: they belong to work that the last checkpoint does not hold.
+
+    The file is there after that, be it empty.
+    """
+    kept: list[str] = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(text)["step"] <= step:
                 kept.append(text + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _plain(value: Any) -> int | float | None:

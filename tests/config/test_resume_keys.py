@@ -111,9 +111,12 @@ def test_the_log_begins_with_what_nothing_reads(tmp_path):
     before = list(logger.handlers), logger.level, logger.propagate
     try:
         beginning = Beginning(datetime.datetime(2026, 1, 31), "")
-        Workdir(tmp_path / "run").open(configured(sft__batch_size=3, data__val_files=("a",)), beginning)
+        config = configured(sft__batch_size=3, data__val_files=("a",))
+        with Workdir(tmp_path / "run").hold(config):
+            Workdir(tmp_path / "run").open(config, beginning)
         (line,) = (tmp_path / "run" / "train.log").read_text().splitlines()
-        Workdir(tmp_path / "other").open(configured(), beginning)
+        with Workdir(tmp_path / "other").hold(configured()):
+            Workdir(tmp_path / "other").open(configured(), beginning)
     finally:
         for handler in list(logger.handlers):
             handler.close()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_jax.config import ConfigError
-from grpo_jax.data.schema import read_rows, write_rows
+from grpo_jax.data.schema import read_rows, write_rows, write_tables
 
 KEY = "data.train_files"
 
@@ -157,3 +157,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_rows(file, [row(ground_truth="new")])
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
     assert read_rows([file], KEY)[0]["reward_model"]["ground_truth"] == "old"
+
+
+def test_of_several_tables_none_has_its_name_before_all_are_complete(tmp_path, monkeypatch):
+    write, calls = pq.write_table, []
+
+    def second_fails(table, path):
+        calls.append(sorted(p.name for p in tmp_path.glob("*.parquet")))
+        if len(calls) == 2:
+            raise OSError("disk full")
+        write(table, path)
+
+    monkeypatch.setattr(pq, "write_table", second_fails)
+    tables = {tmp_path / f"{name}.parquet": [row(ground_truth=name)] for name in ("train", "test")}
+    with pytest.raises(OSError, match="disk full"):
+        write_tables(tables)
+    assert calls == [[], []] and not list(tmp_path.iterdir())
+    write_tables(tables)
+    assert read_rows([tmp_path / "test.parquet"], KEY)[0]["reward_model"]["ground_truth"] == "test"

@@ -122,11 +122,11 @@ def tree_digest(folder):
 
 
 def read_events(workdir):
-    """TensorBoard's events, in the order of the files: what a restarted run wrote over is left out.
+    """All of TensorBoard's events, of which none may be there twice.
 
     Returns ({(name, step): value}, {(name, step): text}).
     """
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event
 
     scalars, texts = {}, {}
     for file in sorted((Path(workdir) / "tensorboard").iterdir()):
@@ -135,10 +135,6 @@ def read_events(workdir):
             size = int.from_bytes(data[at : at + 8], "little")
             event = Event.FromString(data[at + 12 : at + 12 + size])
             at += 12 + size + 4
-            if event.session_log.status == SessionLog.START:
-                for events in (scalars, texts):
-                    for key in [key for key in events if key[1] >= event.step]:
-                        del events[key]
             for value in event.summary.value:
                 key = (value.tag, event.step)
                 if value.WhichOneof("value") == "simple_value":

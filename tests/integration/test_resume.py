@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.config import MeshSection
+from grpo_jax.config import CheckpointSection, MeshSection
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.run.checkpoint import Checkpointer, Progress
 from grpo_jax.types import TrainState
@@ -216,7 +216,7 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path):
     update = jax.jit(lambda s: jax.tree.map(lambda x: -x - 1, s), donate_argnums=0)
     update(jax.tree.map(jnp.copy, state))  # compiled beforehand, so that the next one is quick
 
-    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1, is_offloaded=False)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointSection(), is_offloaded=False)
     progress = Progress(
         global_step=3,
         policy_version=3,
@@ -231,9 +231,10 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path):
     for _ in range(5):
         state = update(state)  # donates
     jax.block_until_ready(state)
+    checkpointer.commit()
     checkpointer.close()
 
-    checkpointer = Checkpointer(tmp_path / "checkpoints", max_to_keep=1, is_offloaded=False)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointSection(), is_offloaded=False)
     restored, restored_progress, reference = checkpointer.restore(abstract, {"a": abstract.params["a"]})
     checkpointer.close()
     assert restored_progress == progress and int(restored.step) == 3

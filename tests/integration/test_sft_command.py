@@ -69,7 +69,9 @@ def test_it_leaves_a_model_and_no_run(warm_started):
     workdir, _ = warm_started
     assert str(workdir / "sft-model") in warm_started[1]
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "beginning.json", "train.log", "data", "random-model", "sft-model"}
+    assert names == {
+        "lock", "config.json", "beginning.json", "train.log", "data", "random-model", "sft-model"
+    }  # fmt: skip
 
 
 def test_it_does_not_overwrite_its_model(warm_started, overrides):

@@ -1,5 +1,6 @@
 """A workdir that holds another run is refused, and not a byte of it changes; unless one insists."""
 
+import json
 import shutil
 
 import integration_helpers as helpers
@@ -84,7 +85,12 @@ def test_a_checkpoint_that_lacks_an_item_is_named_and_nothing_is_lost(
 ):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "6" / "optimizer")
+    checkpoint = workdir / "checkpoints" / "6"
+    shutil.rmtree(checkpoint / "optimizer")
+    (checkpoint / "manifest.json").unlink()  # as from a version that wrote none
+    progress = json.loads((checkpoint / "progress" / "metadata").read_text())
+    del progress["has_manifest"]
+    (checkpoint / "progress" / "metadata").write_text(json.dumps(progress))
     before = (workdir / "config.json").read_text()
     result = helpers.run_train(workdir, whole_run_overrides | LONGER | {"optim.weight_decay": 0.5})
     assert result.code == 2 and len(result.err.splitlines()) == 1

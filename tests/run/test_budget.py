@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from config_helpers import gsm8k
 
-from grpo_jax.config import ConfigError
+from grpo_jax.config import CheckpointSection, ConfigError
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.rollout import trainer_share
@@ -216,7 +216,7 @@ def test_the_host_has_parts_too():
 
 def test_the_last_line_of_a_failed_run(tmp_path, capsys):
     timers = Timers()
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 1, is_offloaded=False)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointSection(), is_offloaded=False)
     failing = reported_failure(timers, checkpointer, budget().explain, lambda: None)
     with pytest.raises(SystemExit) as stop, failing, timers("ref"):
         raise jax.errors.JaxRuntimeError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.config import CheckpointSection
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.hangs import HangWatch
 from grpo_jax.run.metrics import Timers
@@ -24,7 +25,7 @@ def stand_still():
 
 def test_the_report_and_the_end(tmp_path, capsys):
     timers, saved = Timers(), []
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 1, is_offloaded=False)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointSection(), is_offloaded=False)
     before = signal.getsignal(signal.SIGALRM)
     child = subprocess.Popen(["sleep", "61"])
     watch = HangWatch(timers, tmp_path / "hangs", 0.4)
