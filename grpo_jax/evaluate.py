@@ -116,9 +116,9 @@ def _run(args: Any) -> None:
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     check_engine(config.rollout)
     folder = inspect_folder(args.model, config.model)
-    verify_weights(args.model)
     tokenizer = load_model_tokenizer(folder)
     prompts = _read_prompts(args, tokenizer)
+    verify_weights(args.model)
     if not args.allow_beyond_max_position:
         lengths = ("longest prompt", _longest(prompts)), ("--max_response_length", args.max_response_length)
         check_positions(folder.max_position, *lengths, allow="--allow_beyond_max_position")

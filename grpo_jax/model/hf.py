@@ -31,7 +31,7 @@ from grpo_jax.config import ConfigError, ModelSection
 from grpo_jax.model.config import KEY, ModelConfig, parse_hf_config
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.files import replace_folder, temporary_beside
-from grpo_jax.storage.manifest import damage, has_manifest, write_manifest
+from grpo_jax.storage.manifest import NAME, damage, has_manifest, write_manifest
 from grpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def verify_weights(path: str | Path) -> None:
     Raises: ConfigError: they are damaged.
     """
     if has_manifest(Path(path)) and (reason := damage(Path(path), "*.safetensors")):
-        raise ConfigError(KEY, str(path), f"is damaged: {reason}")
+        raise ConfigError(KEY, str(path), f"is damaged: {reason}; changed on purpose, remove its {NAME}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
