@@ -362,11 +362,12 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Our trainer ends at the second signal, with its engines and without saving; the rest is killed."""
+    """Our trainer ends at the second signal at the latest, with its engines; the rest is killed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if process.poll() is None:
             process.send_signal(number)
-            time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.5)  # sooner, the second would count as the first
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
     with contextlib.suppress(ProcessLookupError):

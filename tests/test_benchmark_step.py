@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
+@pytest.mark.slow
 def test_a_tiny_workload(tmp_path):
     command = [
         sys.executable, BENCHMARKS / "step.py", "--shape=tiny", "--engine=local", "--prompts=2", "--samples=2",
@@ -37,8 +38,9 @@ def test_a_tiny_workload(tmp_path):
         assert step["phases"]["gen"] + step["phases"]["update_actor"] < step["phases"]["step"] < seconds
     for label in ("step  ", "phases, s, medians", "tokens/s", "update MFU", "trainer's peak", "first step"):
         assert f"\n  {label}" in done.stdout
-    # It was stopped before its end: nothing was saved, and the run's folder is gone.
-    assert "Interrupted" in (tmp_path / "grpo_jax.log").read_text()
+    # It was stopped before its end, between steps or within one, and the run's folder is gone.
+    log = (tmp_path / "grpo_jax.log").read_text()
+    assert "Interrupted" in log or "Stopped after step" in log
     assert {path.name for path in tmp_path.iterdir()} == {
         "model-tiny", "prompts.parquet", "grpo_jax.log", "result.json"
     }  # fmt: skip

@@ -52,6 +52,7 @@ def test_steps_of_any_length_share_one_program(tmp_path, whole_run_overrides, co
     assert len({line["response_length/mean"] for line in lines}) == 3  # the lengths did differ
 
 
+@pytest.mark.slow
 def test_an_offloaded_state_has_its_programs_compiled_before_too(tmp_path, whole_run_overrides, compiled):
     changes = {"optim.offload": True, "model.dtype": "bfloat16", "trainer.num_steps": 2}
     helpers.train_ok(tmp_path / "run", whole_run_overrides | changes)

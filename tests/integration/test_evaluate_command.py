@@ -112,6 +112,7 @@ def test_it_gives_what_training_reported(whole_run, reward_file, tmp_path):
     assert [r["completion"] for r in records] == [r["completion"] for r in expected]
 
 
+@pytest.mark.slow
 def test_it_stops_where_training_stopped(model_folder, data, reward_file, tmp_path):
     """The folders name the run's stop ids; and a model may be used beyond the positions that it was made for."""
     short = tmp_path / "short"

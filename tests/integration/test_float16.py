@@ -9,6 +9,7 @@ def of_steps(workdir, name):
     return [line[name] for line in helpers.read_lines(workdir) if name in line]
 
 
+@pytest.mark.slow
 def test_the_loss_scale_goes_through_an_interruption(tmp_path, whole_run_overrides):
     """Doubled by every update that does not overflow, two in a step; the model is the same to the last bit."""
     overrides = whole_run_overrides | {
@@ -28,6 +29,7 @@ def test_the_loss_scale_goes_through_an_interruption(tmp_path, whole_run_overrid
     assert models[0] == models[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [0, 6])
 def test_a_cut_distribution_is_the_trainers_too(tmp_path, whole_run_overrides, dynamic):
     """Sampler and trainer in float32 agree on every token, before the first update; leftover groups as well."""

@@ -3,10 +3,12 @@
 import shutil
 
 import integration_helpers as helpers
+import pytest
 
 from grpo_jax.data import gsm8k
 
 
+@pytest.mark.slow
 def test_two_steps_on_real_problems(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

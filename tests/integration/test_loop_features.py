@@ -222,6 +222,7 @@ def test_a_mesh_of_eight_devices_gives_the_metrics_of_one(tmp_path, whole_run, w
     assert line["perf/throughput"] == pytest.approx(tokens / line["timing_s/step"] / 8)
 
 
+@pytest.mark.slow
 def test_expected_seconds_stand_beside_measured_ones_where_the_card_is_known(
     tmp_path, whole_run_overrides, whole_run, monkeypatch
 ):

@@ -54,6 +54,7 @@ def test_bad_input_is_one_line(tmp_path, model_folder, overrides, argv, expected
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_and_doctor_point_to_it_where_the_difference_is_large(tmp_path, model_folder, monkeypatch):
     """With bounds so low that rounding in bfloat16 is beyond them."""
     monkeypatch.setattr(stopping, "HEALTHY_PROB", 1e-9)

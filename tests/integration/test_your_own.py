@@ -19,6 +19,7 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["sign", "discounted"])
 def test_a_step_with_everything_of_the_users_own(tmp_path, file, estimator):
     overrides = {

@@ -106,6 +106,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(is_offloaded):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_update_of_one_device(sizes):
     """Rounded to eleven bits some twenty times in a row."""

@@ -391,6 +391,7 @@ def test_truncation_by_hand():
         assert got == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_gumbel_noise_has_its_whole_tail():
     """-log(-log u) ends at 16.6 where u has 24 bits. The largest of n is log n, here 18, give or take 1.3."""
     largest = jax.jit(lambda key: jnp.max(gumbel_noise(key[None], 2**22)))
