@@ -318,8 +318,8 @@ class Run:
     def rescue(self) -> None:
         """After a failure: saves the last whole step, unless its state is gone or not worth it.
 
-        The state is gone once an update has begun, which takes it; it is there while an engine, a reward or a
-        validation fails.
+        The state is gone once an update has begun, which takes it; it is there where an engine or a reward fails
+        while a batch is sampled.
         """
         if self._done is None:
             return
