@@ -140,7 +140,7 @@ def test_a_run_outlives_what_ends_its_engines(tmp_path, reward_file, how):
     overrides = VLLM | {"reward.function": f"{reward_file}:score", "trainer.num_steps": 100_000}
     overrides |= {
         "trainer.total_epochs": 100_000,
-        "checkpoint.every_epochs": 0,
+        "checkpoint.every_steps": 1,
         "eval.before_training": False,
     }
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
