@@ -134,7 +134,8 @@ class FlakyActor:
         file.write_text("x" * number)
         if number in (2, 3):
             raise EngineError("ValueError: its GPU is still taken")
-        return {"vllm": "0", "device": "none", "node_id": "", "processes": {number: 0}}
+        about = {"vllm": "0", "device": "none", "node_id": "", "processes": {number: 0}}
+        return about | {"why_not_our_scheduler": ""}
 
     async def pid(self):
         return 0
