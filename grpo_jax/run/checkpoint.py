@@ -203,6 +203,9 @@ class Checkpointer:
         try:
             save.future.result()
         except Exception as error:
+            # Orbax's other writes failed with this one; asyncio would report each whenever it is collected, after
+            # the run's last line too.
+            logging.getLogger("asyncio").addFilter(_is_retrieved)
             text = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"the checkpoint of step {save.step} could not be written: {text}"
@@ -317,6 +320,10 @@ def _handler(is_offloaded: bool) -> ocp.CompositeCheckpointHandler:
         name: ocp.PyTreeCheckpointHandler(**limits) for name in ("params", "optimizer", "reference")
     }
     return ocp.CompositeCheckpointHandler(**handlers, progress=ocp.JsonCheckpointHandler())
+
+
+def _is_retrieved(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _remove(temporary: Path) -> None:

@@ -50,7 +50,7 @@ from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
-from grpo_jax.types import Metrics, StepResult, TrainState
+from grpo_jax.types import Metrics, Params, StepResult, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -325,8 +325,7 @@ class Run:
             return
         state, progress = self._done
         if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-            reference = self.learner.reference
-            self.checkpointer.save(state, progress, reference.params if reference.is_refreshed else None)
+            self.checkpointer.save(state, progress, self._saved_reference())
             self.checkpointer.commit()
 
     def finish(self) -> None:
@@ -371,16 +370,17 @@ class Run:
         """
         section, per_epoch, is_last = self.config.checkpoint, self.steps_per_epoch, done == self.num_steps
         epoch = done // per_epoch if done % per_epoch == 0 else None
+        is_checked = False  # which reads the whole state, once
         with self.timers("save_checkpoint"):
             if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
-                reference = self.learner.reference
-                saved_reference = reference.params if reference.is_refreshed else None
-                progress = self._progress(done)
-                self.checkpointer.save(state, progress, saved_reference, epoch=epoch, metrics=metrics)
+                reference = self._saved_reference()
+                self.checkpointer.save(state, self._progress(done), reference, epoch=epoch, metrics=metrics)
                 self._saved_at = time.monotonic()
+                is_checked = True
             every = section.hf_every_epochs * per_epoch
             if is_last or (every and done % every == 0):
-                check_finite(state, done)
+                if not is_checked:
+                    check_finite(state, done)
                 save_folder(
                     self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch),
                     self.learner.masters(state),
@@ -388,6 +388,11 @@ class Run:
                     files_from=self._workdir.model_files,
                     dtype=self.folder.dtype,
                 )
+
+    def _saved_reference(self) -> Params:
+        """The parameters of a reference that changes, which checkpoints hold; None of another."""
+        reference = self.learner.reference
+        return reference.params if reference.is_refreshed else None
 
     def _is_checkpoint_due(self, done: int, epoch: int | None, metrics: Metrics) -> bool:
         """Args: epoch: that has ended; metrics: of the step."""

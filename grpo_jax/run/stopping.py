@@ -191,7 +191,7 @@ def reported_failure(
     except ConfigError:
         raise
     except (KeyboardInterrupt, Exception) as error:
-        if not isinstance(error, KeyboardInterrupt):
+        if not isinstance(error, KeyboardInterrupt | CheckpointError):
             quietly("the last whole step could not be saved", rescue)
         quietly("the last checkpoint", checkpointer.wait)
         step = checkpointer.latest_step

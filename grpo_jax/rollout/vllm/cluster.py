@@ -19,6 +19,7 @@ from grpo_jax.rollout.base import EngineError
 from grpo_jax.rollout.vllm.check import python_is_ours
 from grpo_jax.rollout.vllm.devices import engine_gpus
 from grpo_jax.rollout.vllm.local_ray import END_S, LocalRay
+from grpo_jax.weight_sync.wire import WeightSyncError, call_in_thread, deadline_check
 
 logger = logging.getLogger(__name__)
 
@@ -189,29 +190,23 @@ class Cluster:
         if is_alive:
             for actor in actors:
                 self.kill(actor)
-            in_time("Ray gives the places back", lambda: remove_placement_group(self._group))
+            _in_time("Ray's word that the places are free", lambda: remove_placement_group(self._group))
         if self._is_ours:
-            in_time("Ray's end", ray.shutdown)
+            _in_time("Ray's end", ray.shutdown)
         if self._ray is not None:
             self._ray.close()
         if self._links is not None:
             self._links.cleanup()
 
 
-def in_time(what: str, call: Callable[[], Any], timeout_s: float = END_S) -> None:
-    """Calls, and goes on after `timeout_s` or an error: for ends, which nothing is to hold up."""
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:
-            logger.debug("%s failed: %s", what, error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        logger.warning("%s has not come within %g s, and is waited for no longer.", what, timeout_s)
+def _in_time(what: str, call: Callable[[], Any]) -> None:
+    """Calls, and goes on after `END_S` or an error: for ends, which nothing is to hold up."""
+    try:
+        call_in_thread(call, deadline_check(END_S, f"{what} has not come"))
+    except WeightSyncError as error:  # of the deadline
+        logger.warning("%s, and is waited for no longer.", error)
+    except Exception as error:
+        logger.debug("%s failed: %s", what, error)
 
 
 @contextlib.contextmanager
