@@ -80,16 +80,9 @@ def main() -> None:
 
 def verl_settings(args: Any) -> dict[str, Any]:
     """The workload in verl's words."""
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if not has_flash:
-        print(
-            "flash-attn is not installed: padded batches and PyTorch's attention, which is slower", flush=True
-        )
-    actor, rollout, ref = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
-    model = "actor_rollout_ref.model"
     longest = args.prompt_tokens + args.new
-    update_tokens, score_tokens = max(args.update_tokens, longest), max(args.score_tokens, longest)
-    settings: dict[str, Any] = {
+    score_tokens = max(args.score_tokens, longest)
+    data = {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
         # data: the file as it is; verl wants one for validation too
@@ -103,7 +96,20 @@ def verl_settings(args: Any) -> dict[str, Any]:
         "data.truncation": "error",
         "data.filter_overlong_prompts": False,
         "data.dataloader_num_workers": 2,
-        # model and update: one update over the whole batch
+    }
+    return (
+        data
+        | update_settings(args, longest, score_tokens)
+        | rollout_settings(args, longest, score_tokens)
+        | run_settings(args)
+    )
+
+
+def update_settings(args: Any, longest: int, score_tokens: int) -> dict[str, Any]:
+    """Model and update: one update over the whole batch. Args: score_tokens: in a micro-batch that is scored."""
+    actor, ref, model = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "model"))
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    settings = {
         f"{model}.path": args.model,
         f"{model}.enable_gradient_checkpointing": True,
         f"{model}.use_remove_padding": has_flash,
@@ -112,7 +118,7 @@ def verl_settings(args: Any) -> dict[str, Any]:
         f"{actor}.ppo_mini_batch_size": args.prompts,
         f"{actor}.ppo_epochs": 1,
         f"{actor}.use_dynamic_bsz": True,
-        f"{actor}.ppo_max_token_len_per_gpu": update_tokens,
+        f"{actor}.ppo_max_token_len_per_gpu": max(args.update_tokens, longest),
         f"{actor}.use_kl_loss": args.kl > 0,
         f"{actor}.kl_loss_coef": args.kl,
         f"{actor}.kl_loss_type": "low_var_kl",
@@ -122,7 +128,19 @@ def verl_settings(args: Any) -> dict[str, Any]:
         f"{ref}.fsdp_config.param_offload": False,
         f"{ref}.log_prob_use_dynamic_bsz": True,
         f"{ref}.log_prob_max_token_len_per_gpu": score_tokens,
-        # sampling
+    }
+    if not has_flash:
+        print(
+            "flash-attn is not installed: padded batches and PyTorch's attention, which is slower", flush=True
+        )
+        settings[f"+{model}.override_config.attn_implementation"] = "sdpa"
+    return settings
+
+
+def rollout_settings(args: Any, longest: int, score_tokens: int) -> dict[str, Any]:
+    """Sampling and rewards."""
+    rollout = "actor_rollout_ref.rollout"
+    return {
         f"{rollout}.name": "vllm",
         f"{rollout}.n": args.samples,
         f"{rollout}.temperature": args.temperature,
@@ -137,7 +155,12 @@ def verl_settings(args: Any) -> dict[str, Any]:
         "reward.custom_reward_function.name": "compute_score",
         "reward.num_workers": 4,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 4,
-        # the run
+    }
+
+
+def run_settings(args: Any) -> dict[str, Any]:
+    """One epoch of `args.steps` steps, without validation and checkpoints."""
+    return {
         "trainer.n_gpus_per_node": 1,
         "trainer.nnodes": 1,
         "trainer.logger": "[console]",
@@ -154,9 +177,6 @@ def verl_settings(args: Any) -> dict[str, Any]:
         "+ray_kwargs.ray_init.include_dashboard": False,
         "+ray_kwargs.ray_init.object_store_memory": 4 * 10**9,
     }
-    if not has_flash:
-        settings[f"+{model}.override_config.attn_implementation"] = "sdpa"
-    return settings
 
 
 def parse_step(line: str, now: float) -> dict[str, Any] | None:
