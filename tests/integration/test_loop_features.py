@@ -171,6 +171,7 @@ def plain_files(tmp_path_factory):
     return tuple(str(folder / f"{name}.parquet") for name in ("one", "two")), texts
 
 
+@pytest.mark.slow
 def test_plain_prompts_several_files_and_four_updates_a_step(
     tmp_path, reward_file, plain_files, model_folder
 ):

@@ -111,6 +111,7 @@ def test_splash_is_traced_again_and_again_without_remat():
         )
 
 
+@pytest.mark.slow
 def test_splash_equals_plain_in_the_interpreter():
     inputs = random_inputs(2, 1, 128, jnp.float32, [(70, 1, 40), (128,)], 128)  # 17 columns of padding
     compare(jax.jit(functools.partial(fused_attention._splash, interpret=True)), inputs, 1e-5)

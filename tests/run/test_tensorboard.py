@@ -4,6 +4,7 @@ import logging
 import resource
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
@@ -27,8 +28,7 @@ def points(folder):
 
 
 def shown(folder):
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accumulator = accumulators.EventAccumulator(str(folder))
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return [(event.step, event.value) for event in accumulator.Scalars("reward/mean")]
 
