@@ -648,7 +648,11 @@ def parts_of(state, name):
 
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
-    [((1, 1, 1), jnp.bfloat16), ((2, 4, 1), jnp.bfloat16), ((1, 4, 2), jnp.float32)],
+    [
+        ((1, 1, 1), jnp.bfloat16),
+        ((2, 4, 1), jnp.bfloat16),
+        pytest.param((1, 4, 2), jnp.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_where_the_optimizers_state_lives_changes_nothing(model, batch, sizes, dtype):
