@@ -8,7 +8,7 @@ from config_helpers import gsm8k
 from group_helpers import make_group
 
 from grpo_jax.run.stopping import RunWatch, mismatch_warning, not_zero_warning
-from grpo_jax.types import RewardResult, ScoredBatch, StepResult
+from grpo_jax.types import RewardResult, ScoredBatch, StepResult, TokenUse
 
 PROB, FACTOR = "training/rollout_probs_diff_mean", "training/token_mult_prob_error"
 ZERO = {"kl/mean": 0.0, "actor/ppo_kl": 0.0, "actor/skipped_updates": 0}
@@ -66,7 +66,8 @@ def result_of(update=(), metrics=()):
     group = make_group([1], ([2], [-1.0]), ([3], [-1.0]))
     rewards = np.array([[0.0, 1.0]], np.float32)
     scored = ScoredBatch([group], RewardResult.of_one(rewards, ()))
-    return StepResult(scored, [ZERO | dict(update), ZERO | {"kl/mean": 1.0}], dict(metrics))
+    use = TokenUse(np.zeros(2, int), np.ones(2, int))
+    return StepResult(scored, use, [ZERO | dict(update), ZERO | {"kl/mean": 1.0}], dict(metrics))
 
 
 @pytest.fixture
