@@ -162,7 +162,7 @@ class AlgorithmSection:
     rollout_rs: str = key("none", "which ratio of a completion leads to its rejection", choices="none seq_sum_k1 seq_mean_k1")
     rollout_rs_low: float = key(0.5, "smallest ratio that is kept", above=0, only=REJECTS)
     rollout_rs_high: float = key(2.0, "largest ratio that is kept", above=0, only=REJECTS)
-    max_token_age: int = key(-1, "tokens sampled by weights that are more steps older do not weigh; -1: all do", unit="steps", at_least=-1, only=STALE)
+    max_token_age: int = key(-1, "tokens of weights more steps older do not weigh; -1: all do", unit="steps", at_least=-1, only=STALE)
 
 
 @dataclasses.dataclass(frozen=True)
