@@ -36,8 +36,11 @@ class RolloutBatches(Protocol):
     def state(self) -> Position:
         """The position after the batch that was taken last."""
 
+    def abandon(self) -> None:
+        """Waits for what is under way and throws it away; `restore` comes next."""
+
     def restore(self, position: Position) -> None:
-        """Goes to a position that `state` returned, before the first batch is taken."""
+        """Goes to a position that `state` returned, before the first batch is taken or after `abandon`."""
 
 
 class Ahead:
@@ -89,6 +92,13 @@ class Ahead:
     def state(self) -> Position:
         """See `RolloutBatches.state`. Batches that are under way are asked for again after a restore."""
         return Position(dict(self._prompt_state), self._num_taken)
+
+    def abandon(self) -> None:
+        """See `RolloutBatches.abandon`."""
+        with self._timer("gen"):
+            while self._pending:
+                wait, _ = self._pending.popleft()
+                wait()
 
     def restore(self, position: Position) -> None:
         """See `RolloutBatches.restore`."""

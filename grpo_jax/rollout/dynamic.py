@@ -47,6 +47,9 @@ class Rounds(Protocol):
     def state(self) -> Position:
         """The position after the round that was taken last."""
 
+    def abandon(self) -> None:
+        """Throws away what is under way."""
+
     def restore(self, position: Position) -> None:
         """Goes to such a position."""
 
@@ -130,6 +133,10 @@ class Dynamic:
             self._rounds.state(), surplus=[_to_json(scored) for scored in self._surplus]
         )
 
+    def abandon(self) -> None:
+        """See `batches.RolloutBatches.abandon`."""
+        self._rounds.abandon()
+
     def restore(self, position: Position) -> None:
         """See `batches.RolloutBatches.restore`. Groups that do not fit this run are dropped.
 
@@ -137,6 +144,7 @@ class Dynamic:
         the run has lost a few completions, and nothing else.
         """
         self._rounds.restore(position)
+        self._surplus = []
         if not position.surplus:
             return
         by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}

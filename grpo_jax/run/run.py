@@ -17,7 +17,7 @@ import jax
 
 from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.data.prompts import PromptIterator
+from grpo_jax.data.prompts import PromptIterator, reordered
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
@@ -39,6 +39,7 @@ from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
+from grpo_jax.run.alarm_log import AlarmLog
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
@@ -47,10 +48,10 @@ from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
 from grpo_jax.run.speed import WARM_UP, Speed
-from grpo_jax.run.stopping import RunWatch, quietly, reported_failure, stop_on_signal
+from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
-from grpo_jax.types import Metrics, Params, StepResult, TrainState
+from grpo_jax.types import Metrics, Params, ScoredBatch, StepResult, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Run:
         )
         self.steps_per_epoch = self._prompts.steps_per_epoch
         self.num_steps = config.num_steps(self.steps_per_epoch)
+        self._num_rollbacks = 0
 
     # ---- opening ----
 
@@ -194,6 +196,7 @@ class Run:
         """
         found = self.checkpointer.find_good()
         self.first_step, is_new = found or 0, found is None
+        self._next_step = self.first_step
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
         self._workdir.record_beginning(self._inputs.beginning)
@@ -203,17 +206,21 @@ class Run:
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
-        last_step = None if is_new else self.first_step
-        self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
-        self._resources.callback(quietly, "the metrics", self._writer.close)
+        self._open_reports(None if is_new else self.first_step)
         self._print_plan(is_resumed=not is_new)
         if is_new and self.config.eval.before_training:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
             self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
         self._saved_at = time.monotonic()
-        self._watch = RunWatch(self.config, self._reward, is_new=is_new)
         return state
+
+    def _open_reports(self, last_step: int | None) -> None:
+        """Args: last_step: of the checkpoint that the run goes on from; reports of later ones are dropped."""
+        self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
+        self._resources.callback(quietly, "the metrics", self._writer.close)
+        self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=self._num_rollbacks)
+        self._watch = RunWatch(self.config, is_new=last_step is None)
 
     def _check_range(self, state: TrainState) -> None:
         """Raises: ConfigError: the model does not fit the range of float16."""
@@ -237,10 +244,15 @@ class Run:
         return self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
 
     def _restored_state(self) -> TrainState:
-        reference, optimizer = self.learner.reference, self.learner.optimizer
+        reference = self.learner.reference
         if self.config.uses_reference and not reference.is_refreshed:
             model = self.learner.optimizer.stored_model(self.folder.config)
             reference.copy_from(load_params(self.folder, model, self._mesh))
+        return self._restore()
+
+    def _restore(self, order: int | None = None) -> TrainState:
+        """Goes to the latest checkpoint. Args: order: a seed for the prompts left of its epoch; None: as it is."""
+        reference, optimizer = self.learner.reference, self.learner.optimizer
         state, progress, saved_reference = self.checkpointer.restore(
             optimizer.abstract_state(), reference.abstract() if reference.is_refreshed else None
         )
@@ -249,8 +261,10 @@ class Run:
         kl_coef = self.config.algorithm.kl_coef
         if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
             reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
-        position = Position(progress.prompt_iterator, progress.num_rollout_batches, progress.surplus)
-        self.rollouts.restore(position)
+        self._num_rollbacks = max(self._num_rollbacks, progress.num_rollbacks)
+        prompts = progress.prompt_iterator
+        prompts = prompts if order is None else reordered(prompts, order)
+        self.rollouts.restore(Position(prompts, progress.num_rollout_batches, progress.surplus))
         return state
 
     # ---- steps ----
@@ -261,7 +275,8 @@ class Run:
         Ctrl-C and SIGTERM wait for the end of a step.
         """
         with stop_on_signal() as self._stop:
-            yield from range(self.first_step, self.num_steps)
+            while self._next_step < self.num_steps:  # which a roll-back puts back
+                yield self._next_step
 
     def give_weights(self, state: TrainState, version: int, *, is_first: bool = False) -> None:
         """Gives the engine the policy's parameters, and compares the log-probabilities of both where that is due.
@@ -276,11 +291,12 @@ class Run:
             with self.timers("probe"):
                 self._probe(self.engine, params)
 
-    def after_step(self, state: TrainState, result: StepResult, step: int) -> None:
+    def after_step(self, state: TrainState, result: StepResult, step: int) -> TrainState:
         """Validates, saves and reports as far as that is due after step number `step`; stops where asked to.
 
+        Returns: the state to go on with: this one, or that of an earlier checkpoint where the run has diverged.
         Raises:
-            TrainingStopped: too many updates in a row were not finite.
+            TrainingStopped: too many updates in a row were not finite, or the run has diverged and cannot go back.
             SystemExit: 130 after Ctrl-C or SIGTERM.
         """
         done, rollouts, config = step + 1, result.rollouts, self.config
@@ -299,21 +315,58 @@ class Run:
             self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
         )
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
-        self._watch.note(result)
+        self._watch.note(result.updates)
+        metrics |= self._alarms.note(metrics, done, lambda: self._example(rollouts))
+        is_lost = self._watch.is_lost or (self._alarms.may_roll_back and self._alarms.has_diverged)
         # Read once: a request that comes while saving is for the next step.
         is_stopping = self._stop.requested
         # While updates are skipped, the checkpoint from before the trouble is the good one.
-        must_save = (is_stopping or done == self.num_steps) and not self._watch.is_lost
-        if self._watch.is_healthy or must_save:
+        must_save = (is_stopping or done == self.num_steps) and not is_lost
+        is_sound = self._watch.is_healthy and not self._alarms.may_roll_back
+        if is_sound or must_save:
             self._save(state, done, metrics, is_stopping=is_stopping)
         self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
-        self._watch.stop_if_lost()
-        self._done = (state, self._progress(done)) if self._watch.is_healthy else None
-        if is_stopping and done < self.num_steps:
+        self._next_step = done
+        if is_lost and self.config.trainer.max_rollbacks:
+            state = self._roll_back(state, done)
+        else:
+            self._watch.stop_if_lost()
+            self._done = (state, self._progress(done)) if is_sound else None
+        if is_stopping and self._next_step < self.num_steps:
             self.checkpointer.wait()
-            logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
+            text = "Stopped after step %d; everything is saved. The same command goes on."
+            logger.info(text, self._next_step)
             raise SystemExit(130)
+        return state
+
+    def _roll_back(self, state: TrainState, done: int) -> TrainState:
+        """The state of the last checkpoint from before the trouble; the run goes on from it in another order.
+
+        The numbers of a step are of the weights that the step before has left. So those of a checkpoint are good
+        where the step after it had no trouble.
+
+        Args:   state: given up, to make room.
+        Raises: TrainingStopped: no roll-back is left, or there is no such checkpoint.
+        """
+        why, limit = self._alarms.explain_trouble(), self.config.trainer.max_rollbacks
+        if self._num_rollbacks >= limit:
+            raise TrainingStopped(f"{why}; trainer.max_rollbacks={limit} is used up")
+        with self.timers("roll_back"):
+            good = self.checkpointer.go_back(before=self._alarms.trouble_since - 1)
+            if good is None:
+                raise TrainingStopped(f"{why}; there is no checkpoint from before it to go back to")
+            self.rollouts.abandon()
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()
+            self._num_rollbacks += 1
+            state = self._restore(derive_seed(self.config.trainer.seed, self._num_rollbacks, "roll-back"))
+            self._writer.close()
+            self._open_reports(good)
+            self._alarms.tell_rollback(why, back_from=done, to=good, number=self._num_rollbacks)
+            self._next_step, self._saved_at = good, time.monotonic()
+        self.give_weights(state, version=good)
+        return state
 
     def rescue(self) -> None:
         """After a failure: saves the last whole step, unless its state is gone or not worth it.
@@ -420,6 +473,7 @@ class Run:
             surplus=position.surplus,
             kl_coef=self.learner.reference.kl_coef,
             initial_kl_coef=self.config.algorithm.kl_coef,
+            num_rollbacks=self._num_rollbacks,
         )
 
     # ---- reports ----
@@ -446,6 +500,18 @@ class Run:
             f"{r['prompt']}{r['completion']}\n[reward {r['reward']:g}, ground truth {r['ground_truth']}]"
         )
         return [show(record) for record in records[: self.config.logging.num_text_samples]]
+
+    def _example(self, rollouts: ScoredBatch) -> str:
+        """The first completion with its reward, and the reason for it."""
+        group, reward = rollouts.groups[0], float(rollouts.rewards.rewards[0, 0])
+        completion = group.completions[0]
+        lines = (
+            f"prompt:       {group.prompt.text.strip()}",
+            f"ground truth: {group.prompt.ground_truth}",
+            f"completion:   {completion.text.strip() or '(empty)'}",
+            f"reward:       {reward:g}, since {self._reward.explain(group.prompt, completion, reward)}",
+        )
+        return "\n".join(f"  {line}" for line in lines)
 
     def _print_plan(self, *, is_resumed: bool) -> None:
         mesh, model = self._mesh, self.folder.config
