@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_jax.config import Config
+from grpo_jax.rewards.base import Reward
 from grpo_jax.run.alarms import Found, Line, is_step, num_before, raised
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import MetricsWriter, plain, read_metrics
 from grpo_jax.storage.files import write_whole
-from grpo_jax.types import Metrics
+from grpo_jax.types import Metrics, ScoredBatch
 
 logger = logging.getLogger(__name__)
 
@@ -196,3 +197,16 @@ class AlarmLog:
                 if line["number"] <= num_rollbacks if is_rollback else line["step"] <= step:
                     kept.append(text + "\n")
         write_whole(self._path, "".join(kept))
+
+
+def example(rollouts: ScoredBatch, reward: Reward) -> str:
+    """The first completion of a batch with its prompt, its reward and the reason for it, as lines."""
+    group, value = rollouts.groups[0], float(rollouts.rewards.rewards[0, 0])
+    completion = group.completions[0]
+    lines = (
+        f"prompt:       {group.prompt.text.strip()}",
+        f"ground truth: {group.prompt.ground_truth}",
+        f"completion:   {completion.text.strip() or '(empty)'}",
+        f"reward:       {value:g}, since {reward.explain(group.prompt, completion, value)}",
+    )
+    return "\n".join(f"  {line}" for line in lines)

@@ -39,7 +39,7 @@ from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
-from grpo_jax.run.alarm_log import AlarmLog
+from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
@@ -51,7 +51,7 @@ from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
-from grpo_jax.types import Metrics, Params, ScoredBatch, StepResult, TrainState
+from grpo_jax.types import Metrics, Params, StepResult, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ class Run:
         )
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result.updates)
-        metrics |= self._alarms.note(metrics, done, lambda: self._example(rollouts))
+        metrics |= self._alarms.note(metrics, done, lambda: example(rollouts, self._reward))
         is_lost = self._watch.is_lost or (self._alarms.may_roll_back and self._alarms.has_diverged)
         # Read once: a request that comes while saving is for the next step.
         is_stopping = self._stop.requested
@@ -500,18 +500,6 @@ class Run:
             f"{r['prompt']}{r['completion']}\n[reward {r['reward']:g}, ground truth {r['ground_truth']}]"
         )
         return [show(record) for record in records[: self.config.logging.num_text_samples]]
-
-    def _example(self, rollouts: ScoredBatch) -> str:
-        """The first completion with its reward, and the reason for it."""
-        group, reward = rollouts.groups[0], float(rollouts.rewards.rewards[0, 0])
-        completion = group.completions[0]
-        lines = (
-            f"prompt:       {group.prompt.text.strip()}",
-            f"ground truth: {group.prompt.ground_truth}",
-            f"completion:   {completion.text.strip() or '(empty)'}",
-            f"reward:       {reward:g}, since {self._reward.explain(group.prompt, completion, reward)}",
-        )
-        return "\n".join(f"  {line}" for line in lines)
 
     def _print_plan(self, *, is_resumed: bool) -> None:
         mesh, model = self._mesh, self.folder.config

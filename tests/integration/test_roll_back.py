@@ -190,3 +190,41 @@ def test_another_roll_back_takes_another_order(tmp_path, overrides, rolled_back,
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
     assert [line["number"] for line in alarms_of(tmp_path / "run")] == [1, 2]
     assert np.isfinite([line["actor/loss"] for line in helpers.read_lines(tmp_path / "run")]).all()
+
+
+SPIKES = """
+import numpy as np
+
+START, left = {start!r}, 0  # rewards of the first of three batches with advantages of the wrong size
+
+def estimate(rewards, index):
+    global left
+    left = 3 if rewards.ravel().tolist() == START else max(left - 1, 0)
+    return (1e4 if left else 1.0) * (rewards - rewards.mean(axis=1, keepdims=True))
+"""
+
+
+@pytest.mark.slow
+def test_three_spikes_in_a_row_are_a_divergence(tmp_path, overrides):
+    """Loss and gradient of steps 22 to 24 are 10^4 times the usual; the first 21 have a window to be seen in."""
+    healthy, spikes = tmp_path / "healthy.py", tmp_path / "spikes.py"
+    overrides = overrides | {"trainer.total_epochs": 9, "trainer.max_nonfinite_updates": 3}
+    healthy.write_text(SPIKES.format(start=[]))
+    first = {"algorithm.adv_estimator": f"{healthy}:estimate", "trainer.num_steps": 22}
+    helpers.train_ok(tmp_path / "healthy", overrides | first)
+    spikes.write_text(SPIKES.format(start=rewards_of(tmp_path / "healthy", 22)))
+    overrides |= {"algorithm.adv_estimator": f"{spikes}:estimate"}
+    out = helpers.train_ok(tmp_path / "run", overrides)
+    [line] = [line for line in out.splitlines() if "Going back" in line]
+    assert (
+        line.startswith("WARNING: alarm since step 22: ") and "grad-norm-spike (actor/grad_norm is " in line
+    )
+    assert "Going back from step 24 to the checkpoint of step 20," in line
+    lines = helpers.read_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 28))
+    assert max(line["actor/grad_norm"] for line in lines) < 100
+    assert "roll-back" in [line["event"] for line in alarms_of(tmp_path / "run")]
+    # Without permission to go back they are alarms, and the run ends as it began.
+    out = helpers.train_ok(tmp_path / "warned", overrides | {"trainer.max_rollbacks": 0})
+    assert "WARNING: alarm grad-norm-spike at step 22: " in out and "Going back" not in out
+    assert [line["step"] for line in helpers.read_lines(tmp_path / "warned")] == list(range(1, 28))
