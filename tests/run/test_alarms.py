@@ -1,13 +1,14 @@
 """Each alarm on numbers worked out here, and on healthy ones; the table and its page."""
 
+import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
-from config_helpers import gsm8k
+from config_helpers import CONFIGS, gsm8k
 
-from grpo_jax.config import KEYS
+from grpo_jax.config import KEYS, load_config, parse_config
 from grpo_jax.run.alarms import ALARMS, MIN_STEPS, WINDOW, first_of_each, num_before, raised
 from grpo_jax.run.metrics import ends_in_loop
 
@@ -29,6 +30,10 @@ HEALTHY = {
     PROB: 0.001,
     FACTOR: 1.001,
 }
+
+
+def load(recipe):
+    return parse_config(load_config(CONFIGS / f"{recipe}.py"))
 
 
 def names_of(before, now, config=None):
@@ -109,6 +114,17 @@ def test_the_kl_of_the_reward_counts_where_the_loss_has_none():
 def test_numbers_that_a_run_does_not_have_are_not_missed():
     lines = [{"actor/loss": 0.0, "actor/grad_norm": 0.1}] * MIN_STEPS
     assert raised(lines, lines[0], gsm8k()) == []
+
+
+def test_the_quickstart_raises_none():
+    text = (ROOT / "tests" / "data" / "quickstart_metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == 40 and list(first_of_each(lines, load("quickstart"))) == []
+    # One of its numbers a hundred times as large is found; the others still are none.
+    for step, name, alarm in ((25, "actor/grad_norm", "grad-norm-spike"), (40, "kl/mean", "kl-spike")):
+        changed = [line | ({name: 100 * line[name]} if line["step"] == step else {}) for line in lines]
+        [(at, found)] = first_of_each(changed, load("quickstart"))
+        assert (at, found.alarm.name) == (step, alarm)
 
 
 @pytest.mark.parametrize("seed", range(3))
