@@ -31,10 +31,10 @@ def grpo_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, StepR
     Returns: the new train state, and what the step leaves for the reports.
     """
     rollouts = run.rollouts.take()  # 1 to 3
-    batch = make_train_batch(rollouts.groups, pad_id=run.pad_id)  # 4
-    state, updates, metrics = run.learner.learn(state, batch, rollouts, step)  # 5 and 6
+    batch = make_train_batch(rollouts.groups, pad_id=run.pad_id, version=step)  # 4
+    state, result = run.learner.learn(state, batch, rollouts, step)  # 5 and 6
     run.give_weights(state, version=step + 1)  # 7
-    return state, StepResult(rollouts, updates, metrics)
+    return state, result
 
 
 def train(config: Config, path: Path) -> None:

@@ -59,10 +59,20 @@ class Completion:
     finish_reason: str
     """"stop": ended by itself; "length": cut at the limit."""
     policy_version: int
-    """Which weights sampled it."""
+    """Which weights sampled its first token."""
+    changes: tuple[tuple[int, int], ...] = ()
+    """(number of a token, policy version) where the weights changed on the way: from that token on."""
     drawable: np.ndarray | None = None
     """[n, ceil(V / 32)] uint32: bit v % 32 of word v // 32 is set where token v could be drawn as that token of
     the completion. None: all could (`rollout.top_p` is 1 and `rollout.top_k` 0), or the engine does not tell."""
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """[n] int32: which weights sampled each token."""
+        versions = np.full(len(self.token_ids), self.policy_version, np.int32)
+        for first, version in self.changes:
+            versions[first:] = version
+        return versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +81,9 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: tuple[Completion, ...]
+    origin: tuple[int, int] | None = None
+    """(number of its batch of prompts in the whole run, its place in that batch), both from 0. Seed and epoch
+    follow from the first. None: not of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +142,8 @@ class ScoredBatch:
     rewards: RewardResult
     dropped: ScoredBatch | None = None
     """Groups whose rewards are all equal, which dynamic sampling leaves out; None where there are none."""
+    kept: tuple[RolloutGroup, ...] = ()
+    """Groups that dynamic sampling has sampled, too, and left over for later steps."""
     metrics: Metrics = dataclasses.field(default_factory=dict)
     """With dynamic sampling, how many groups were sampled, kept and left out, by metric name."""
 
@@ -148,10 +163,21 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenUse:
+    """What the updates of a step made of its completions (host); arrays are [B], in group order."""
+
+    minibatch: np.ndarray
+    """int: the mini-batch that it was in, from 0."""
+    num_tokens: np.ndarray
+    """int: its tokens that weigh in the policy loss."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the reports (host)."""
 
     rollouts: ScoredBatch
+    use: TokenUse
     updates: list[Metrics]
     """The metrics of each update, by name."""
     metrics: Metrics
@@ -183,6 +209,9 @@ class TrainBatch:
     None where the update is the first one."""
     ref_logprobs: Any = None
     """float32; the reference's; None without a KL term."""
+    token_ages: Any = None
+    """int32; by how many steps the weights that sampled the token are older than those that are trained; None
+    where the tokens are not sampled."""
     kl_coef: Any = None
     """float32; the coefficient of the KL in the loss, the same on every token; None: `algorithm.kl_coef`."""
     drawable: Any = None

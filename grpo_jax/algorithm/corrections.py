@@ -84,12 +84,13 @@ def correction(
     mask: jax.Array,
     segment_ids: jax.Array,
     algorithm: AlgorithmSection,
+    ages: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """The factor of the policy loss, as `algorithm.rollout_is` and `algorithm.rollout_rs` want it.
+    """The factor of the policy loss, as `rollout_is`, `rollout_rs` and `max_token_age` of the section want it.
 
     Args:
         old_logprobs, sampler_logprobs: [R, T] float32, 0 outside the completions.
-        mask: [R, T] float32; segment_ids: [R, T] int32.
+        mask: [R, T] float32; segment_ids: [R, T] int32; ages: [R, T] int32, as `TrainBatch.token_ages`.
 
     Returns:
         The factor, [R, T] float32; arrays of that shape by metric name, to be averaged over completion tokens; and
@@ -121,4 +122,15 @@ def correction(
         )
         values["rollout_corr/rs_rejected_frac"] = 1 - kept
         factor *= kept
+    if algorithm.max_token_age >= 0:
+        assert ages is not None, "sampled tokens have an age"
+        is_old = (ages > algorithm.max_token_age).astype(jnp.float32)
+        values["rollout_corr/too_old_frac"] = is_old
+        factor *= 1 - is_old
     return factor, values, maxima
+
+
+def leaves_out(algorithm: AlgorithmSection) -> bool:
+    """Whether the factor of a token may be 0."""
+    is_masked = algorithm.rollout_is.endswith("_mask")
+    return is_masked or algorithm.rollout_rs != "none" or algorithm.max_token_age >= 0

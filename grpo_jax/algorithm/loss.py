@@ -111,14 +111,10 @@ def grpo_loss(
     section, mask, segment_ids = algorithm.section, batch.completion_mask, batch.segment_ids
     logprobs = where_completion(logprobs, mask)
     entropy = where_completion(entropy, mask)
-    if batch.old_logprobs is None:
-        old_logprobs = jax.lax.stop_gradient(logprobs)
-    else:
-        old_logprobs = where_completion(batch.old_logprobs, mask)
-    sampler_logprobs = where_completion(batch.sampler_logprobs, mask)
+    old_logprobs, sampler_logprobs = _fixed_logprobs(logprobs, batch)
     advantages = where_completion(batch.advantages, mask)
 
-    tokens = PolicyTokens(logprobs, old_logprobs, advantages, mask, segment_ids)
+    tokens = PolicyTokens(logprobs, old_logprobs, advantages, mask, segment_ids, batch.token_ages)
     per_token, clipped, clipped_lower = algorithm.policy_loss(tokens, section)
     values = {
         "actor/entropy": entropy,
@@ -128,7 +124,8 @@ def grpo_loss(
     }
     trainer_logprobs = jax.lax.stop_gradient(logprobs) if section.old_logprobs == "sampler" else old_logprobs
     mismatch, largest = _sampler_mismatch(trainer_logprobs, sampler_logprobs)
-    factor, corrected, maxima = correction(old_logprobs, sampler_logprobs, mask, segment_ids, section)
+    fixed = (old_logprobs, sampler_logprobs, mask, segment_ids)
+    factor, corrected, maxima = correction(*fixed, section, batch.token_ages)
     values, largest = values | mismatch | corrected, largest | maxima
     per_token *= factor
     if batch.ref_logprobs is not None:
@@ -141,6 +138,21 @@ def grpo_loss(
     loss = jnp.sum(batch.loss_weights * per_token)
     sums = {name: jnp.sum(value * mask) for name, value in values.items()}
     return loss, LossMetrics(loss=loss, tokens=jnp.sum(mask), token_sums=sums, token_maxima=largest)
+
+
+def tokens_that_weigh(logprobs: jax.Array, batch: TrainBatch, section: AlgorithmSection) -> jax.Array:
+    """[R, T] bool: the tokens with a factor above 0 in the policy loss. Args: as `grpo_loss`."""
+    mask, segment_ids = batch.completion_mask, batch.segment_ids
+    fixed = _fixed_logprobs(where_completion(logprobs, mask), batch)
+    factor, *_ = correction(*fixed, mask, segment_ids, section, batch.token_ages)
+    return (factor > 0) & (mask > 0)
+
+
+def _fixed_logprobs(logprobs: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    """The old and the sampler's log-probabilities. Args: logprobs: the policy's, 0 outside the completions."""
+    mask, old = batch.completion_mask, batch.old_logprobs
+    old_logprobs = jax.lax.stop_gradient(logprobs) if old is None else where_completion(old, mask)
+    return old_logprobs, where_completion(batch.sampler_logprobs, mask)
 
 
 def _kl_coef(batch: TrainBatch, section: AlgorithmSection) -> jax.Array | float:

@@ -33,7 +33,7 @@ Losses = tuple[jax.Array, jax.Array, jax.Array]
 
 @flax.struct.dataclass
 class PolicyTokens:
-    """What a policy loss reads; all [R, T], float32 except the last, and 0 outside the completions."""
+    """What a policy loss reads; all [R, T], float32 except the last two, and 0 outside the completions."""
 
     logprobs: jax.Array
     """Of the policy that is differentiated."""
@@ -43,6 +43,8 @@ class PolicyTokens:
     """1 on completion tokens."""
     segment_ids: jax.Array
     """int32; 1, 2, ... number the sequences of a row, 0 is padding."""
+    ages: jax.Array | None = None
+    """int32; by how many steps the weights that sampled the token are older than those before the update."""
 
 
 def clipped_surrogate(tokens: PolicyTokens, algorithm: AlgorithmSection) -> Losses:

@@ -68,6 +68,7 @@ SUM_NORM = "algorithm.loss_agg=seq-mean-token-sum-norm"
 KL, ADAPTIVE = "algorithm.kl_coef>0", "algorithm.kl_target>0"
 WEIGHTED, MASKED = "algorithm.rollout_is!=none", "algorithm.rollout_is=token_mask|sequence_mask"
 REJECTS = "algorithm.rollout_rs!=none"
+STALE = "rollout.max_lag>0 or algorithm.dynamic_sampling_rounds>0"
 BY_ROWS = "actor.micro_batch_tokens_per_device=0"
 LOCAL, VLLM = "rollout.engine=local", "rollout.engine=vllm"
 TELL_DRAWABLE = ("local",)
@@ -161,6 +162,7 @@ class AlgorithmSection:
     rollout_rs: str = key("none", "which ratio of a completion leads to its rejection", choices="none seq_sum_k1 seq_mean_k1")
     rollout_rs_low: float = key(0.5, "smallest ratio that is kept", above=0, only=REJECTS)
     rollout_rs_high: float = key(2.0, "largest ratio that is kept", above=0, only=REJECTS)
+    max_token_age: int = key(-1, "tokens sampled by weights that are more steps older do not weigh; -1: all do", unit="steps", at_least=-1, only=STALE)
 
 
 @dataclasses.dataclass(frozen=True)

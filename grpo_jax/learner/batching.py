@@ -24,16 +24,19 @@ from grpo_jax.model.transformer import bucket_length
 from grpo_jax.types import Completion, RolloutGroup, TrainBatch
 
 
-def make_train_batch(groups: Sequence[RolloutGroup], *, pad_id: int) -> TrainBatch:
+def make_train_batch(
+    groups: Sequence[RolloutGroup], *, pad_id: int, version: int | None = None
+) -> TrainBatch:
     """Puts every completion with its prompt into a row, in group order.
 
     Args:
         groups: P groups of G completions each.
         pad_id: token id of the padding, which is never trained or attended to.
+        version: of the weights that are to be trained, which gives tokens their age.
 
     Returns:
         A batch of B = P * G rows and T = `bucket_length` of the longest; `advantages` 0, no old or
-        reference log-probabilities.
+        reference log-probabilities; without a `version` no `token_ages`.
     """
     sizes = sorted({len(group.completions) for group in groups})
     if len(sizes) != 1:
@@ -55,9 +58,18 @@ def make_train_batch(groups: Sequence[RolloutGroup], *, pad_id: int) -> TrainBat
     sampler_logprobs[batch.completion_mask > 0] = np.fromiter(
         (logprob for c in completions for logprob in c.sampler_logprobs), np.float32
     )
-    return dataclasses.replace(
+    batch = dataclasses.replace(
         batch, sampler_logprobs=sampler_logprobs, drawable=_lay_out_drawable(completions, batch)
     )
+    return batch if version is None else add_token_ages(batch, completions, version)
+
+
+def add_token_ages(batch: TrainBatch, completions: Sequence[Completion], version: int) -> TrainBatch:
+    """Adds `TrainBatch.token_ages`. Args: version: of the weights that are to be trained."""
+    ages: Any = np.zeros(batch.tokens.shape, np.int32)
+    if completions:
+        ages[batch.completion_mask > 0] = version - np.concatenate([c.token_versions for c in completions])
+    return dataclasses.replace(batch, token_ages=ages)
 
 
 def _lay_out_drawable(completions: Sequence[Completion], batch: TrainBatch) -> Any:
@@ -144,26 +156,26 @@ def keep_completions(batch: TrainBatch, is_kept: np.ndarray) -> TrainBatch:
     return dataclasses.replace(batch, **kept)
 
 
-def split_minibatches(
-    batch: TrainBatch, num_minibatches: int, *, seed: int | Sequence[int]
-) -> list[TrainBatch]:
-    """Splits the rows of a batch into mini-batches of equal size, one update each.
+def split_minibatches(num_rows: int, num_minibatches: int, *, seed: int | Sequence[int]) -> list[np.ndarray]:
+    """Deals the rows of a batch out to mini-batches of equal size, one update each.
 
     Args:
-        batch: B rows, B divisible by `num_minibatches` (a rule of the configuration).
+        num_rows: B, divisible by `num_minibatches` (a rule of the configuration).
         num_minibatches: 1 keeps the order of the rows; with more they are permuted.
         seed: of the permutation; several integers, such as (seed, step), make one.
+
+    Returns: the numbers of the rows of each mini-batch.
     """
-    num_rows = len(batch.tokens)
     if num_rows % num_minibatches:
         raise ValueError(f"{num_rows} rows do not divide into {num_minibatches} mini-batches")
     if num_minibatches == 1:
-        return [batch]
-    order = np.random.default_rng(seed).permutation(num_rows)
-    return [
-        jax.tree.map(lambda field, rows=rows: np.asarray(field)[rows], batch)
-        for rows in np.split(order, num_minibatches)
-    ]
+        return [np.arange(num_rows)]
+    return np.split(np.random.default_rng(seed).permutation(num_rows), num_minibatches)
+
+
+def take_rows(batch: TrainBatch, rows: np.ndarray) -> TrainBatch:
+    """Returns some of the rows of a batch on the host."""
+    return jax.tree.map(lambda field: np.asarray(field)[rows], batch)
 
 
 def add_loss_weights(batch: TrainBatch, mode: str, norm: float) -> TrainBatch:

@@ -21,27 +21,39 @@ from jax.sharding import Mesh
 
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm.advantages import estimate_advantages
+from grpo_jax.algorithm.corrections import leaves_out
 from grpo_jax.algorithm.kl import kl_of_tokens
-from grpo_jax.algorithm.loss import grpo_loss, merge_updates
+from grpo_jax.algorithm.loss import grpo_loss, merge_updates, tokens_that_weigh
 from grpo_jax.config import Config
 from grpo_jax.learner import make_optimizer
 from grpo_jax.learner.batching import (
     add_advantages,
     add_loss_weights,
+    add_token_ages,
     keep_completions,
     make_sft_batch,
     split_minibatches,
+    take_rows,
 )
 from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
-from grpo_jax.learner.packing import micro_batch_shape
+from grpo_jax.learner.packing import Places, micro_batch_shape
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import num_words
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import largest_activations
-from grpo_jax.types import Metrics, Params, ScoredBatch, Timer, TrainBatch, TrainState
+from grpo_jax.types import (
+    Metrics,
+    Params,
+    ScoredBatch,
+    StepResult,
+    Timer,
+    TokenUse,
+    TrainBatch,
+    TrainState,
+)
 
 
 class Learner:
@@ -67,7 +79,16 @@ class Learner:
             model, mesh, temperature=config.rollout.temperature, chunk_tokens=config.actor.logits_chunk_tokens
         )
         loss = functools.partial(grpo_loss, algorithm=algorithm)
-        self._update = make_update_step(model, mesh, self.optimizer, self._forward, loss, optim=config.optim)
+        weigh = functools.partial(tokens_that_weigh, section=config.algorithm)
+        self._update = make_update_step(
+            model,
+            mesh,
+            self.optimizer,
+            self._forward,
+            loss,
+            optim=config.optim,
+            weigh=weigh if leaves_out(config.algorithm) else None,
+        )
 
     def init(self, params: Params) -> TrainState:
         """A train state at step 0; the reference is a copy of its parameters. Args: as `Optimizer.init_state`."""
@@ -90,18 +111,19 @@ class Learner:
 
     def learn(
         self, state: TrainState, batch: TrainBatch, rollouts: ScoredBatch, step: int
-    ) -> tuple[TrainState, list[Metrics], Metrics]:
+    ) -> tuple[TrainState, StepResult]:
         """All that is computed of the rollouts of step number `step`, counted from 0.
 
         Args:    batch: the rollouts as `make_train_batch` lays them out, advantages 0.
-        Returns: the new train state, the metrics of each update, and the metrics of the step.
+        Returns: the new train state, and what the step leaves for the reports.
         """
         batch = self.with_penalty_logprobs(batch, self.params(state))
         batch, penalty = self.with_advantages(batch, rollouts.rewards.rewards)
         batch = self.with_loss_terms(batch, rollouts)
-        state, updates = self._run_updates(state, batch, step)
+        state, updates, use = self._run_updates(state, batch, step)
         metrics = merge_updates(updates, self._config.algorithm) | penalty
-        return state, updates, metrics | self.move_reference(self.params(state), metrics, step + 1)
+        metrics |= self.move_reference(self.params(state), metrics, step + 1)
+        return state, StepResult(rollouts, use, updates, metrics)
 
     def with_penalty_logprobs(self, batch: TrainBatch, params: Params) -> TrainBatch:
         """Adds the old and the reference log-probabilities where the rewards hold a KL penalty."""
@@ -172,7 +194,7 @@ class Learner:
 
     def _run_updates(
         self, state: TrainState, batch: TrainBatch, step: int
-    ) -> tuple[TrainState, list[Metrics]]:
+    ) -> tuple[TrainState, list[Metrics], TokenUse]:
         """One optimizer step a mini-batch, `num_epochs` times over the same mini-batches.
 
         All work is dispatched first and then awaited in order, so that the devices stay busy and the timers see
@@ -180,30 +202,33 @@ class Learner:
         """
         actor, seed = self._config.actor, (self._config.trainer.seed, step)
         missing = self._missing_logprobs(batch)
-        minibatches = split_minibatches(batch, actor.num_minibatches, seed=seed)
-        placed = [self._place(minibatch) for minibatch in minibatches]
+        rows = split_minibatches(len(batch.tokens), actor.num_minibatches, seed=seed)
+        laid_out = [self._place(take_rows(batch, of_minibatch)) for of_minibatch in rows]
+        placed = [micro_batches for micro_batches, _ in laid_out]
         for phase, field in missing:
             with self._timer(phase):
                 placed = self._add_logprobs(field, state, placed)
-        metrics = []
+        metrics, weighing = [], []
         with self._timer("update_actor"):
             for _ in range(actor.num_epochs):
                 for minibatch in placed:
-                    state, update_metrics = self._update(state, minibatch)
+                    state, update_metrics, marks = self._update.accounted(state, minibatch)
                     metrics.append(update_metrics)
+                    weighing.append(marks)
         for phase, field in missing:
             with self._timer(phase):
                 jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
         with self._timer("update_actor"):
-            return state, jax.device_get(metrics)
+            metrics, weighing = jax.device_get((metrics, weighing[: len(rows)]))  # the same in every epoch
+        return state, metrics, _token_use(batch, rows, [places for _, places in laid_out], weighing)
 
-    def _place(self, minibatch: TrainBatch) -> list[TrainBatch]:
-        """The micro-batches of a mini-batch, on the devices."""
+    def _place(self, minibatch: TrainBatch) -> tuple[list[TrainBatch], Places]:
+        """The micro-batches of a mini-batch, on the devices, and where its rows went."""
         algorithm = self._config.algorithm
         if algorithm.old_logprobs == "sampler":
             minibatch = dataclasses.replace(minibatch, old_logprobs=minibatch.sampler_logprobs)
         minibatch = add_loss_weights(minibatch, algorithm.loss_agg, self._config.loss_norm)
-        return to_micro_batches(minibatch, self._shape, self.mesh)[0]
+        return to_micro_batches(minibatch, self._shape, self.mesh)
 
     def _add_logprobs(
         self, field: str, state: TrainState, placed: Sequence[Sequence[TrainBatch]]
@@ -243,7 +268,7 @@ class Learner:
             shape = (*example.tokens.shape, num_words(self.model.vocab_size))
             example = dataclasses.replace(example, drawable=np.zeros(shape, np.uint32))
         missing = self._missing_logprobs(example)
-        [micro] = self._place(example)
+        [micro] = self._place(add_token_ages(example, [], 0))[0]
         state = self.optimizer.abstract_state()
         params = self._update.compile_params(state.params)
         if missing:
@@ -256,3 +281,27 @@ class Learner:
         held = device_bytes(state if copy else state.opt_state)
         beside = {"update": held + reference, "optimizer": copy + reference}
         return {phase: size + beside[phase] for phase, size in sizes.items()}
+
+
+def _token_use(
+    batch: TrainBatch,
+    rows: Sequence[np.ndarray],
+    places: Sequence[Places],
+    weighing: Sequence[Sequence[np.ndarray]],
+) -> TokenUse:
+    """Puts together what each mini-batch made of its rows.
+
+    Args:
+        rows: of each mini-batch, as from `split_minibatches`; places: where they went.
+        weighing: as from `UpdateStep.accounted`, on the host.
+    """
+    minibatch, num_tokens = np.zeros((2, len(batch.tokens)), np.int64)
+    lengths = np.asarray(batch.completion_mask).sum(axis=1)
+    for number, (of_minibatch, at, marks) in enumerate(zip(rows, places, weighing, strict=True)):
+        minibatch[of_minibatch] = number
+        if marks:
+            unpacked = at.unpack(np.concatenate(marks), batch.tokens.shape[1])
+            num_tokens[of_minibatch] = unpacked.sum(axis=1)
+        else:
+            num_tokens[of_minibatch] = lengths[of_minibatch]
+    return TokenUse(minibatch, num_tokens)

@@ -50,18 +50,31 @@ class UpdateStep:
     """(params, kept, scores, sum, micro-batch, loss scale) -> the sum with gradients and metrics of one
     micro-batch [R, T] added. The sum is donated."""
     apply: Apply
+    weigh: Any = None
+    """(log-probabilities, micro-batch) -> [R, T] bool, the tokens that weigh in the policy loss; None: all do."""
 
     def __call__(self, state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
-        params = self.to_compute_dtype(state.params)
+        state, metrics, _ = self.accounted(state, micro_batches)
+        return state, metrics
+
+    def accounted(
+        self, state: TrainState, micro_batches: Sequence[TrainBatch]
+    ) -> tuple[TrainState, Metrics, list[jax.Array]]:
+        """The update, and the tokens of each micro-batch that weigh in the policy loss; []: all do."""
+        params, weighing = self.to_compute_dtype(state.params), []
         total = self.zeros(params, micro_batches[0])
         for micro in micro_batches:
-            total = self._add_gradients(params, total, micro, state)
-        return self.apply(state, total)
+            total, logprobs = self._add_gradients(params, total, micro, state)
+            if self.weigh is not None:
+                weighing.append(self.weigh(logprobs, micro))
+        return *self.apply(state, total), weighing
 
-    def _add_gradients(self, params: Params, total: Any, micro: TrainBatch, state: TrainState) -> Any:
+    def _add_gradients(
+        self, params: Params, total: Any, micro: TrainBatch, state: TrainState
+    ) -> tuple[Any, jax.Array]:
         # In a function of its own: what is kept is given back before the next micro-batch asks for as much.
         scores, kept = self.forward(params, micro)
-        return self.backward(params, kept, scores, total, micro, state.loss_scale)
+        return self.backward(params, kept, scores, total, micro, state.loss_scale), scores[0]
 
     def compile_params(self, params: Params) -> Params:
         """Compiles `to_compute_dtype` for abstract parameters, and returns its abstract result."""
@@ -90,8 +103,9 @@ def make_update_step(
     loss_fn: LossFn,
     *,
     optim: OptimSection,
+    weigh: Callable[[jax.Array, TrainBatch], jax.Array] | None = None,
 ) -> UpdateStep:
-    """Returns the update. Args: optim: says how gradients are summed and clipped."""
+    """Returns the update. Args: optim: says how gradients are summed and clipped; weigh: see `UpdateStep`."""
 
     def zeros(params: Params, micro: TrainBatch) -> tuple[Params, LossMetrics]:
         scores = jax.ShapeDtypeStruct(micro.tokens.shape, jnp.float32)
@@ -120,6 +134,7 @@ def make_update_step(
         zeros=jax.jit(zeros, out_shardings=sums),
         backward=jax.jit(backward, donate_argnums=3, out_shardings=sums),
         apply=optimizer.make_apply(make_gradient_check(optim, optimizer)),
+        weigh=None if weigh is None else jax.jit(weigh),
     )
 
 

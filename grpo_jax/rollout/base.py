@@ -6,7 +6,7 @@ Imports nothing heavy: the engine's own processes, perhaps without JAX, import t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -68,6 +68,16 @@ def eval_sampling(config: Config) -> SamplingParams:
     return SamplingParams(config.eval.num_samples, config.eval.temperature, config.data.max_response_length)
 
 
+class PendingGroups(Protocol):
+    """Completions that an engine was asked for."""
+
+    def __call__(self) -> list[RolloutGroup]:
+        """Waits for the groups and returns them in the order of the prompts. Call it once."""
+
+    def finished(self) -> dict[int, RolloutGroup]:
+        """The groups that have come back so far, by the number of their prompt. Waits for nothing."""
+
+
 class RolloutEngine(Protocol):
     """Holds one version of the policy's weights and samples from it. `close` it at the end."""
 
@@ -78,16 +88,20 @@ class RolloutEngine(Protocol):
         """
 
     def submit(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
-    ) -> Callable[[], list[RolloutGroup]]:
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        finished: Mapping[int, RolloutGroup] = {},
+        progress: str = "",
+    ) -> PendingGroups:
         """Starts to complete each prompt `sampling.num_samples` times, at once or when the result is called.
 
         Args:
             seed: the same weights, prompts and seed give the same completions.
+            finished: groups that are there already, by the number of their prompt; only the others are sampled.
             progress: label of a progress bar; "" shows none.
-
-        Returns:
-            A function that waits for the groups and returns them in the order of `prompts`. Call it once.
         """
 
     def generate(

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.position import Position
 from grpo_jax.types import RolloutGroup, ScoredBatch, Timer
 
 if TYPE_CHECKING:
     from grpo_jax.data.prompts import PromptIterator
     from grpo_jax.rewards.base import Reward
-    from grpo_jax.rollout.base import RolloutEngine, SamplingParams
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where the batches of a run stand, as JSON can hold it."""
-
-    prompt_iterator: Mapping[str, Any]
-    num_rollout_batches: int
-    """Batches of prompts taken in the whole run, interruptions or not. The next one's seed follows from it."""
-    surplus: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Groups that dynamic sampling keeps for the next step."""
+    from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams
 
 
 class RolloutBatches(Protocol):
@@ -68,8 +58,9 @@ class Ahead:
         self._sampling, self._seed = sampling, seed
         self._max_lag, self._num_batches = max_lag, num_batches
         self._num_asked = self._num_taken = 0
-        self._pending: collections.deque[tuple[Callable[[], list[RolloutGroup]], Mapping[str, Any]]]
-        self._pending = collections.deque()
+        self._pending: collections.deque[tuple[PendingGroups, Mapping[str, Any]]] = collections.deque()
+        self._restored: collections.deque[Mapping[int, RolloutGroup]] = collections.deque()
+        """Of the batches that are asked for next, the groups that a checkpoint held."""
         self._prompt_state: Mapping[str, Any] = prompts.state()
 
     def take(self) -> ScoredBatch:
@@ -90,21 +81,30 @@ class Ahead:
         self._engine.sleep()
 
     def state(self) -> Position:
-        """See `RolloutBatches.state`. Batches that are under way are asked for again after a restore."""
-        return Position(dict(self._prompt_state), self._num_taken)
+        """See `RolloutBatches.state`. What batches ahead still owe is asked for again after a restore."""
+        first = self._num_taken
+        under_way = [
+            {place: dataclasses.replace(group, origin=(first + i, place)) for place, group in groups.items()}
+            for i, groups in enumerate([pending.finished() for pending, _ in self._pending])
+        ]
+        ahead = [*under_way, *self._restored]
+        while ahead and not ahead[-1]:
+            ahead.pop()
+        return Position(dict(self._prompt_state), self._num_taken, ahead=tuple(ahead))
 
     def abandon(self) -> None:
         """See `RolloutBatches.abandon`."""
         with self._timer("gen"):
             while self._pending:
-                wait, _ = self._pending.popleft()
-                wait()
+                pending, _ = self._pending.popleft()
+                pending()
 
     def restore(self, position: Position) -> None:
         """See `RolloutBatches.restore`."""
         self._prompts.restore(position.prompt_iterator)
         self._prompt_state = self._prompts.state()
         self._num_asked = self._num_taken = position.num_rollout_batches
+        self._restored = collections.deque(position.ahead)
 
     def _scored(self, groups: list[RolloutGroup]) -> ScoredBatch:
         with self._timer("reward"):
@@ -113,8 +113,9 @@ class Ahead:
     def _wait(self) -> list[RolloutGroup]:
         if not self._pending:
             self._ask()
-        wait, self._prompt_state = self._pending.popleft()
-        groups = wait()
+        pending, self._prompt_state = self._pending.popleft()
+        number = self._num_taken
+        groups = [dataclasses.replace(g, origin=(number, place)) for place, g in enumerate(pending())]
         self._num_taken += 1
         while len(self._pending) < self._max_lag and self._num_asked < self._num_batches:
             self._ask()
@@ -123,6 +124,9 @@ class Ahead:
     def _ask(self) -> None:
         prompts = next(self._prompts)
         seed = derive_seed(self._seed, self._num_asked, "rollout")
-        wait = self._engine.submit(prompts, self._sampling, seed=seed, progress="rollouts")
-        self._pending.append((wait, self._prompts.state()))
+        finished = self._restored.popleft() if self._restored else {}
+        pending = self._engine.submit(
+            prompts, self._sampling, seed=seed, finished=finished, progress="rollouts"
+        )
+        self._pending.append((pending, self._prompts.state()))
         self._num_asked += 1

@@ -8,31 +8,21 @@ The length penalty does not count as spread: completions that are all wrong and 
 about the answer.
 """
 
-import base64
 import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from grpo_jax.rollout.base import one_line
-from grpo_jax.rollout.batches import Position
-from grpo_jax.types import Completion, Metrics, Prompt, RewardResult, RolloutGroup, ScoredBatch
+from grpo_jax.rollout.position import Position, ScoredGroup
+from grpo_jax.types import Metrics, RewardResult, ScoredBatch
 
 logger = logging.getLogger(__name__)
 
 
 class NoSpreadError(RuntimeError):
     """No group had any spread; the message shows two of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _ScoredGroup:
-    group: RolloutGroup
-    rewards: RewardResult
-    """Of this one group."""
 
 
 class Rounds(Protocol):
@@ -57,19 +47,11 @@ class Rounds(Protocol):
 class Dynamic:
     """Fills batches from rounds; keeps the groups that are left over for the next step."""
 
-    def __init__(
-        self, rounds: Rounds, prompts: Sequence[Prompt], *, num_groups: int, group_size: int, max_rounds: int
-    ):
-        """
-        Args:
-            prompts: all of the training data, among which `restore` finds those of the groups that were kept.
-            num_groups: P, groups of a batch.
-            group_size: G, completions of a group.
-            max_rounds: of one step, at least 1.
-        """
-        self._rounds, self._prompts = rounds, prompts
-        self._num_groups, self._group_size, self._max_rounds = num_groups, group_size, max_rounds
-        self._surplus: list[_ScoredGroup] = []
+    def __init__(self, rounds: Rounds, *, num_groups: int, max_rounds: int):
+        """Args: num_groups: P, groups of a batch; max_rounds: of one step, at least 1."""
+        self._rounds = rounds
+        self._num_groups, self._max_rounds = num_groups, max_rounds
+        self._surplus: list[ScoredGroup] = []
 
     def take(self) -> ScoredBatch:
         """Returns P groups: those left over first, then those of as many rounds as it takes.
@@ -81,11 +63,11 @@ class Dynamic:
             NoSpreadError: no group has any spread.
         """
         kept, num_carried = self._surplus, len(self._surplus)
-        dropped: list[_ScoredGroup] = []
+        dropped: list[ScoredGroup] = []
         rounds: list[ScoredBatch] = []
         while len(kept) < self._num_groups and len(rounds) < self._max_rounds:
             sampled = self._rounds.take_round()
-            scored = [_ScoredGroup(g, sampled.rewards.take([i])) for i, g in enumerate(sampled.groups)]
+            scored = [ScoredGroup(g, sampled.rewards.take([i])) for i, g in enumerate(sampled.groups)]
             spread = sampled.rewards.has_spread
             kept = [*kept, *itertools.compress(scored, spread)]
             dropped += itertools.compress(scored, ~spread)
@@ -105,7 +87,8 @@ class Dynamic:
         errors = tuple(error for sampled in rounds for error in sampled.rewards.errors)
         rewards = dataclasses.replace(joined.rewards, errors=errors)
         rest = dropped[num_missing:]
-        return ScoredBatch(joined.groups, rewards, _joined(rest) if rest else None, metrics)
+        left_over = tuple(s.group for s in self._surplus)
+        return ScoredBatch(joined.groups, rewards, _joined(rest) if rest else None, left_over, metrics)
 
     def _metrics(
         self, rounds: Sequence[ScoredBatch], num_carried: int, num_flat: int, num_missing: int
@@ -129,39 +112,23 @@ class Dynamic:
 
     def state(self) -> Position:
         """See `batches.RolloutBatches.state`. Holds the groups left over: later weights would sample others."""
-        return dataclasses.replace(
-            self._rounds.state(), surplus=[_to_json(scored) for scored in self._surplus]
-        )
+        return dataclasses.replace(self._rounds.state(), surplus=tuple(self._surplus))
 
     def abandon(self) -> None:
         """See `batches.RolloutBatches.abandon`."""
         self._rounds.abandon()
 
     def restore(self, position: Position) -> None:
-        """See `batches.RolloutBatches.restore`. Groups that do not fit this run are dropped.
-
-        Such are left where checkpoint.resume=force goes on with another group size or other prompts; without them
-        the run has lost a few completions, and nothing else.
-        """
+        """See `batches.RolloutBatches.restore`."""
         self._rounds.restore(position)
-        self._surplus = []
-        if not position.surplus:
-            return
-        by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}
-        found = [_from_json(entry, by_id) for entry in position.surplus]
-        self._surplus = [s for s in found if s is not None and len(s.group.completions) == self._group_size]
-        if num_lost := len(found) - len(self._surplus):
-            logger.warning(
-                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts or "
-                "algorithm.group_size=%d are others than theirs.", num_lost, len(found), self._group_size,
-            )  # fmt: skip
+        self._surplus = list(position.surplus)
 
 
-def _joined(scored: Sequence[_ScoredGroup]) -> ScoredBatch:
+def _joined(scored: Sequence[ScoredGroup]) -> ScoredBatch:
     return ScoredBatch([s.group for s in scored], RewardResult.join([s.rewards for s in scored]))
 
 
-def _explain(dropped: Sequence[_ScoredGroup], rounds: int) -> str:
+def _explain(dropped: Sequence[ScoredGroup], rounds: int) -> str:
     """Shows two of the groups: one look often tells what the reward function does not like."""
     lines = [
         f"dynamic sampling found no group with any spread of rewards: {len(dropped)} groups in {rounds} rounds "
@@ -176,47 +143,3 @@ def _explain(dropped: Sequence[_ScoredGroup], rounds: int) -> str:
             for completion, reward in zip(completions[:2], scored.rewards.unshaped[0], strict=False)
         ]
     return "\n".join(lines)
-
-
-def _to_json(scored: _ScoredGroup) -> dict[str, Any]:
-    group, rewards = scored.group, scored.rewards
-    return {
-        "prompt_id": group.prompt.prompt_id,
-        "prompt_token_ids": list(group.prompt.token_ids),
-        "completions": [
-            dataclasses.asdict(c)
-            | {
-                "token_ids": list(map(int, c.token_ids)),
-                "sampler_logprobs": list(map(float, c.sampler_logprobs)),
-                "drawable": None if c.drawable is None else base64.b64encode(c.drawable.tobytes()).decode(),
-            }
-            for c in group.completions
-        ],
-        "rewards": rewards.rewards.tolist(),
-        "unshaped": rewards.unshaped.tolist(),
-        "correctness": rewards.correctness.tolist(),
-        "parts": {name: values.tolist() for name, values in rewards.parts.items()},
-    }
-
-
-def _completion_from_json(c: dict[str, Any]) -> Completion:
-    drawable = c.get("drawable")
-    if drawable is not None:
-        words = np.frombuffer(base64.b64decode(drawable), np.uint32)
-        drawable = words.reshape(len(c["token_ids"]), -1)
-    lists = {name: tuple(c[name]) for name in ("token_ids", "sampler_logprobs")}
-    return Completion(**c | lists | {"drawable": drawable})
-
-
-def _from_json(
-    entry: dict[str, Any], prompts: dict[tuple[str, tuple[int, ...]], Prompt]
-) -> _ScoredGroup | None:
-    """A group that `_to_json` wrote; None where its prompt is not among `prompts`, (id, token ids) -> prompt."""
-    prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
-    if prompt is None:
-        return None
-    completions = tuple(_completion_from_json(c) for c in entry["completions"])
-    # float32 -> float64 -> text -> float32 gives the same bits back.
-    values = {name: np.array(entry[name], np.float32) for name in ("rewards", "unshaped", "correctness")}
-    parts = {name: np.array(value, np.float32) for name, value in entry["parts"].items()}
-    return _ScoredGroup(RolloutGroup(prompt, completions), RewardResult(**values, parts=parts, errors=()))

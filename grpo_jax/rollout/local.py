@@ -6,7 +6,7 @@ seed, the prompt's place in the call, the sample's number and the token's number
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from grpo_jax.model.transformer import (
     init_cache,
     split_layers,
 )
-from grpo_jax.rollout.base import RolloutEngine, SamplingParams
+from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
@@ -133,10 +133,16 @@ class LocalEngine:
         self._params, self._version = params, version
 
     def submit(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
-    ) -> Callable[[], list[RolloutGroup]]:
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        finished: Mapping[int, RolloutGroup] = {},
+        progress: str = "",
+    ) -> PendingGroups:
         """See `RolloutEngine.submit`. The work is done when it is asked for: there is one set of devices."""
-        return partial(self.generate, prompts, sampling, seed=seed, progress=progress)
+        return _Deferred(partial(self._generate, prompts, sampling, seed, finished, progress), finished)
 
     def sleep(self) -> None:
         """Nothing to give up: the parameters are the trainer's."""
@@ -148,14 +154,25 @@ class LocalEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
     ) -> list[RolloutGroup]:
         """See `RolloutEngine.generate`."""
+        return self._generate(prompts, sampling, seed, {}, progress)
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        seed: int,
+        finished: Mapping[int, RolloutGroup],
+        progress: str,
+    ) -> list[RolloutGroup]:
         assert self._params is not None, "load_weights comes before generate"
-        groups: dict[int, RolloutGroup] = {}
+        groups = dict(finished)
         # Prompts of like length share a batch: less padding, fewer shapes.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        missing = [i for i in range(len(prompts)) if i not in groups]
+        order = sorted(missing, key=lambda i: len(prompts[i].token_ids))
         per_batch = self._prompts_per_batch(len(prompts), sampling.num_samples)
         with (
             jax.set_mesh(self._mesh),
-            tqdm(total=len(prompts) * sampling.num_samples, desc=progress, unit="completion",
+            tqdm(total=len(order) * sampling.num_samples, desc=progress, unit="completion",
                  leave=False, disable=None if progress else True) as bar,
         ):  # fmt: skip
             for start in range(0, len(order), per_batch):
@@ -240,6 +257,19 @@ class LocalEngine:
         ]
         size = sampling.num_samples
         return [tuple(completions[i : i + size]) for i in range(0, len(completions), size)]
+
+
+class _Deferred:
+    """Groups that are sampled when they are waited for."""
+
+    def __init__(self, generate: Callable[[], list[RolloutGroup]], finished: Mapping[int, RolloutGroup]):
+        self._generate, self._finished = generate, dict(finished)
+
+    def __call__(self) -> list[RolloutGroup]:
+        return self._generate()
+
+    def finished(self) -> dict[int, RolloutGroup]:
+        return self._finished
 
 
 @partial(jax.jit, static_argnames=("config", "sampling", "stop_token_ids"))

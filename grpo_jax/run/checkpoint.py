@@ -50,6 +50,7 @@ class Progress:
     policy_version: int
     seed: int
     prompt_iterator: dict[str, Any]
+    """This, `num_rollout_batches`, `surplus` and `ahead`: as `Position.to_json` writes them."""
     hf_dtype: str
     """In which the Hugging Face folders of this run are written."""
     num_rollout_batches: int
@@ -59,6 +60,8 @@ class Progress:
     """Groups that dynamic sampling has left for the next step."""
     kl_coef: float
     """As the adaptive coefficient is now."""
+    ahead: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+    """Groups of batches ahead that have come back."""
     initial_kl_coef: float | None = None
     """As it was configured; None in checkpoints from before this was saved."""
     num_rollbacks: int = 0

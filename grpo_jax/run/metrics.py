@@ -53,6 +53,7 @@ def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
     responses = np.array([len(c.token_ids) for c in completions])
     prompts = np.array([len(group.prompt.token_ids) for group in batch.groups])
     version = min(c.policy_version for c in completions)
+    ages = step - np.concatenate([c.token_versions for c in completions])
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -68,6 +69,8 @@ def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
         **_mean_max_min("prompt_length", prompts),
         "training/policy_version": version,
         "training/policy_lag": step - version,
+        "training/token_age_mean": float(ages.mean()),
+        "training/token_age_max": int(ages.max()),
         **batch.metrics,
     }
 

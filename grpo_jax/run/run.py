@@ -6,6 +6,7 @@ restores the train state; `Run.after_step` does what is due after a step. The ar
 """
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -35,15 +36,17 @@ from grpo_jax.rewards import make_reward
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import check_engine, eval_sampling, make_engine, rollout_sampling, shares_parameters
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
+from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
+from grpo_jax.rollout.position import Position
 from grpo_jax.run import summary
 from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
+from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
@@ -105,7 +108,8 @@ class Run:
     ):
         """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
         self.config, self.timers = config, Timers()
-        self._done: tuple[TrainState, Progress] | None = None  # of the last step, as far as it may be saved
+        self._done: tuple[TrainState, int, Position] | None = None  # the last step, as far as it may be saved
+        self._lost: Sequence[tuple[int, int]] = ()  # groups that a checkpoint held in vain, for the ledger
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
             workdir.checkpoints,
@@ -174,9 +178,7 @@ class Run:
             return ahead
         return Dynamic(
             ahead,
-            self._inputs.train_prompts,
             num_groups=config.data.train_batch_size,
-            group_size=config.algorithm.group_size,
             max_rounds=rounds,
         )
 
@@ -219,6 +221,7 @@ class Run:
         """Args: last_step: of the checkpoint that the run goes on from; reports of later ones are dropped."""
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
         self._resources.callback(quietly, "the metrics", self._writer.close)
+        self._ledger = Ledger(self._workdir.ledger, last_step=last_step or 0)
         self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=self._num_rollbacks)
         self._watch = RunWatch(self.config, is_new=last_step is None)
 
@@ -262,9 +265,13 @@ class Run:
         if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
             reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
         self._num_rollbacks = max(self._num_rollbacks, progress.num_rollbacks)
-        prompts = progress.prompt_iterator
-        prompts = prompts if order is None else reordered(prompts, order)
-        self.rollouts.restore(Position(prompts, progress.num_rollout_batches, progress.surplus))
+        group_size = self.config.algorithm.group_size
+        position = Position.from_json(dataclasses.asdict(progress), self._inputs.train_prompts, group_size)
+        self._lost = position.lost
+        if order is not None:  # batches that were ahead held other prompts
+            prompts = reordered(position.prompt_iterator, order)
+            position = dataclasses.replace(position, prompt_iterator=prompts, ahead=())
+        self.rollouts.restore(position)
         return state
 
     # ---- steps ----
@@ -323,8 +330,13 @@ class Run:
         # While updates are skipped, the checkpoint from before the trouble is the good one.
         must_save = (is_stopping or done == self.num_steps) and not is_lost
         is_sound = self._watch.is_healthy and not self._alarms.may_roll_back
+        position = dataclasses.replace(self.rollouts.state(), lost=self._lost)
+        self._lost = ()
         if is_sound or must_save:
-            self._save(state, done, metrics, is_stopping=is_stopping)
+            self._save(state, done, position, metrics, is_stopping=is_stopping)
+        with self.timers("ledger"):
+            per_epoch = self.steps_per_epoch
+            self._ledger.append(ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch))
         self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
         self._next_step = done
@@ -332,7 +344,7 @@ class Run:
             state = self._roll_back(state, done)
         else:
             self._watch.stop_if_lost()
-            self._done = (state, self._progress(done)) if is_sound else None
+            self._done = (state, done, position) if is_sound else None
         if is_stopping and self._next_step < self.num_steps:
             self.checkpointer.wait()
             text = "Stopped after step %d; everything is saved. The same command goes on."
@@ -376,9 +388,9 @@ class Run:
         """
         if self._done is None:
             return
-        state, progress = self._done
+        state, done, position = self._done
         if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-            self.checkpointer.save(state, progress, self._saved_reference())
+            self.checkpointer.save(state, self._progress(done, position), self._saved_reference())
             self.checkpointer.commit()
 
     def finish(self) -> None:
@@ -416,7 +428,9 @@ class Run:
             f"val/{name}": value for name, value in (numbers | {"num_errors": len(result.errors)}).items()
         }
 
-    def _save(self, state: TrainState, done: int, metrics: Metrics, *, is_stopping: bool) -> None:
+    def _save(
+        self, state: TrainState, done: int, position: Position, metrics: Metrics, *, is_stopping: bool
+    ) -> None:
         """Writes the checkpoint and the Hugging Face folder that are due after `done` steps.
 
         Raises: CheckpointError: the state is not finite, or this save or the one before cannot be written.
@@ -426,8 +440,8 @@ class Run:
         is_checked = False  # which reads the whole state, once
         with self.timers("save_checkpoint"):
             if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
-                reference = self._saved_reference()
-                self.checkpointer.save(state, self._progress(done), reference, epoch=epoch, metrics=metrics)
+                progress, reference = self._progress(done, position), self._saved_reference()
+                self.checkpointer.save(state, progress, reference, epoch=epoch, metrics=metrics)
                 self._saved_at = time.monotonic()
                 is_checked = True
             every = section.hf_every_epochs * per_epoch
@@ -461,19 +475,16 @@ class Run:
                 return True
         return self._is_due(done, section.every_steps, section.every_epochs)
 
-    def _progress(self, done: int) -> Progress:
-        position = self.rollouts.state()
+    def _progress(self, done: int, position: Position) -> Progress:
         return Progress(
             global_step=done,
             policy_version=done,
             seed=self.config.trainer.seed,
-            prompt_iterator=dict(position.prompt_iterator),
             hf_dtype=self.folder.dtype,
-            num_rollout_batches=position.num_rollout_batches,
-            surplus=position.surplus,
             kl_coef=self.learner.reference.kl_coef,
             initial_kl_coef=self.config.algorithm.kl_coef,
             num_rollbacks=self._num_rollbacks,
+            **position.to_json(),
         )
 
     # ---- reports ----

@@ -55,6 +55,7 @@ class Workdir:
         self.sft_model = path / "sft-model"
         self.validation = path / "validation"
         self.rollouts = path / "rollouts"
+        self.ledger = path / "ledger"
         self.hangs = path / "hangs"
         self.learning_curve = path / "learning_curve.png"
 

@@ -19,11 +19,12 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])
 OLD = np.log([[1, 0.4, 0.1, 1, 0.3, 1]]).astype(np.float32)
 SAMPLER = np.log([[1, 0.2, 0.4, 1, 0.2, 1]]).astype(np.float32)
 GEOMETRIC = math.sqrt(2 * 0.25)
+AGES = jnp.array([[0, 2, 1, 0, 0, 0]])
 
 
 def factor_of(**changes):
     algorithm = dataclasses.replace(ALGORITHM, **changes)
-    factor, values, maxima = corrections.correction(OLD, SAMPLER, MASK, SEGMENTS, algorithm)
+    factor, values, maxima = corrections.correction(OLD, SAMPLER, MASK, SEGMENTS, algorithm, AGES)
     means = {name: float(jnp.sum(value * MASK) / 3) for name, value in values.items()}
     return np.asarray(factor)[0, [1, 2, 4]], means | {name: float(value) for name, value in maxima.items()}
 
@@ -46,6 +47,9 @@ def factor_of(**changes):
         ({"rollout_rs": "seq_mean_k1", "rollout_rs_low": 0.6}, [1, 1, 1]),  # the geometric mean is 0.71
         ({"rollout_rs": "seq_mean_k1", "rollout_rs_low": 0.8}, [0, 0, 1]),
         ({"rollout_rs": "seq_mean_k1", "rollout_rs_low": 0.8, "rollout_is": "sequence"}, [0, 0, 1.5]),
+        ({"max_token_age": 0}, [0, 0, 1]),
+        ({"max_token_age": 1, "rollout_is": "token"}, [0, 0.25, 1.5]),
+        ({"max_token_age": 2}, [1, 1, 1]),
         ({}, [1, 1, 1]),
     ],
 )
@@ -65,7 +69,29 @@ def test_metrics_by_hand():
     close("rollout_corr/is_weight_mean", 1.5 / 3)
     _, metrics = factor_of(rollout_rs="seq_mean_k1", rollout_rs_low=0.8)
     close("rollout_corr/rs_rejected_frac", 2 / 3)
+    _, metrics = factor_of(max_token_age=1)
+    close("rollout_corr/too_old_frac", 1 / 3)
     assert not factor_of()[1]  # off: no metric
+
+
+def test_the_tokens_that_weigh_are_those_with_a_factor():
+    batch = dataclasses.replace(
+        make_batch(MASK, old=OLD, sampler=SAMPLER), segment_ids=SEGMENTS, token_ages=AGES
+    )
+    section = dataclasses.replace(
+        ALGORITHM, rollout_is="token_mask", rollout_is_threshold=1.8, max_token_age=1
+    )
+    weigh = lambda section, batch: (
+        np.asarray(losses.tokens_that_weigh(OLD, batch, section))[0].nonzero()[0].tolist()
+    )
+    assert weigh(section, batch) == [4]
+    assert weigh(ALGORITHM, batch) == [1, 2, 4]
+    # Without old log-probabilities they are the policy's own.
+    assert weigh(section, dataclasses.replace(batch, old_logprobs=None)) == [4]
+    changes = [{"rollout_is": "token_mask"}, {"rollout_is": "sequence_mask"}, {"rollout_rs": "seq_sum_k1"}]
+    for change in [*changes, {"max_token_age": 0}]:
+        assert corrections.leaves_out(dataclasses.replace(ALGORITHM, **change))
+    assert not corrections.leaves_out(dataclasses.replace(ALGORITHM, rollout_is="sequence"))
 
 
 @pytest.mark.parametrize("level", ["sequence", "sequence_mask"])

@@ -10,6 +10,9 @@ import integration_helpers as helpers
 import numpy as np
 import pytest
 
+from grpo_jax.run.audit import audit
+from grpo_jax.run.workdir import Workdir
+
 POISONED = """
 import numpy as np
 
@@ -103,6 +106,12 @@ def test_every_step_is_reported_once_and_finite(rolled_back):
         [line["reward/mean"] for line in lines]
     )
     assert [step for name, step in texts if name.startswith("alarms/roll-back")] == [2]
+
+
+def test_every_completion_is_accounted_for(rolled_back):
+    """The ledger has one line a step, and each prompt once an epoch."""
+    found = audit(Workdir(rolled_back[0]))
+    assert found.num_steps == 6 and found.problems == []
 
 
 def prompts_of(workdir, step):

@@ -1,7 +1,6 @@
 """Batches ahead of the trainer: the order of the calls, how far ahead, and where a resumed run goes on."""
 
 import contextlib
-import dataclasses
 import json
 
 import pytest
@@ -9,8 +8,9 @@ import pytest
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.rollout.batches import Ahead, Position
-from grpo_jax.types import Prompt
+from grpo_jax.rollout.batches import Ahead
+from grpo_jax.rollout.position import Position
+from grpo_jax.types import Completion, Prompt, RolloutGroup
 
 SAMPLING = SamplingParams(num_samples=2, temperature=1.0, max_tokens=4)
 NUM_STEPS = 7  # more than the 5 batches of an epoch
@@ -25,16 +25,38 @@ def batches_from(iterator, count):
     return [[prompt.prompt_id for prompt in next(iterator)] for _ in range(count)]
 
 
+def answer(prompt, word="new"):
+    return RolloutGroup(prompt, (Completion((1,), (-0.5,), word, "stop", 0),) * 2)
+
+
+def prompt_names(groups):
+    return [group.prompt.prompt_id for group in groups]
+
+
+class Pending:
+    """Groups that come back when they are waited for; `finished` are there before."""
+
+    def __init__(self, wait, finished):
+        self.wait, self.there = wait, dict(finished)
+
+    def __call__(self):
+        return self.wait()
+
+    def finished(self):
+        return self.there
+
+
 SEEDS = [derive_seed(7, step, "rollout") for step in range(20)]
 
 
 class Recorder:
-    """An engine that writes down what it is asked, and answers with the names of the prompts; and their reward."""
+    """An engine that writes down what it is asked, and answers it; and the reward."""
 
     def __init__(self):
         self.calls, self.batches, self.seeds, self.outstanding = [], [], [], 0
+        self.pending, self.finished = [], []
 
-    def submit(self, prompts, sampling, *, seed, progress=""):
+    def submit(self, prompts, sampling, *, seed, finished, progress=""):
         assert sampling == SAMPLING
         step = SEEDS.index(seed)
         names = [prompt.prompt_id for prompt in prompts]
@@ -46,16 +68,19 @@ class Recorder:
         def wait():
             self.calls.append(("wait", step))
             self.outstanding -= 1
-            return names
+            return [pending.there.get(i) or answer(p) for i, p in enumerate(prompts)]
 
-        return wait
+        self.finished.append(dict(finished))
+        pending = Pending(wait, finished)
+        self.pending.append(pending)
+        return pending
 
     def sleep(self):
         self.calls.append("sleep")
 
-    def score(self, names):
+    def score(self, groups):
         self.calls.append("score")
-        return len(names)
+        return len(groups)
 
 
 def make(max_lag):
@@ -77,6 +102,11 @@ def make(max_lag):
 def requests(recorder):
     """What was asked of the engine: submissions and waits, in order."""
     return [call for call in recorder.calls if isinstance(call, tuple)]
+
+
+def through_json(position):
+    """As a checkpoint holds it."""
+    return Position.from_json(json.loads(json.dumps(position.to_json())), PROMPTS, group_size=2)
 
 
 def submitted(*steps):
@@ -126,7 +156,9 @@ def test_batches_and_seeds_are_those_of_the_steps_whatever_the_lag(max_lag):
     rollouts, engine = make(max_lag)
     expected = batches_from(make_iterator(), NUM_STEPS)
     assert len({tuple(names) for names in expected}) == NUM_STEPS
-    assert [rollouts.take().groups for _ in range(NUM_STEPS)] == expected
+    batches = [rollouts.take() for _ in range(NUM_STEPS)]
+    assert [prompt_names(batch.groups) for batch in batches] == expected
+    assert [[g.origin for g in batch.groups] for batch in batches] == [[(n, 0), (n, 1)] for n in range(7)]
     assert engine.batches == expected
     assert engine.seeds == SEEDS[:7]
 
@@ -137,15 +169,13 @@ def test_a_resumed_run_asks_again_for_what_was_ahead(max_lag, num_taken):
     rollouts, _ = make(max_lag)
     for _ in range(num_taken):
         rollouts.take()
-    position = Position(
-        **json.loads(json.dumps(dataclasses.asdict(rollouts.state())))
-    )  # as a checkpoint holds it
-    assert position.num_rollout_batches == num_taken and position.surplus == []
+    position = through_json(rollouts.state())
+    assert position.num_rollout_batches == num_taken and not position.surplus
     resumed, engine = make(max_lag)
     resumed.restore(position)
     rest = NUM_STEPS - num_taken
     assert resumed.state() == position  # a checkpoint before the first step is the one that was restored
-    taken = [resumed.take().groups for _ in range(rest)]
+    taken = [prompt_names(resumed.take().groups) for _ in range(rest)]
     assert taken == batches_from(make_iterator(), NUM_STEPS)[num_taken:]
     assert engine.seeds == SEEDS[num_taken:NUM_STEPS]
 
@@ -163,9 +193,28 @@ def test_a_run_that_goes_back_throws_away_what_was_ahead(max_lag):
     assert requests(engine) == [call for step in range(4, 4 + max_lag) for call in waited(step)][:3]
     rollouts.restore(position)
     engine.seeds.clear()
-    taken = [rollouts.take().groups for _ in range(NUM_STEPS - 1)]
+    taken = [prompt_names(rollouts.take().groups) for _ in range(NUM_STEPS - 1)]
     assert taken == batches_from(make_iterator(), NUM_STEPS)[1:]
     assert engine.seeds == SEEDS[1:NUM_STEPS]
+
+
+def test_what_has_come_back_of_batches_ahead_is_not_asked_for_again():
+    rollouts, engine = make(3)
+    rollouts.take()
+    asked = batches_from(make_iterator(), 4)
+    by_name = {prompt.prompt_id: prompt for prompt in PROMPTS}
+    second = answer(by_name[asked[2][1]], word="back already")
+    engine.pending[2].there[1] = second  # of the batches 1, 2, 3 that are ahead, one group of number 2
+    position = through_json(rollouts.state())
+    resumed, engine = make(3)
+    resumed.restore(position)
+    assert through_json(resumed.state()) == position  # also before anything is asked for
+    resumed.take()
+    assert [list(finished) for finished in engine.finished] == [[], [1], [], []]
+    held = engine.finished[1][1]
+    assert (held.prompt, held.completions, held.origin) == (second.prompt, second.completions, (2, 1))
+    assert [c.text for c in resumed.take().groups[1].completions] == ["back already"] * 2
+    assert prompt_names(resumed.take().groups) == asked[3]
 
 
 def test_the_state_of_a_batch_does_not_depend_on_the_lag():

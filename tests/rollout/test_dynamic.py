@@ -1,7 +1,6 @@
 """Dynamic sampling: which groups are trained on, dropped and kept, and that none is lost."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import sys
@@ -11,8 +10,9 @@ import pytest
 
 from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.rollout.batches import Ahead, Position
+from grpo_jax.rollout.batches import Ahead
 from grpo_jax.rollout.dynamic import Dynamic, NoSpreadError
+from grpo_jax.rollout.position import Position
 from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup, ScoredBatch
 
 PROMPTS = [Prompt(f"train/{i}", (i, i), f"question {i}", str(i), "s", {"index": i}) for i in range(60)]
@@ -62,7 +62,7 @@ class Sampling(Dynamic):
 
     def __init__(self, spread, max_rounds=10):
         self.rounds = Rounds(spread)
-        super().__init__(self.rounds, PROMPTS[::-1], num_groups=4, group_size=2, max_rounds=max_rounds)
+        super().__init__(self.rounds, num_groups=4, max_rounds=max_rounds)
 
     def take(self):
         self.rounds.is_released = False
@@ -71,8 +71,12 @@ class Sampling(Dynamic):
         return batch
 
 
-def through_json(position):
-    return Position(**json.loads(json.dumps(dataclasses.asdict(position))))
+def through_json(position, prompts=PROMPTS[::-1], group_size=2):
+    return Position.from_json(json.loads(json.dumps(position.to_json())), prompts, group_size)
+
+
+def left_over(position):
+    return names([scored.group for scored in position.surplus])
 
 
 def dropped_of(batch):
@@ -120,9 +124,9 @@ def test_nothing_is_lost_and_nothing_comes_twice():
         dropped += dropped_of(batch)
         m = {name.removeprefix("dynamic/num_"): number for name, number in batch.metrics.items()}
         assert m["carried"] + m["sampled"] == 4 + len(dropped_of(batch)) + m["kept"]
-    left = [entry["prompt_id"] for entry in dynamic.state().surplus]
+        assert names(batch.kept) == left_over(dynamic.state())
     assert len(trained) == 20
-    assert sorted([*trained, *dropped, *(int(name.split("/")[1]) for name in left)]) == list(range(40))
+    assert sorted([*trained, *dropped, *left_over(dynamic.state())]) == list(range(40))
 
 
 def test_a_full_round_needs_no_other():
@@ -137,7 +141,7 @@ def test_used_up_rounds_fill_the_batch_with_what_there_is(caplog):
     assert names(batch.groups) == [2, 5, 0, 1] and dropped_of(batch) == [3, 4, 6, 7]
     assert batch.metrics["dynamic/num_filled"] == 2 and batch.metrics["dynamic/num_no_spread"] == 6
     np.testing.assert_array_equal(batch.rewards.unshaped, [[0, 1], [0, 1], [0, 0], [0, 0]])
-    assert dynamic.state().surplus == []
+    assert dynamic.state().surplus == () and batch.kept == ()
 
 
 def test_no_group_with_spread_stops_and_shows_two_of_them():
@@ -151,17 +155,17 @@ def test_no_group_with_spread_stops_and_shows_two_of_them():
     assert "question 2" not in message
 
 
-@pytest.mark.parametrize(("num_steps", "surplus"), [(1, []), (2, ["train/10"]), (3, ["train/19"])])
+@pytest.mark.parametrize(("num_steps", "surplus"), [(1, []), (2, [10]), (3, [19])])
 def test_surplus_groups_go_through_a_checkpoint(num_steps, surplus):
     spread = [0, 1, 2, 3, 5, 6, 7, 9, 10, 14, 15, *range(16, 60, 3)]
     whole = Sampling(spread)
     for _ in range(num_steps):
         whole.take()
     position = through_json(whole.state())
-    assert [entry["prompt_id"] for entry in position.surplus] == surplus
+    assert left_over(position) == surplus
     resumed = Sampling(spread)
     resumed.restore(position)
-    assert resumed.state() == whole.state()
+    assert resumed.state().to_json() == whole.state().to_json()
     for _ in range(2):
         one, other = whole.take(), resumed.take()
         assert one.groups == other.groups and one.metrics == other.metrics
@@ -181,13 +185,26 @@ class Engine:
     def __init__(self):
         self.version, self.seeds = 0, []
 
-    def submit(self, prompts, sampling, *, seed, progress=""):
+    def submit(self, prompts, sampling, *, seed, finished, progress=""):
         self.seeds.append(seed)
-        groups = [make_group(int(prompt.prompt_id.split("/")[1]), self.version) for prompt in prompts]
-        return lambda: groups
+        groups = [make_group(index, self.version) for index in names_of(prompts)]
+        return Pending(finished.get(i, group) for i, group in enumerate(groups))
 
     def sleep(self):
         """Nothing to free."""
+
+
+class Pending:
+    """Groups that have all come back."""
+
+    def __init__(self, groups):
+        self.groups = list(groups)
+
+    def __call__(self):
+        return self.groups
+
+    def finished(self):
+        return dict(enumerate(self.groups))
 
 
 class Reward:
@@ -205,7 +222,7 @@ def build(engine, max_lag):
     ahead = Ahead(
         iterator, engine, Reward(), timer, sampling=None, seed=0, max_lag=max_lag, num_batches=sys.maxsize
     )
-    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, group_size=2, max_rounds=9)
+    return iterator, Dynamic(ahead, num_groups=4, max_rounds=9)
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
@@ -224,22 +241,23 @@ def test_rounds_are_the_batches_in_their_order_whatever_the_lag(max_lag):
     num_taken = position.num_rollout_batches
     assert engine.seeds == SEEDS[: num_taken + max_lag]
     assert all(index % 3 for index in trained) and not any(index % 3 for index in dropped)
-    kept = [int(entry["prompt_id"].split("/")[1]) for entry in position.surplus]
+    kept = left_over(position)
     iterator, _ = build(Engine(), max_lag)
     sampled = [i for _ in range(num_taken) for i in names_of(next(iterator))]
     assert sorted([*trained, *dropped, *kept]) == sorted(sampled)
 
 
+@pytest.mark.parametrize("max_lag", [0, 2])
 @pytest.mark.parametrize("num_steps", [1, 4, 7])
-def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps):
+def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps, max_lag):
     engine = Engine()
-    _, dynamic = build(engine, 0)
+    _, dynamic = build(engine, max_lag)
     for _ in range(num_steps):
         dynamic.take()
         engine.version += 1
     again = Engine()
     again.version = engine.version
-    _, resumed = build(again, 0)
+    _, resumed = build(again, max_lag)
     resumed.restore(through_json(dynamic.state()))
     for _ in range(4):
         one, other = dynamic.take(), resumed.take()
@@ -255,7 +273,7 @@ def test_a_run_that_goes_back_has_the_surplus_of_then():
         dynamic.take()
     dynamic.abandon()
     dynamic.restore(begun)
-    assert dynamic.state().surplus == []
+    assert not dynamic.state().surplus
     assert dynamic.take().groups == first.groups
 
 
@@ -268,17 +286,16 @@ def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch
     while len(kept) < 2:
         dynamic.take()
         position = through_json(dynamic.state())
-        kept = position.surplus
-    gone = kept[0]["prompt_id"]
+        kept = left_over(position)
+    gone = f"train/{kept[0]}"
     for prompts, group_size, num_lost in (
         ([prompt for prompt in PROMPTS if prompt.prompt_id != gone], 2, 1),
         (PROMPTS, 3, len(kept)),
     ):
         caplog.clear()
         rounds = Rounds(set())
-        resumed = Dynamic(rounds, prompts, num_groups=4, group_size=group_size, max_rounds=9)
-        resumed.restore(position)
+        resumed = Dynamic(rounds, num_groups=4, max_rounds=9)
+        resumed.restore(through_json(position, prompts, group_size))
         assert rounds.number == position.num_rollout_batches
-        left = [entry["prompt_id"] for entry in resumed.state().surplus]
-        assert left == [entry["prompt_id"] for entry in kept][num_lost:]
+        assert left_over(resumed.state()) == kept[num_lost:]
         assert f"{num_lost} of the {len(kept)} groups that dynamic sampling had left over" in caplog.text

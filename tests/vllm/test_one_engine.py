@@ -246,6 +246,7 @@ def test_weights_change_during_a_batch(made, monkeypatch, tmp_path):
             assert 0 < switch < len(ids)
             assert by_old[:switch].max() < helpers.TOLERANCE
             assert by_new[switch:].max() < helpers.TOLERANCE
+            assert completion.changes == ((switch, 2),)  # each token knows the weights that sampled it
 
 
 # Faults

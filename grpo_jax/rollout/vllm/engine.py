@@ -6,7 +6,7 @@ what it still owed.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import RolloutSection
 from grpo_jax.model.hf import ModelFolder
-from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.rollout.base import EngineError, PendingGroups, SamplingParams
 from grpo_jax.rollout.vllm.check import installed_vllm
 from grpo_jax.rollout.vllm.cluster import root_cause
 from grpo_jax.rollout.vllm.devices import plan_engines
@@ -73,8 +73,14 @@ class VllmEngine:
         return self.submit(prompts, sampling, seed=seed, progress=progress)()
 
     def submit(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, progress: str = ""
-    ) -> Callable[[], list[RolloutGroup]]:
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        finished: Mapping[int, RolloutGroup] = {},
+        progress: str = "",
+    ) -> PendingGroups:
         """See `RolloutEngine.submit`."""
         assert self._version >= 0, "load_weights comes before submit"
         assert not self._is_asleep, "load_weights wakes the engine, and comes before submit"
@@ -84,19 +90,14 @@ class VllmEngine:
             sampling,
             stop_token_ids=self._stop_token_ids,
             silence_s=self._section.timeout_s,
+            finished=finished,
             decode=lambda i, answer: self._decode(prompts[i], answer),
             revive=self._revive,
+            forget=self._pending.remove,
             progress=progress,
         )
         self._pending.append(pending)
-
-        def wait() -> list[RolloutGroup]:
-            try:
-                return pending.wait()
-            finally:
-                self._pending.remove(pending)
-
-        return wait
+        return pending
 
     def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`. An engine that fails is not started again."""
@@ -117,20 +118,20 @@ class VllmEngine:
         Raises:
             EngineError: it was aborted, or weights changed while it was sampled and that is not allowed.
         """
-        first, last = answer["versions"]
+        first, changes = answer["version"], answer["changes"]
         if "abort" in answer["finish_reasons"]:
             raise EngineError(f"prompt {prompt.prompt_id} was aborted within the engine")
-        if first != last and self._section.update_weights != "during":
-            raise EngineError(
-                f"prompt {prompt.prompt_id} was sampled with weights of versions {first} to {last}"
-            )
+        if any(changes) and self._section.update_weights != "during":
+            raise EngineError(f"the weights changed while prompt {prompt.prompt_id} was sampled")
         ends = np.cumsum(answer["lengths"])[:-1]
         ids = [part.tolist() for part in np.split(answer["token_ids"], ends)]
         logprobs = [part.tolist() for part in np.split(answer["logprobs"], ends)]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         completions = tuple(
-            Completion(tuple(i), tuple(lp), text, reason, first)
-            for i, lp, text, reason in zip(ids, logprobs, texts, answer["finish_reasons"], strict=True)
+            _completion(tuple(i), tuple(lp), text, reason, [(0, first), *changed])
+            for i, lp, text, reason, changed in zip(
+                ids, logprobs, texts, answer["finish_reasons"], changes, strict=True
+            )
         )
         return RolloutGroup(prompt, completions)
 
@@ -196,3 +197,18 @@ class VllmEngine:
         """Restarts an engine and gives all of them the current weights, so that it can answer again."""
         self._restart([number], error)
         self._push()
+
+
+def _completion(
+    ids: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    text: str,
+    finish_reason: str,
+    versions: Sequence[tuple[int, int]],
+) -> Completion:
+    """Args: versions: (number of a token, version of the weights from that one on), the first for token 0."""
+    by_start = {
+        start: version for start, version in versions if start < len(ids)
+    }  # the last of each start counts
+    first, *changes = sorted(by_start.items())
+    return Completion(ids, logprobs, text, finish_reason, first[1], tuple(changes))

@@ -1,7 +1,7 @@
 """Rollouts under way: dealt out to the engines, collected, and asked for again when an engine is lost."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,10 @@ class PendingRollouts:
         *,
         stop_token_ids: tuple[int, ...],
         silence_s: float,
+        finished: Mapping[int, RolloutGroup],
         decode: Callable[[int, dict[str, Any]], RolloutGroup],
         revive: Callable[[int, Exception], None],
+        forget: Callable[["PendingRollouts"], None],
         progress: str,
     ):
         """Sends the requests.
@@ -38,23 +40,42 @@ class PendingRollouts:
         Args:
             requests: see `make_requests`.
             silence_s: an engine that finishes nothing for so long, of whatever batch, is lost.
+            finished: groups that are there already, by the number of their prompt.
             decode: (number of a prompt, answer of `EngineActor.generate` to it) -> its group.
             revive: (number of an engine, its error) -> restarts it and gives it the current weights.
+            forget: called once all groups have come back, or never will.
             progress: label of a progress bar; "" shows none.
         """
         self._replicas, self._requests, self._sampling = replicas, requests, sampling
         self._stop_token_ids, self._silence_s, self._progress = stop_token_ids, silence_s, progress
-        self._decode, self._revive = decode, revive
-        self._groups: dict[int, RolloutGroup] = {}
-        self._owed = deal_out(requests, len(replicas))
+        self._decode, self._revive, self._forget = decode, revive, forget
+        self._groups = dict(finished)
+        self._owed = deal_out([r for r in requests if r[0] not in finished], len(replicas))
         self._streams: dict[int, AnswerStream] = {}
+        self._losses: list[tuple[AnswerStream, Exception]] = []
+        """Seen while nobody waited, to be dealt with by who waits next."""
         for number in range(len(replicas)):
             self._ask(number)
 
-    def wait(self) -> list[RolloutGroup]:
-        """Waits for all groups and returns them in the order of the requests. Engines that fail are revived."""
-        self._collect(self._revive_and_ask)
-        return [self._groups[i] for i in range(len(self._requests))]
+    def __call__(self) -> list[RolloutGroup]:
+        """See `PendingGroups`. Engines that fail are revived."""
+        try:
+            self._collect(self._revive_and_ask)
+            return [self._groups[i] for i in range(len(self._requests))]
+        finally:
+            self._forget(self)
+
+    def finished(self) -> dict[int, RolloutGroup]:
+        """See `PendingGroups`. An engine that has failed is dealt with when its answers are waited for."""
+        keep = lambda stream, error: self._losses.append((stream, error))
+        lost = lambda: {stream.number for stream, _ in self._losses}
+        while streams := [s for s in self._streams.values() if not s.is_stale and s.number not in lost()]:
+            ready = wait_for_answers(streams, 0)
+            if not ready:
+                break
+            for stream in ready:
+                self._take(stream, keep)
+        return dict(self._groups)
 
     def drain(self) -> None:
         """Waits until every engine has finished or failed. One that fails is killed; what it owes stays owed."""
@@ -83,6 +104,8 @@ class PendingRollouts:
             unit="completion", leave=False, disable=None if self._progress else True,
         ) as bar:  # fmt: skip
             while self._streams:
+                while self._losses:
+                    on_loss(*self._losses.pop())
                 for number, stream in list(self._streams.items()):
                     if stream.is_stale:  # it was restarted while another batch was waited for
                         self._ask(number)

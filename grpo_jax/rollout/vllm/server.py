@@ -23,6 +23,9 @@ from grpo_jax.weight_sync.wire import Mailbox, deadline_check
 Request = tuple[int, list[int], int]
 """(number of the prompt, its token ids, seed)"""
 
+Changes = dict[int, list[tuple[int, int]]]
+"""Number of a completion -> (number of a token, version of the weights from that one on)."""
+
 WATCH_S = 0.5  # between two looks whether vLLM's own process lives, while it is waited for
 EXTENSION = "grpo_jax.rollout.vllm.worker.WorkerExtension"
 
@@ -34,7 +37,8 @@ class EngineActor:
         self._llm: Any = None
         self._version = -1
         self._ids = itertools.count()
-        self._in_flight = 0
+        self._in_flight: dict[str, Changes] = {}
+        """vLLM's name of each request, and the changes of weights that it has seen."""
         self._heard = 0.0
         self._pushing = asyncio.Lock()
         self._is_whole = asyncio.Event()
@@ -190,10 +194,13 @@ class EngineActor:
             The checksums of each worker, in the order of buckets and pieces.
         """
         async with self._alone(timeout_s):
-            is_busy = self._in_flight > 0 or self._server is not None
+            is_busy = bool(self._in_flight) or self._server is not None
             self._is_whole.clear()
             try:
                 checksums = await self._take_weights(timeout_s, is_busy)
+                if self._in_flight:
+                    noting = self._note_change(version)
+                    await self._ended(timeout_s, "hand over what it has sampled", noting)
             except BaseException:
                 self._num_failed_pushes += 1
                 raise
@@ -270,10 +277,11 @@ class EngineActor:
 
         Returns:
             (number of the prompt, its group): "token_ids" and "logprobs" of all completions one after the other,
-            their "lengths" and "finish_reasons", and the "versions" of the weights at the start and at the end.
+            their "lengths" and "finish_reasons", the "version" of the weights at the start, and the "changes" of
+            each completion: (number of a token, version of the weights from that one on).
         """
         params = vllm_sampling(sampling, seed, stop_token_ids)
-        version, result = await self._complete(token_ids, params)
+        version, changes, result = await self._complete(token_ids, params)
         outputs = sorted(result.outputs, key=lambda o: o.index)
         logprobs = [_sampled_logprobs(o.logprobs) for o in outputs]
         return number, {
@@ -281,35 +289,54 @@ class EngineActor:
             "token_ids": np.concatenate([np.asarray(o.token_ids, np.int32) for o in outputs]),
             "logprobs": np.concatenate([np.asarray(values, np.float32) for values in logprobs]),
             "finish_reasons": [o.finish_reason for o in outputs],
-            "versions": (version, self._version),
+            "version": version,
+            "changes": [changes.get(o.index, []) for o in outputs],
         }
 
-    async def _complete(self, token_ids: list[int], params: Any) -> tuple[int, Any]:
-        """Returns (version of the weights at the start, vLLM's last output).
+    async def _complete(self, token_ids: list[int], params: Any) -> tuple[int, Changes, Any]:
+        """Returns (version of the weights at the start, their changes, vLLM's last output).
 
         What a failed push has left to sample from weights of two versions is sampled again, from whole ones.
         """
         while True:
             await self._is_whole.wait()
             version, failed = self._version, self._num_failed_pushes
-            with self._under_way():
+            name = f"rollout-{next(self._ids)}"
+            with self._under_way(name) as changes:
                 prompt = {"prompt_token_ids": token_ids}
-                async for output in self._llm.generate(prompt, params, f"rollout-{next(self._ids)}"):
+                async for output in self._llm.generate(prompt, params, name):
                     result = output
             if failed == self._num_failed_pushes:
-                return version, result
+                return version, changes, result
 
     @contextlib.contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Counts a request, and notes when vLLM was last heard of."""
+    def _under_way(self, name: str) -> Iterator[Changes]:
+        """Counts a request, gathers the changes of weights that it sees, and notes when vLLM was last heard of."""
         if not self._in_flight:
             self._heard = time.monotonic()
-        self._in_flight += 1
+        self._in_flight[name] = {}
         try:
-            yield
+            yield self._in_flight[name]
         finally:
-            self._in_flight -= 1
+            del self._in_flight[name]
             self._heard = time.monotonic()
+
+    async def _note_change(self, version: int) -> None:
+        """Notes for each completion under way which of its tokens the coming weights will sample first.
+
+        While the engine is paused, after it has handed over all that it had sampled.
+        """
+        core, processor = self._llm.engine_core, self._llm.output_processor
+        while not core.outputs_queue.empty():
+            await asyncio.sleep(0)
+        for _ in range(
+            len(processor.request_states) + 1
+        ):  # vLLM's task takes what it got in slices, one a turn
+            await asyncio.sleep(0)
+        for state in processor.request_states.values():
+            if (changes := self._in_flight.get(state.external_req_id)) is not None:
+                first = state.detokenizer.num_output_tokens()
+                changes.setdefault(state.request_index, []).append((first, version))
 
     async def score(self, rows: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
         """The log-probabilities of completions. Args: rows: (token ids of a prompt, those of its completion)."""
@@ -326,7 +353,7 @@ class EngineActor:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        _, result = await self._complete(prompt + completion, params)
+        *_, result = await self._complete(prompt + completion, params)
         entries = zip(result.prompt_logprobs[len(prompt) :], completion, strict=True)
         return np.array([entry[token].logprob for entry, token in entries], np.float32)
 
