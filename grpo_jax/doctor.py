@@ -73,9 +73,9 @@ def check_config(config: Config, path: Path) -> None:
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, memory_rows
+    from grpo_jax.run.alarms import first_of_each
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
-    from grpo_jax.run.stopping import mismatch_warning
     from grpo_jax.run.summary import batch_table, doubts, table_lines
     from grpo_jax.run.workdir import Workdir
     from grpo_jax.run.writer import read_metrics
@@ -95,9 +95,10 @@ def check_config(config: Config, path: Path) -> None:
     rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     print(*table_lines(rows), *doubts(config, config.num_steps(steps)), sep="\n")
-    warnings = (mismatch_warning(line, config) for line in read_metrics(workdir))
-    if warning := next(filter(None, warnings), ""):
-        print(warning)
+    for step, found in first_of_each(read_metrics(workdir), config):
+        print(
+            f"WARNING: alarm {found.alarm.name} at step {step}: {found.seen}. Remedy: {found.alarm.remedy}."
+        )
 
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:

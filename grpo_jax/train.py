@@ -47,7 +47,7 @@ def train(config: Config, path: Path) -> None:
         for step in run.steps():
             with run.timers("step"):
                 state, result = grpo_step(run, state, step)
-            run.after_step(state, result, step)
+            state = run.after_step(state, result, step)
         run.finish()
 
 

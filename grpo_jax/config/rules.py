@@ -185,7 +185,7 @@ Rules = Iterator[tuple[bool, str, str]]
 
 def _check_combinations(config: Config) -> None:
     """The rules that look at several keys."""
-    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data):
+    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data, _rollbacks):
         for is_broken, key, rule in rules(config):
             if is_broken:
                 raise ConfigError(key, config.get(key), rule)
@@ -309,3 +309,10 @@ def _data(config: Config) -> Rules:
     yield not is_generated and not data.val_files, "data.val_files", rule
     rule = "must name a Parquet file where sft.num_steps is above 0"
     yield not is_generated and warms_up and not config.sft.train_files, "sft.train_files", rule
+
+
+def _rollbacks(config: Config) -> Rules:
+    section = config.checkpoint
+    has_checkpoints = section.every_epochs or section.every_steps or section.every_minutes
+    rule = "needs checkpoints to go back to: one of checkpoint.every_epochs, every_steps, every_minutes"
+    yield config.trainer.max_rollbacks > 0 and not has_checkpoints, "trainer.max_rollbacks", rule

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from grpo_jax.config import ConfigError
 from grpo_jax.types import Prompt
 
@@ -243,24 +245,38 @@ class PromptIterator:
             raise ConfigError("data.train_batch_size", batch_size, rule)
         import grain
 
-        dataset = grain.MapDataset.source(prompts).seed(seed)
+        self._dataset = grain.MapDataset.source(prompts).seed(seed)
         if shuffle:
-            dataset = dataset.shuffle()
-        batches = dataset.batch(batch_size, drop_remainder=True, batch_fn=list).repeat()
-        # The prompts are in memory: reading ahead in threads would only contend for the interpreter.
-        self._batches = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+            self._dataset = self._dataset.shuffle()
         self._sizes = {"num_prompts": len(prompts), "batch_size": batch_size}
         self.steps_per_epoch = len(prompts) // batch_size
+        self._num_taken = 0
+        self._reorders: list[list[int]] = []
 
     def __iter__(self) -> "PromptIterator":
         return self
 
     def __next__(self) -> list[Prompt]:
-        return next(self._batches)
+        epoch, batch = divmod(self._num_taken, self.steps_per_epoch)
+        size, places = self._sizes["batch_size"], self._places(epoch)
+        self._num_taken += 1
+        # An index beyond the number of prompts is of a later epoch, which is shuffled in another way.
+        first = epoch * self._sizes["num_prompts"]
+        return [self._dataset[first + int(i)] for i in places[batch * size : (batch + 1) * size]]
+
+    def _places(self, epoch: int) -> np.ndarray:
+        """[number of prompts] which place of the shuffled epoch stands where, after what `reordered` changed."""
+        places = np.arange(self._sizes["num_prompts"])
+        for num_taken, seed in self._reorders:
+            of_epoch, batch = divmod(num_taken, self.steps_per_epoch)
+            if of_epoch == epoch:
+                rest = places[batch * self._sizes["batch_size"] :]  # a view
+                np.random.default_rng(seed).shuffle(rest)
+        return places
 
     def state(self) -> dict[str, Any]:
         """Returns the position, as JSON can hold it."""
-        return self._sizes | {"grain": self._batches.get_state()}
+        return self._sizes | {"grain": {"next_index": self._num_taken}, "reorders": list(self._reorders)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to a position that `state` returned, on an iterator made with the same arguments.
@@ -272,4 +288,14 @@ class PromptIterator:
             if state[name] != self._sizes[name]:
                 rule = f"the checkpoint was made with {name.replace('_', ' ')} {state[name]}"
                 raise ConfigError(key, self._sizes[name], rule)
-        self._batches.set_state(dict(state["grain"]))
+        self._num_taken = state["grain"]["next_index"]
+        self._reorders = [list(reorder) for reorder in state.get("reorders", ())]  # older ones have none
+
+
+def reordered(state: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A position of `PromptIterator` from which on the prompts that are left of the epoch come in another order.
+
+    Each of them still comes at most once. Args: state: as `PromptIterator.state` returned it; seed: of the order.
+    """
+    reorders = [*state.get("reorders", ()), [state["grain"]["next_index"], seed]]
+    return {**state, "reorders": reorders}

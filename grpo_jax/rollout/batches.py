@@ -26,8 +26,11 @@ class RolloutBatches(Protocol):
     def state(self) -> Position:
         """The position after the batch that was taken last."""
 
+    def abandon(self) -> None:
+        """Waits for what is under way and throws it away; `restore` comes next."""
+
     def restore(self, position: Position) -> None:
-        """Goes to a position that `state` returned, before the first batch is taken."""
+        """Goes to a position that `state` returned, before the first batch is taken or after `abandon`."""
 
 
 class Ahead:
@@ -88,6 +91,13 @@ class Ahead:
         while ahead and not ahead[-1]:
             ahead.pop()
         return Position(dict(self._prompt_state), self._num_taken, ahead=tuple(ahead))
+
+    def abandon(self) -> None:
+        """See `RolloutBatches.abandon`."""
+        with self._timer("gen"):
+            while self._pending:
+                pending, _ = self._pending.popleft()
+                pending()
 
     def restore(self, position: Position) -> None:
         """See `RolloutBatches.restore`."""

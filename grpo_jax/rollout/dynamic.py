@@ -37,6 +37,9 @@ class Rounds(Protocol):
     def state(self) -> Position:
         """The position after the round that was taken last."""
 
+    def abandon(self) -> None:
+        """Throws away what is under way."""
+
     def restore(self, position: Position) -> None:
         """Goes to such a position."""
 
@@ -110,6 +113,10 @@ class Dynamic:
     def state(self) -> Position:
         """See `batches.RolloutBatches.state`. Holds the groups left over: later weights would sample others."""
         return dataclasses.replace(self._rounds.state(), surplus=tuple(self._surplus))
+
+    def abandon(self) -> None:
+        """See `batches.RolloutBatches.abandon`."""
+        self._rounds.abandon()
 
     def restore(self, position: Position) -> None:
         """See `batches.RolloutBatches.restore`."""

@@ -28,6 +28,7 @@ from grpo_jax.run.retention import (
     damage_of,
     find_whole,
     read_all_facts,
+    remove_checkpoint,
     rotate,
     saved_steps,
     set_aside,
@@ -63,6 +64,8 @@ class Progress:
     """Groups of batches ahead that have come back."""
     initial_kl_coef: float | None = None
     """As it was configured; None in checkpoints from before this was saved."""
+    num_rollbacks: int = 0
+    """How often the run had gone back to an earlier checkpoint; the order of its prompts follows from it."""
 
 
 HOST_GB = 8
@@ -262,6 +265,23 @@ class Checkpointer:
         good, damaged = find_whole(self._folder)
         for step, reason in damaged.items():
             set_aside(self._folder / str(step), reason)
+        return good
+
+    def go_back(self, before: int) -> int | None:
+        """The latest whole checkpoint of a step below `before`; later ones are removed, and it is the latest then.
+
+        Returns: None where there is no such checkpoint; nothing is removed then.
+        Raises:  CheckpointError: as `wait`.
+        """
+        self.wait()
+        steps = saved_steps(self._folder)
+        whole = (
+            step for step in reversed(steps) if step < before and not damage_of(self._folder / str(step))
+        )
+        good = next(whole, None)
+        for step in reversed(steps):  # the latest first: a kill in between leaves an end of the same run
+            if good is not None and step > good:
+                remove_checkpoint(self._folder / str(step))
         return good
 
     def restore(

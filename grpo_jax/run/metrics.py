@@ -29,6 +29,23 @@ PEAK_FLOPS = {
 }
 
 
+LOOP_TOKENS, LOOP_TIMES, LONGEST_LOOP = 64, 4, 64
+"""A completion that ends in a loop has a piece of at most 64 tokens 4 times or more, over 64 tokens or more."""
+
+
+def ends_in_loop(token_ids: Sequence[int]) -> bool:
+    """Whether a completion ends in the same piece over and over."""
+    for period in range(1, LONGEST_LOOP + 1):
+        length = max(LOOP_TOKENS, LOOP_TIMES * period)
+        if len(token_ids) < length:
+            return False  # longer ones would need as many tokens, or more
+        if token_ids[-1] == token_ids[-1 - period]:  # which is quick, and seldom so
+            tail = token_ids[-length:]
+            if tail[period:] == tail[:-period]:
+                return True
+    return False
+
+
 def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
     """Metrics of the completions of step number `step`, counted from 0, before any KL penalty."""
     rewards = batch.rewards.rewards
@@ -48,6 +65,7 @@ def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
         "frac_reward_zero_std": float(frac_zero_std(rewards)),
         **_mean_max_min("response_length", responses),
         "response_length/clip_ratio": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "response_length/repeat_ratio": float(np.mean([ends_in_loop(c.token_ids) for c in completions])),
         **_mean_max_min("prompt_length", prompts),
         "training/policy_version": version,
         "training/policy_lag": step - version,

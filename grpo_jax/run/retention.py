@@ -109,9 +109,12 @@ def rotate(checkpoints: Path, section: CheckpointSection) -> None:
     """Removes the checkpoints that need not stay."""
     facts = read_all_facts(checkpoints)
     for step in facts.keys() - steps_to_keep(facts, section):
-        # Renamed first: what is half removed must not look like a checkpoint.
-        doomed = (checkpoints / str(step)).rename(temporary_beside(checkpoints / str(step)))
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_checkpoint(checkpoints / str(step))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint. Renamed first: what is half removed must not look like one."""
+    shutil.rmtree(checkpoint.rename(temporary_beside(checkpoint)), ignore_errors=True)
 
 
 def set_aside(checkpoint: Path, reason: str) -> None:

@@ -18,7 +18,7 @@ import jax
 
 from grpo_jax.algorithm import Algorithm, load_algorithm, try_functions
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.data.prompts import PromptIterator
+from grpo_jax.data.prompts import PromptIterator, reordered
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
@@ -41,6 +41,7 @@ from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position
 from grpo_jax.run import summary
+from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
@@ -50,7 +51,7 @@ from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
 from grpo_jax.run.speed import WARM_UP, Speed
-from grpo_jax.run.stopping import RunWatch, quietly, reported_failure, stop_on_signal
+from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
 from grpo_jax.types import Metrics, Params, StepResult, TrainState
@@ -129,6 +130,7 @@ class Run:
         )
         self.steps_per_epoch = self._prompts.steps_per_epoch
         self.num_steps = config.num_steps(self.steps_per_epoch)
+        self._num_rollbacks = 0
 
     # ---- opening ----
 
@@ -196,6 +198,7 @@ class Run:
         """
         found = self.checkpointer.find_good()
         self.first_step, is_new = found or 0, found is None
+        self._next_step = self.first_step
         state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
         self._workdir.record_beginning(self._inputs.beginning)
@@ -205,18 +208,22 @@ class Run:
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
-        last_step = None if is_new else self.first_step
-        self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
-        self._resources.callback(quietly, "the metrics", self._writer.close)
-        self._ledger = Ledger(self._workdir.ledger, last_step=self.first_step)
+        self._open_reports(None if is_new else self.first_step)
         self._print_plan(is_resumed=not is_new)
         if is_new and self.config.eval.before_training:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
             self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
         self._saved_at = time.monotonic()
-        self._watch = RunWatch(self.config, self._reward, is_new=is_new)
         return state
+
+    def _open_reports(self, last_step: int | None) -> None:
+        """Args: last_step: of the checkpoint that the run goes on from; reports of later ones are dropped."""
+        self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
+        self._resources.callback(quietly, "the metrics", self._writer.close)
+        self._ledger = Ledger(self._workdir.ledger, last_step=last_step or 0)
+        self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=self._num_rollbacks)
+        self._watch = RunWatch(self.config, is_new=last_step is None)
 
     def _check_range(self, state: TrainState) -> None:
         """Raises: ConfigError: the model does not fit the range of float16."""
@@ -240,10 +247,15 @@ class Run:
         return self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
 
     def _restored_state(self) -> TrainState:
-        reference, optimizer = self.learner.reference, self.learner.optimizer
+        reference = self.learner.reference
         if self.config.uses_reference and not reference.is_refreshed:
             model = self.learner.optimizer.stored_model(self.folder.config)
             reference.copy_from(load_params(self.folder, model, self._mesh))
+        return self._restore()
+
+    def _restore(self, order: int | None = None) -> TrainState:
+        """Goes to the latest checkpoint. Args: order: a seed for the prompts left of its epoch; None: as it is."""
+        reference, optimizer = self.learner.reference, self.learner.optimizer
         state, progress, saved_reference = self.checkpointer.restore(
             optimizer.abstract_state(), reference.abstract() if reference.is_refreshed else None
         )
@@ -252,9 +264,13 @@ class Run:
         kl_coef = self.config.algorithm.kl_coef
         if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
             reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
+        self._num_rollbacks = max(self._num_rollbacks, progress.num_rollbacks)
         group_size = self.config.algorithm.group_size
         position = Position.from_json(dataclasses.asdict(progress), self._inputs.train_prompts, group_size)
         self._lost = position.lost
+        if order is not None:  # batches that were ahead held other prompts
+            prompts = reordered(position.prompt_iterator, order)
+            position = dataclasses.replace(position, prompt_iterator=prompts, ahead=())
         self.rollouts.restore(position)
         return state
 
@@ -266,7 +282,8 @@ class Run:
         Ctrl-C and SIGTERM wait for the end of a step.
         """
         with stop_on_signal() as self._stop:
-            yield from range(self.first_step, self.num_steps)
+            while self._next_step < self.num_steps:  # which a roll-back puts back
+                yield self._next_step
 
     def give_weights(self, state: TrainState, version: int, *, is_first: bool = False) -> None:
         """Gives the engine the policy's parameters, and compares the log-probabilities of both where that is due.
@@ -281,11 +298,12 @@ class Run:
             with self.timers("probe"):
                 self._probe(self.engine, params)
 
-    def after_step(self, state: TrainState, result: StepResult, step: int) -> None:
+    def after_step(self, state: TrainState, result: StepResult, step: int) -> TrainState:
         """Validates, saves and reports as far as that is due after step number `step`; stops where asked to.
 
+        Returns: the state to go on with: this one, or that of an earlier checkpoint where the run has diverged.
         Raises:
-            TrainingStopped: too many updates in a row were not finite.
+            TrainingStopped: too many updates in a row were not finite, or the run has diverged and cannot go back.
             SystemExit: 130 after Ctrl-C or SIGTERM.
         """
         done, rollouts, config = step + 1, result.rollouts, self.config
@@ -304,26 +322,63 @@ class Run:
             self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
         )
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
-        self._watch.note(result)
+        self._watch.note(result.updates)
+        metrics |= self._alarms.note(metrics, done, lambda: example(rollouts, self._reward))
+        is_lost = self._watch.is_lost or (self._alarms.may_roll_back and self._alarms.has_diverged)
         # Read once: a request that comes while saving is for the next step.
         is_stopping = self._stop.requested
         # While updates are skipped, the checkpoint from before the trouble is the good one.
-        must_save = (is_stopping or done == self.num_steps) and not self._watch.is_lost
+        must_save = (is_stopping or done == self.num_steps) and not is_lost
+        is_sound = self._watch.is_healthy and not self._alarms.may_roll_back
         position = dataclasses.replace(self.rollouts.state(), lost=self._lost)
         self._lost = ()
-        if self._watch.is_healthy or must_save:
+        if is_sound or must_save:
             self._save(state, done, position, metrics, is_stopping=is_stopping)
         with self.timers("ledger"):
             per_epoch = self.steps_per_epoch
             self._ledger.append(ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch))
         self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
-        self._watch.stop_if_lost()
-        self._done = (state, done, position) if self._watch.is_healthy else None
-        if is_stopping and done < self.num_steps:
+        self._next_step = done
+        if is_lost and self.config.trainer.max_rollbacks:
+            state = self._roll_back(state, done)
+        else:
+            self._watch.stop_if_lost()
+            self._done = (state, done, position) if is_sound else None
+        if is_stopping and self._next_step < self.num_steps:
             self.checkpointer.wait()
-            logger.info("Stopped after step %d; everything is saved. The same command goes on.", done)
+            text = "Stopped after step %d; everything is saved. The same command goes on."
+            logger.info(text, self._next_step)
             raise SystemExit(130)
+        return state
+
+    def _roll_back(self, state: TrainState, done: int) -> TrainState:
+        """The state of the last checkpoint from before the trouble; the run goes on from it in another order.
+
+        The numbers of a step are of the weights that the step before has left. So those of a checkpoint are good
+        where the step after it had no trouble.
+
+        Args:   state: given up, to make room.
+        Raises: TrainingStopped: no roll-back is left, or there is no such checkpoint.
+        """
+        why, limit = self._alarms.explain_trouble(), self.config.trainer.max_rollbacks
+        if self._num_rollbacks >= limit:
+            raise TrainingStopped(f"{why}; trainer.max_rollbacks={limit} is used up")
+        with self.timers("roll_back"):
+            good = self.checkpointer.go_back(before=self._alarms.trouble_since - 1)
+            if good is None:
+                raise TrainingStopped(f"{why}; there is no checkpoint from before it to go back to")
+            self.rollouts.abandon()
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()
+            self._num_rollbacks += 1
+            state = self._restore(derive_seed(self.config.trainer.seed, self._num_rollbacks, "roll-back"))
+            self._writer.close()
+            self._open_reports(good)
+            self._alarms.tell_rollback(why, back_from=done, to=good, number=self._num_rollbacks)
+            self._next_step, self._saved_at = good, time.monotonic()
+        self.give_weights(state, version=good)
+        return state
 
     def rescue(self) -> None:
         """After a failure: saves the last whole step, unless its state is gone or not worth it.
@@ -428,6 +483,7 @@ class Run:
             hf_dtype=self.folder.dtype,
             kl_coef=self.learner.reference.kl_coef,
             initial_kl_coef=self.config.algorithm.kl_coef,
+            num_rollbacks=self._num_rollbacks,
             **position.to_json(),
         )
 

@@ -1,4 +1,4 @@
-"""How a run stops, or warns: signals, failures, updates that are not finite, rewards without any spread."""
+"""How a run stops: signals, failures, updates that are not finite."""
 
 import contextlib
 import logging
@@ -6,23 +6,17 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from grpo_jax.algorithm.advantages import frac_zero_std
-from grpo_jax.algorithm.loss import MISMATCH_MEANS
 from grpo_jax.config import Config, ConfigError, split_file_name
-from grpo_jax.rewards.base import Reward
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.metrics import Timers
-from grpo_jax.types import Metrics, ScoredBatch, StepResult
+from grpo_jax.types import Metrics
 
 logger = logging.getLogger(__name__)
 
 
-HEALTHY_PROB, HEALTHY_FACTOR = 0.005, 1.01
-"""Largest means of |p_trainer - p_sampler| and of exp|log p_trainer - log p_sampler| that docs/trust.md calls
-healthy."""
 ZERO_KL, ZERO_PPO_KL = 1e-6, 1e-5
 """Above these, numbers that are 0 by construction are not: one program on the same weights gives the same bits."""
 
@@ -32,16 +26,14 @@ class TrainingStopped(RuntimeError):
 
 
 class RunWatch:
-    """Looks for runs that go nowhere: updates that are skipped, rewards that teach nothing."""
+    """Looks at every update: those that are skipped, and the first one, where nothing has moved yet."""
 
-    def __init__(self, config: Config, reward: Reward, *, is_new: bool):
+    def __init__(self, config: Config, *, is_new: bool):
         """Args: is_new: whether the run begins with its first step, and does not go on after a checkpoint."""
-        self._config, self._section, self._reward = config, config.trainer, reward
+        self._config = config
         self._is_first_step = is_new
-        self._has_warned_of_mismatch = False
         self._skipped = 0
         self._most_skipped = 0
-        self._flat_steps = 0
 
     @property
     def is_healthy(self) -> bool:
@@ -51,18 +43,16 @@ class RunWatch:
     @property
     def is_lost(self) -> bool:
         """True once too many updates in a row were not finite."""
-        return self._most_skipped >= self._section.max_nonfinite_updates
+        return self._most_skipped >= self._config.trainer.max_nonfinite_updates
 
-    def note(self, result: StepResult) -> None:
-        """Takes note of one step, and warns: see the other methods."""
-        self._warn_of_numbers(result)
-        for update in result.updates:
+    def note(self, updates: Sequence[Metrics]) -> None:
+        """Takes note of the updates of a step, and warns of a first one that should have found zeros."""
+        if self._is_first_step and (warning := not_zero_warning(updates[0], self._config)):
+            logger.warning(warning)
+        self._is_first_step = False
+        for update in updates:
             self._skipped = self._skipped + 1 if update["actor/skipped_updates"] else 0
             self._most_skipped = max(self._most_skipped, self._skipped)
-        is_flat = frac_zero_std(result.rollouts.rewards.rewards) == 1
-        self._flat_steps = self._flat_steps + 1 if is_flat else 0
-        if self._flat_steps and self._flat_steps % self._section.flat_reward_steps == 0:
-            self._warn_of_flat_rewards(result.rollouts)
 
     def stop_if_lost(self) -> None:
         """Raises: TrainingStopped: too many updates in a row were not finite."""
@@ -73,48 +63,6 @@ class RunWatch:
                 f"loss or gradient was not finite in {self._most_skipped} updates in a row "
                 f"(trainer.max_nonfinite_updates); a lower {cure} may help"
             )
-
-    def _warn_of_numbers(self, result: StepResult) -> None:
-        if self._is_first_step and (warning := not_zero_warning(result.updates[0], self._config)):
-            logger.warning(warning)
-        self._is_first_step = False
-        if not self._has_warned_of_mismatch and (warning := mismatch_warning(result.metrics, self._config)):
-            self._has_warned_of_mismatch = True
-            logger.warning(warning)
-
-    def _warn_of_flat_rewards(self, rollouts: ScoredBatch) -> None:
-        group, rewards = rollouts.groups[0], rollouts.rewards.rewards
-        reward = float(rewards[0, 0])
-        completion = group.completions[0]
-        logger.warning(
-            "WARNING: for %d steps the completions of each prompt all got the same reward (now %g on average), "
-            "so there is nothing to learn from.\n  prompt:       %s\n  ground truth: %s\n  completion:   %s\n"
-            "  reward:       %g, since %s",
-            self._flat_steps,
-            float(rewards.mean()),
-            group.prompt.text.strip(),
-            group.prompt.ground_truth,
-            completion.text.strip() or "(empty)",
-            reward,
-            self._reward.explain(group.prompt, completion, reward),
-        )
-
-
-def mismatch_warning(metrics: Metrics, config: Config) -> str:
-    """One line where engine and trainer differ by more than is healthy; "" otherwise. Args: metrics: of a step."""
-    prob, factor = (metrics.get(name) or 0.0 for name in MISMATCH_MEANS)
-    if not (prob > HEALTHY_PROB or factor > HEALTHY_FACTOR):  # NaN is another trouble
-        return ""
-    reasons = []
-    if config.rollout.max_lag:
-        reasons.append(f"with rollout.max_lag={config.rollout.max_lag}, older weights are part of it")
-    if config.corrects_sampler:
-        reasons.append("this run corrects for it (algorithm.rollout_is, algorithm.old_logprobs)")
-    (prob_name, factor_name), how = MISMATCH_MEANS, "`python -m grpo_jax.mismatch` with the flags of this run"
-    numbers = f"{prob_name}={prob:.2g} (healthy: at most {HEALTHY_PROB:g})"
-    numbers += f", {factor_name}={factor:.4g} (at most {HEALTHY_FACTOR:g})"
-    text = [f"WARNING: engine and trainer differ: {numbers}", *reasons]
-    return "; ".join([*text, f"{how} says where it comes from (docs/trust.md)"])
 
 
 def not_zero_warning(update: Metrics, config: Config) -> str:

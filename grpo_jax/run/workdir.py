@@ -45,6 +45,7 @@ class Workdir:
         self.beginning = path / "beginning.json"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
+        self.alarms = path / "alarms.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model_files = path / "model_files"

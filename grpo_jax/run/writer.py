@@ -39,7 +39,7 @@ class MetricsWriter:
 
         The line is on disk when this returns: the checkpoint of the step comes after it.
         """
-        values = {name: _plain(value) for name, value in metrics.items()}
+        values = {name: plain(value) for name, value in metrics.items()}
         line = {"step": step, "epoch": epoch, "time": time.time(), **values}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -96,7 +96,8 @@ def drop_after(path: Path, step: int) -> None:
     write_whole(path, "".join(kept))
 
 
-def _plain(value: Any) -> int | float | None:
+def plain(value: Any) -> int | float | None:
+    """A number as JSON can hold it; None for what is not finite."""
     if isinstance(value, int):
         return value
     number = float(value)

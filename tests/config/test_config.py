@@ -267,6 +267,11 @@ RULES = [  # changes, the key that is named, part of the rule
         "algorithm.dynamic_sampling_rounds",
         "algorithm.rollout_is=token or algorithm.old_logprobs=sampler",
     ),
+    (
+        {"trainer.max_rollbacks": 1, "checkpoint.every_epochs": 0},
+        "trainer.max_rollbacks",
+        "one of checkpoint.every_epochs, every_steps, every_minutes",
+    ),
     ({"reward.weights": (1.0, 2.0)}, "reward.weights", "each of the 1 reward functions"),
     (
         {"reward.extra_functions": ("math",), "reward.weights": (1.0,)},
@@ -404,6 +409,8 @@ def test_a_broken_rule_names_key_value_and_rule(changes, key, rule):
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
         {"arithmetic.num_train": 10, "arithmetic.num_val": 5, "data.train_files": (), "data.val_files": ()},
         {"trainer.seed": 2**31 - 1},
+        {"trainer.max_rollbacks": 1},
+        {"trainer.max_rollbacks": 1, "checkpoint.every_epochs": 0, "checkpoint.every_minutes": 9.0},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from grpo_jax.data.prompts import (
     encode_prompts,
     fingerprint,
     load_tokenizer,
+    reordered,
     sft_examples,
 )
 from grpo_jax.data.schema import check_rows
@@ -237,6 +238,56 @@ def test_a_restored_iterator_goes_on_where_it_was_saved(steps):
     restored.restore(state)
     assert take(restored, 7) == expected
     assert restored.state() == iterator.state()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_reordered_epoch_has_each_prompt_once_and_the_next_ones_are_as_they_were(steps, shuffle):
+    plain = take(make_iterator(12, shuffle=shuffle), 8)  # four steps an epoch
+    iterator = make_iterator(12, shuffle=shuffle)
+    assert take(iterator, steps) == plain[:steps]
+    state = json.loads(json.dumps(reordered(iterator.state(), seed=1)))
+    iterator.restore(state)
+    rest = take(iterator, 8 - steps)
+    assert rest[: 4 - steps] != plain[steps:4] and rest[4 - steps :] == plain[4:]
+    names = lambda batches: sorted(name for batch in batches for name in batch)
+    assert names(rest[: 4 - steps]) == names(plain[steps:4])
+    # Another seed is another order, and a second time goes on from the first.
+    others = [
+        reordered(iterator.state() | {"grain": state["grain"], "reorders": []}, seed=2),
+        reordered(state, seed=2),
+    ]
+    for other in others:
+        iterator.restore(other)
+        again = take(iterator, 4 - steps)
+        assert again != rest[: 4 - steps] and names(again) == names(plain[steps:4])
+
+
+def test_a_reordered_iterator_goes_on_where_it_was_saved():
+    iterator = make_iterator()
+    iterator.restore(reordered(iterator.state(), seed=1))
+    take(iterator, 2)
+    state = json.loads(json.dumps(iterator.state()))
+    expected = take(iterator, 3)
+    restored = make_iterator()
+    restored.restore(state)
+    assert take(restored, 3) == expected
+
+
+def test_the_order_at_the_end_of_an_epoch_is_of_the_next_one():
+    plain, iterator = take(make_iterator(12), 8), make_iterator(12)
+    take(iterator, 4)
+    iterator.restore(reordered(iterator.state(), seed=1))
+    assert take(iterator, 4) != plain[4:]
+
+
+def test_a_state_from_before_there_were_orders_is_restored():
+    iterator = make_iterator()
+    take(iterator, 2)
+    state = {name: value for name, value in iterator.state().items() if name != "reorders"}
+    expected = take(iterator, 3)
+    iterator.restore(state)
+    assert take(iterator, 3) == expected
 
 
 def test_a_state_of_other_sizes_is_refused():

@@ -6,7 +6,7 @@ import integration_helpers as helpers
 import pytest
 
 from grpo_jax import doctor, mismatch
-from grpo_jax.run import stopping
+from grpo_jax.run import alarms
 
 
 def run(workdir, overrides, *argv):
@@ -57,7 +57,7 @@ def test_bad_input_is_one_line(tmp_path, model_folder, overrides, argv, expected
 @pytest.mark.slow
 def test_training_and_doctor_point_to_it_where_the_difference_is_large(tmp_path, model_folder, monkeypatch):
     """With bounds so low that rounding in bfloat16 is beyond them."""
-    monkeypatch.setattr(stopping, "HEALTHY_PROB", 1e-9)
+    monkeypatch.setattr(alarms, "HEALTHY_PROB", 1e-9)
     overrides = {"model.path": model_folder, "model.dtype": "bfloat16", "algorithm.kl_coef": 0.1}
     out = helpers.train_ok(tmp_path / "run", overrides)
     warnings = [line for line in out.splitlines() if line.startswith("WARNING")]

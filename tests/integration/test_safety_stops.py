@@ -74,8 +74,8 @@ def test_a_learning_rate_that_is_absurd(tmp_path, whole_run_overrides):
     assert [line["actor/skipped_updates"] for line in lines] == [1, 2]
 
 
-def test_rewards_without_any_spread_give_a_loud_warning(tmp_path, whole_run_overrides):
-    """An untrained model never writes "####", so GSM8K's rule gives 0 throughout."""
+def test_rewards_that_are_all_0_give_a_loud_warning(tmp_path, whole_run_overrides):
+    """An untrained model never writes "####", so GSM8K's rule gives 0 throughout; and it seldom ends by itself."""
     overrides = whole_run_overrides | {
         "reward.function": "gsm8k",
         "trainer.flat_reward_steps": 2,
@@ -84,22 +84,26 @@ def test_rewards_without_any_spread_give_a_loud_warning(tmp_path, whole_run_over
     out = helpers.train_ok(tmp_path / "run", overrides)
     lines = helpers.read_lines(tmp_path / "run")[1:]
     assert [line["frac_reward_zero_std"] for line in lines] == [1.0] * 5
+    is_cut = [line["response_length/clip_ratio"] == 1 for line in lines]
+    cut = [step for step in range(2, 6) if is_cut[step - 2] and is_cut[step - 1]][:1]
+    expected = [("zero-reward", 2), *(("all-truncated", step) for step in cut)]
     warnings = re.split(r"^WARNING: ", out, flags=re.M)[1:]
-    assert len(warnings) == 2  # after 2 and 4 steps
-    for number, warning in zip((2, 4), warnings, strict=True):
-        record = helpers.read_jsonl(tmp_path / "run" / "rollouts" / f"step-{number:06d}.jsonl")[0]
-        assert warning.startswith(
-            f"for {number} steps the completions of each prompt all got the same reward"
-        )
+    assert len(warnings) == len(expected)
+    for (name, step), warning in zip(expected, warnings, strict=True):
+        record = helpers.read_jsonl(tmp_path / "run" / "rollouts" / f"step-{step:06d}.jsonl")[0]
+        assert warning.startswith(f"alarm {name} at step {step}: every ")
         assert f"  prompt:       {record['prompt'].strip()}\n" in warning
         assert f"  ground truth: {record['ground_truth']}\n" in warning
         assert f"  completion:   {record['completion'].strip() or '(empty)'}\n" in warning
-        assert '  reward:       0, since no "####" before the answer' in warning
-    assert "WARNING: for 2 steps" in (tmp_path / "run" / "train.log").read_text()
+        assert "  reward:       0, since " in warning
+    assert "WARNING: alarm zero-reward" in (tmp_path / "run" / "train.log").read_text()
+    told = helpers.read_jsonl(tmp_path / "run" / "alarms.jsonl")
+    assert [(line["alarm"], line["step"]) for line in told] == expected
+    assert lines[0]["alarms/num_sounding"] == 0 and lines[1]["alarms/zero-reward"] == 1
 
 
 def test_rewards_with_spread_give_none(whole_run):
-    assert "WARNING" not in whole_run[1]
+    assert "WARNING" not in whole_run[1] and not (whole_run[0] / "alarms.jsonl").exists()
     lines = helpers.read_lines(whole_run[0])
     assert all(line["frac_reward_zero_std"] < 1 for line in lines[1:])
 

@@ -180,6 +180,24 @@ def test_a_resumed_run_asks_again_for_what_was_ahead(max_lag, num_taken):
     assert engine.seeds == SEEDS[num_taken:NUM_STEPS]
 
 
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_a_run_that_goes_back_throws_away_what_was_ahead(max_lag):
+    rollouts, engine = make(max_lag)
+    rollouts.take()
+    position = rollouts.state()
+    for _ in range(3):
+        rollouts.take()
+    engine.calls.clear()
+    rollouts.abandon()
+    assert not engine.outstanding  # an engine may hold on to what nobody has waited for
+    assert requests(engine) == [call for step in range(4, 4 + max_lag) for call in waited(step)][:3]
+    rollouts.restore(position)
+    engine.seeds.clear()
+    taken = [prompt_names(rollouts.take().groups) for _ in range(NUM_STEPS - 1)]
+    assert taken == batches_from(make_iterator(), NUM_STEPS)[1:]
+    assert engine.seeds == SEEDS[1:NUM_STEPS]
+
+
 def test_what_has_come_back_of_batches_ahead_is_not_asked_for_again():
     rollouts, engine = make(3)
     rollouts.take()

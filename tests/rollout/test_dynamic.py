@@ -50,6 +50,9 @@ class Rounds:
     def state(self):
         return Position({}, self.number)
 
+    def abandon(self):
+        pass
+
     def restore(self, position):
         self.number = position.num_rollout_batches
 
@@ -261,6 +264,17 @@ def test_an_interrupted_run_goes_on_with_the_same_groups(num_steps, max_lag):
         assert one.groups == other.groups and one.metrics == other.metrics
         engine.version += 1
         again.version += 1
+
+
+def test_a_run_that_goes_back_has_the_surplus_of_then():
+    _, dynamic = build(Engine(), 2)
+    begun, first = through_json(dynamic.state()), dynamic.take()
+    while not dynamic.state().surplus:
+        dynamic.take()
+    dynamic.abandon()
+    dynamic.restore(begun)
+    assert not dynamic.state().surplus
+    assert dynamic.take().groups == first.groups
 
 
 def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch):

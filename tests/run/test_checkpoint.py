@@ -131,6 +131,32 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(kind, fol
     assert saved_steps(folder) == [1] and (folder.parent / "checkpoints-damaged" / "2").is_dir()
 
 
+@pytest.mark.parametrize(("before", "good", "left"), [(3, 2, [1, 2]), (2, 1, [1]), (1, None, [1, 2])])
+def test_going_back_removes_what_is_later_than_the_good_one(folder, before, good, left):
+    checkpointer = open_checkpoints(folder)
+    assert checkpointer.go_back(before) == good
+    checkpointer.close()
+    assert saved_steps(folder) == left and {path.name for path in folder.iterdir()} == set(map(str, left))
+
+
+def test_going_back_passes_by_a_damaged_one(folder):
+    flip(largest_file(folder / "2"), 5)
+    checkpointer = open_checkpoints(folder)
+    assert checkpointer.go_back(3) == 1 and saved_steps(folder) == [1]
+    save(checkpointer, 2)  # a step that has been there before
+    checkpointer.close()
+    assert restored_step(folder) == 2
+
+
+def test_going_back_waits_for_the_save_that_is_under_way(folder):
+    checkpointer = open_checkpoints(folder, max_to_keep=3)
+    checkpointer.save(state_of(3), progress_of(3))
+    checkpointer.commit()
+    assert checkpointer.go_back(3) == 2
+    checkpointer.close()
+    assert saved_steps(folder) == [1, 2]
+
+
 def test_every_single_byte_counts(folder):
     """One flipped bit in any file of the checkpoint is found."""
     files = all_files(folder / "2")
@@ -181,7 +207,7 @@ def test_a_checkpoint_from_before_manifests_is_restored_and_said_to_be_unverifie
 
 def test_without_commit_there_is_no_checkpoint(folder):
     """As when a run dies before the step's line is on disk."""
-    checkpointer = open_checkpoints(folder)
+    checkpointer = open_checkpoints(folder, max_to_keep=3)
     checkpointer.save(state_of(3), progress_of(3))
     while not list(folder.glob("3.*.tmp/manifest.json")):
         time.sleep(0.01)
