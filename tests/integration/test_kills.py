@@ -1,0 +1,95 @@
+"""A run that is killed in any way at any moment, and started again, ends in the bits of one that was not.
+
+    pytest -s -m slow tests/integration/test_kills.py        100 kills, and a table of them
+
+GRPO_JAX_TEST_KILL_SEED=N draws other moments.
+"""
+
+import os
+import shutil
+
+import kill_harness as harness
+import pytest
+
+SEED = int(os.environ.get("GRPO_JAX_TEST_KILL_SEED", "0"))
+REWARD_FILE = """
+import time
+
+def score(*, data_source, solution_str, ground_truth, extra_info):
+    time.sleep(0.005)
+    return float(sum(solution_str.encode()) % 3 == 0)
+"""
+"""Right for a third of all texts: a fifth of the groups has no spread, so that dynamic sampling has groups to spare."""
+
+COMMON = {
+    "reward.num_workers": 2,
+    "trainer.total_epochs": 2,
+    "eval.every_steps": 3,
+    "checkpoint.every_steps": 1,
+    "checkpoint.hf_every_epochs": 1,
+    "logging.num_text_samples": 1,
+    "logging.save_rollouts": True,
+}
+DYNAMIC = COMMON | {
+    "algorithm.dynamic_sampling_rounds": 4,
+    "algorithm.old_logprobs": "sampler",
+    "algorithm.kl_coef": 0.1,
+    "algorithm.ref_refresh_every": 2,
+    "actor.num_minibatches": 2,
+}
+FROM_NOTHING = COMMON | {
+    "sft.num_steps": 3,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep_best": "val/accuracy",
+    "checkpoint.max_to_keep": 1,
+    "eval.before_training": True,
+}
+OFFLOADED = COMMON | {"optim.offload": True, "algorithm.kl_coef": 0.1, "algorithm.ref_offload": True}
+
+TEN = (
+    ("SIGKILL", "SIGKILL in a save", "SIGTERM to all processes", "a worker's SIGKILL", "SIGKILL"),
+    ("SIGKILL in a save", "SIGINT", "a full disk in a save", "SIGTERM", "SIGKILL"),
+)
+TWENTY_FIVE = (
+    *("SIGKILL", "SIGKILL in a save") * 6,
+    *("SIGTERM", "SIGTERM in a save", "SIGINT", "a worker's SIGKILL", "a full disk in a save") * 2,
+    *("SIGTERM to all processes", "a full disk", "SIGKILL"),
+)
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = harness.Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def kill_reward(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kill_reward") / "my_reward.py"
+    path.write_text(REWARD_FILE)
+    return {"reward.function": f"{path}:score"}
+
+
+@pytest.fixture(scope="module")
+def dynamic(launcher, tmp_path_factory, kill_reward, model_folder):
+    overrides = DYNAMIC | kill_reward | {"model.path": model_folder}
+    return harness.make_case(launcher, "dynamic", overrides, tmp_path_factory.mktemp("dynamic"))
+
+
+def finish(kills, capsys):
+    with capsys.disabled():
+        print(f"\n{harness.report(kills)}")
+    assert not [kill for kill in kills if kill.fault], "\n\n".join({f"{k.kind}: {k.fault}" for k in kills if k.fault})
+
+
+def test_ten_kills(launcher, dynamic, tmp_path, capsys):
+    chains = [
+        lambda number=number, kinds=kinds: harness.kill_and_compare(
+            [launcher.start], dynamic, kinds, tmp_path, seed=SEED + number
+        )
+        for number, kinds in enumerate(TEN)
+    ]
+    kills = harness.run_chains(chains)
+    assert len(kills) == 10
+    finish(kills, capsys)
