@@ -138,12 +138,21 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def send_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
 # ---- when ----
 
 
 def anywhere(run: Started, case: "Case", rng: np.random.Generator) -> None:
-    """Waits until a moment of the life that a run has before it, start and end included."""
-    run.has_ended(rng.uniform(0, case.life_s(last_step(run.workdir))))
+    """Waits until a moment of what a run has before it: of all, or, half of the times, from its first step on."""
+    if rng.random() < 0.5:
+        while "steps in all" not in run.output() and not run.has_ended(LOOK_S):
+            pass
+    begun = time.time() - run.began
+    run.has_ended(rng.uniform(0, max(0.0, case.life_s(last_step(run.workdir)) - begun)))
 
 
 def in_a_save(run: Started, case: "Case", rng: np.random.Generator) -> None:
@@ -176,7 +185,7 @@ def kill(run: Started, rng: np.random.Generator) -> None:
 
 
 def interrupt(run: Started, rng: np.random.Generator) -> None:
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    send_group(run.pid, signal.SIGINT)  # as a terminal does
 
 
 def terminate(run: Started, rng: np.random.Generator) -> None:
@@ -187,7 +196,7 @@ def terminate_all(run: Started, rng: np.random.Generator) -> None:
     """As systemd and Slurm do: the group, and every other process of the run."""
     for pid in members(run.workdir):
         send(pid, signal.SIGTERM)
-    os.killpg(run.pid, signal.SIGTERM)
+    send_group(run.pid, signal.SIGTERM)
 
 
 def kill_a_worker(run: Started, rng: np.random.Generator) -> None:
@@ -220,7 +229,9 @@ class Kind:
 
 
 STOPPED = frozenset({0, 130})  # 0: it had done all
-FAILED = frozenset({0, 1, 2, 120})  # 0: it went on. 2: at its start. 120: Python could not write its last output
+FAILED = frozenset(
+    {0, 1, 2, 120}
+)  # 0: it went on. 2: at its start. 120: Python could not write its last output
 KINDS = {
     "SIGKILL": Kind(kill, anywhere, frozenset({-signal.SIGKILL})),
     "SIGKILL in a save": Kind(kill, in_a_save, frozenset({-signal.SIGKILL})),
@@ -260,7 +271,7 @@ class Case:
     def learn_from(self, run: Started, step: int) -> None:
         """Takes note of how long a run has taken to its first step, which was to be that after `step`."""
         for line in whole_lines(run.workdir / "metrics.jsonl"):
-            if line["step"] == step + 1:
+            if line["step"] == step + 1 and line["time"] > run.began:
                 self.first_step_s = min(self.first_step_s, line["time"] - run.began)
 
     @functools.cached_property
@@ -310,9 +321,11 @@ def kill_and_compare(
             start = launchers[(len(kills) + len(of_run)) % len(launchers)]
             run = start(helpers.train_argv(workdir, case.overrides), workdir)
             killed, code, fault = one_death(run, case, waiting, rng)
-            of_run += killed
+            if killed is not None:
+                of_run.append(dataclasses.replace(killed, fault=fault))
+                fault = ""  # the same command is to go on all the same
         fault = fault or compare(workdir, case.results)
-        kills += [dataclasses.replace(kill, fault=fault) for kill in of_run]
+        kills += [dataclasses.replace(kill, fault=kill.fault or fault) for kill in of_run]
         if not of_run and fault:
             kills.append(Kill("none", case.name, "finished", fault))
     return kills
@@ -320,7 +333,7 @@ def kill_and_compare(
 
 def one_death(
     run: Started, case: Case, waiting: "collections.deque[str]", rng: np.random.Generator
-) -> tuple[list[Kill], int, str]:
+) -> tuple[Kill | None, int, str]:
     """Kills a run in the first way of `waiting`, and takes that off; a run that ends before was not killed.
 
     Returns: the kill, if there was one, the exit code, and what was wrong, or "".
@@ -332,17 +345,18 @@ def one_death(
     if is_killed:
         waiting.popleft()
         KINDS[name].strike(run, rng)
+    codes = KINDS[name].codes if is_killed else {0}
     try:
         code = run.wait()
     except TimeoutError as error:
-        return [Kill(name, case.name, "hung")] if is_killed else [], 1, f"{error}: {run.output()[-1500:]}"
-    codes = KINDS[name].codes if is_killed else {0}
-    fault = f"ended with {code} after {name or 'nothing'}: {run.output()[-4000:]}" if code not in codes else ""
-    if code in STOPPED and "Traceback" in run.output():
-        fault = f"a traceback with exit code {code}: {run.output()[-1500:]}"
-    fault = fault or state_fault(run.workdir, before)
+        code, fault = 1, str(error)
+    else:
+        has_traceback = code in STOPPED and "Traceback" in run.output()
+        fault = "a traceback" if has_traceback else "" if code in codes else f"exit code {code}"
+    fault = f"{fault} after {name or 'no kill'}: {run.output()[-4000:]}" if fault else ""
     case.learn_from(run, before)
-    return [Kill(name, case.name, phase_of(run, code))] if is_killed else [], code, fault
+    killed = Kill(name, case.name, phase_of(run, code)) if is_killed else None
+    return killed, code, fault or state_fault(run.workdir, before)
 
 
 def phase_of(run: Started, code: int) -> str:
@@ -350,7 +364,7 @@ def phase_of(run: Started, code: int) -> str:
         return "finished"
     if unfinished(run.workdir) or "phase save_checkpoint" in run.output():
         return "saving"
-    return "steps" if "  Step " in run.output() else "starting"
+    return "steps" if "steps in all" in run.output() else "starting"
 
 
 def state_fault(workdir: Path, step_before: int) -> str:
@@ -442,7 +456,9 @@ def same_points(results: Results, expected: Results) -> str:
         if name not in ("step", "epoch", "time") and value is not None
     }
     if results.points != points:
-        return f"TensorBoard differs from metrics.jsonl in {sorted(results.points.keys() ^ points.keys())[:5]}"
+        return (
+            f"TensorBoard differs from metrics.jsonl in {sorted(results.points.keys() ^ points.keys())[:5]}"
+        )
     return "" if results.texts == expected.texts else "TensorBoard has other texts"
 
 

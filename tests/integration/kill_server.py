@@ -52,7 +52,10 @@ def run(argv: list[str], log: str, env: dict[str, str]) -> None:
     from grpo_jax.config import command_line
 
     os.setsid()
-    for file, flags, descriptors in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
+    for file, flags, descriptors in (
+        (os.devnull, os.O_RDONLY, (0,)),
+        (log, os.O_WRONLY | os.O_APPEND, (1, 2)),
+    ):
         opened = os.open(file, flags | os.O_CREAT)
         for descriptor in descriptors:
             os.dup2(opened, descriptor)

@@ -39,6 +39,7 @@ DYNAMIC = COMMON | {
 }
 FROM_NOTHING = COMMON | {
     "sft.num_steps": 3,
+    "data.max_response_length": 16,
     "checkpoint.every_steps": 2,
     "checkpoint.keep_best": "val/accuracy",
     "checkpoint.max_to_keep": 1,
@@ -80,7 +81,9 @@ def dynamic(launcher, tmp_path_factory, kill_reward, model_folder):
 def finish(kills, capsys):
     with capsys.disabled():
         print(f"\n{harness.report(kills)}")
-    assert not [kill for kill in kills if kill.fault], "\n\n".join({f"{k.kind}: {k.fault}" for k in kills if k.fault})
+    assert not [kill for kill in kills if kill.fault], "\n\n".join(
+        {f"{k.kind}: {k.fault}" for k in kills if k.fault}
+    )
 
 
 def test_ten_kills(launcher, dynamic, tmp_path, capsys):
@@ -92,4 +95,25 @@ def test_ten_kills(launcher, dynamic, tmp_path, capsys):
     ]
     kills = harness.run_chains(chains)
     assert len(kills) == 10
+    finish(kills, capsys)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(launcher, dynamic, kill_reward, model_folder, tmp_path, capsys):
+    model = kill_reward | {"model.path": model_folder}
+    cases = [
+        dynamic,
+        harness.make_case(launcher, "from-nothing", FROM_NOTHING | kill_reward, tmp_path),
+        harness.make_case(launcher, "offloaded", OFFLOADED | model, tmp_path),
+    ]
+    # Every fourth start is the real command's.
+    starts = [launcher.start] * 3 + [harness.start_command]
+    chains = [
+        lambda case=case, number=number: harness.kill_and_compare(
+            starts, case, TWENTY_FIVE, tmp_path, seed=SEED + 10 + number
+        )
+        for number, case in enumerate([*cases, dynamic])
+    ]
+    kills = harness.run_chains(chains)
+    assert len(kills) == 100
     finish(kills, capsys)
