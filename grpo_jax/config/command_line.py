@@ -48,8 +48,8 @@ if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_j
 def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns a `ConfigError` into `error: ...` on stderr and exit code 2, Ctrl-C and SIGTERM into one line and 130.
 
-    Works as a decorator too. For everything that a command does, from its first line on; a signal that comes after its
-    last, while Python ends, changes nothing.
+    Works as a decorator too. For everything that a command does, from its first line on; a signal that comes after
+    its last, while Python ends, changes nothing.
 
     Args: flags: configuration key -> the flag by which this command's user set it.
     """
@@ -65,8 +65,8 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise
     finally:
-        # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses
-        # are made, and with `python -m` ends by that signal in place of the exit code. Another string makes it forget.
+        # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses are
+        # made, and with `python -m` ends by that signal in place of the exit code. Another string makes it forget.
         exec("")
         sys.stdout.flush()
         for number in own:

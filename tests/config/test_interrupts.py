@@ -73,7 +73,7 @@ def test_while_a_string_is_executed(tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("rule", ["", "raise ConfigError('a', 1, 'is bad')"])
 def test_while_python_ends(tmp_path, number, rule):
-    """A command that has done all, or said what is wrong, has that exit code, whatever comes in its last moments."""
+    """A command that has done all, or said what is wrong, has that exit code, whatever comes then."""
     marker = tmp_path / "ending"
     code = f"""
 import atexit, pathlib, time
@@ -90,9 +90,10 @@ with one_line_errors():
     {rule}
 """
     # Who starts a module of the package has its handlers.
-    begin = "import sys, importlib.machinery as m; sys.modules['__main__'].__spec__ = m.ModuleSpec('grpo_jax.x', None)"
+    begin = "import sys, importlib.machinery as machinery\n"
+    begin += "sys.modules['__main__'].__spec__ = machinery.ModuleSpec('grpo_jax.x', None)\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", begin + "\n" + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", begin + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     wait_for(marker.exists)

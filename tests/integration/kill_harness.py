@@ -1,7 +1,7 @@
 """Kills training runs at seeded random moments, starts the same command again until it ends, and compares.
 
-A `Case` is a configuration with a finished run that nobody interrupted. `kill_and_compare` kills runs of it in every
-way of a list, each in a process of its own, and returns what became of each kill.
+A `Case` is a configuration with a finished run that nobody interrupted. `kill_and_compare` kills runs of it in
+every way of a list, each in a process of its own, and returns what became of each kill.
 """
 
 import collections
