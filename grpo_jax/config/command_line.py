@@ -65,8 +65,8 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise
     finally:
-        # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses are
-        # made, and with `python -m` ends by that signal in place of the exit code. Another string makes it forget.
+        # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses
+        # are made, and with `python -m` ends by that signal in place of the code. Another string makes it forget.
         exec("")
         sys.stdout.flush()
         for number in own:

@@ -4,8 +4,8 @@
 
 Reads one JSON object a line: {"argv", "log", "env"} starts a run and is answered by its process id, {"pid"} waits
 for one and is answered by its exit code, negative for a signal. A run has a session of its own, its output in a
-file, and from its first moment the handlers of signals that `python -m grpo_jax.train` has. No JAX back end is there
-before the fork, and so none of its threads.
+file, and from its first moment the handlers of signals that `python -m grpo_jax.train` has. Before the fork there
+is no JAX back end, and so none of its threads.
 """
 
 import gc

@@ -18,7 +18,7 @@ def score(*, data_source, solution_str, ground_truth, extra_info):
     time.sleep(0.005)
     return float(sum(solution_str.encode()) % 3 == 0)
 """
-"""Right for a third of all texts: a fifth of the groups has no spread, and dynamic sampling has groups to spare."""
+"""Right for a third of all texts: a fifth of the groups has no spread, and dynamic sampling leaves some over."""
 
 COMMON = {
     "reward.num_workers": 2,
