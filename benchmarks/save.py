@@ -23,6 +23,7 @@ import common
 import engine_common
 import numpy as np
 
+BUFFER = 1 << 26
 WRITE, READ = "write and fsync", "read from the disk"
 SHAPES = ("quickstart", *engine_common.SHAPES)
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--shape", default="quickstart", choices=SHAPES)
     parser.add_argument("--offload", action="store_true", help="optim.offload")
-    parser.add_argument("--saves", type=int, default=4, help="the first one, which may compile, stands alone")
+    parser.add_argument("--saves", type=int, default=4, help="the first one stands alone")
     parser.add_argument(
         "--folder", default=None, help="on the disk that is measured; default: the temporary one"
     )
@@ -78,19 +79,21 @@ def measure(args: Any, config: Any, model: Any, folder: Path) -> None:
 
     mesh = make_mesh(MeshSection())
     optimizer = make_optimizer(config.optim, model, mesh, 100)
+
+    def make_state(seed: int) -> Any:
+        params = init_params(optimizer.stored_model(model), jax.random.key(seed), mesh)
+        return jax.block_until_ready(optimizer.init_state(params))
+
     with jax.set_mesh(mesh):
-        state = optimizer.init_state(init_params(optimizer.stored_model(model), jax.random.key(0), mesh))
-        jax.block_until_ready(state)
-        leaves = jax.tree.leaves(state)
+        leaves = jax.tree.leaves(make_state(0))
         num_bytes = sum(leaf.nbytes for leaf in leaves)
-        kinds = sorted({leaf.sharding.memory_kind for leaf in leaves})
-        print(
-            f"state     {args.shape}, {num_bytes / 1e9:.3f} GB in {len(leaves)} arrays, memory {', '.join(kinds)}"
-        )
-        write_s, read_s = write_and_read(leaves, folder / "plain")
+        kinds = ", ".join(sorted({leaf.sharding.memory_kind for leaf in leaves}))
+        print(f"state     {args.shape}, {num_bytes / 1e9:.3f} GB in {len(leaves)} arrays, memory {kinds}")
+        write_s, read_s = write_and_read(num_bytes, folder / "plain")
         # What the host's memory has no room for twice must be written before the run goes on.
         limit = (write_s, WRITE) if optimizer.is_on_host else (copy_to_host(leaves), "copy to the host")
-        stalls, wholes = save(args, state, folder, optimizer.is_on_host)
+        del leaves
+        stalls, wholes = save(args.saves, make_state, folder, optimizer.is_on_host)
         verify_s, restore_s = restore(folder, optimizer)
     median, rest = statistics.median, len(stalls) - 1
     print_line("stall, first save", stalls[0], num_bytes, *limit)
@@ -125,20 +128,18 @@ def copy_to_host(leaves: Any) -> float:
     return min(common.alternate([plainly if jax.default_backend() == "cpu" else pinned], 3)[0])
 
 
-def write_and_read(leaves: Any, file: Path) -> tuple[float, float]:
-    """Seconds of writing all bytes to one file with fsync, and of reading them back."""
-    arrays = [np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
+def write_and_read(num_bytes: int, file: Path) -> tuple[float, float]:
+    """Seconds of writing so many bytes to one file with fsync, and of reading them back."""
+    buffer = memoryview(bytearray(np.random.default_rng(0).bytes(min(num_bytes, BUFFER))))
 
     def write() -> None:
         with file.open("wb", buffering=0) as output:
-            for array in arrays:
-                rest = memoryview(array)
-                while rest:
-                    rest = rest[output.write(rest) :]
+            left = num_bytes
+            while left:
+                left -= output.write(buffer[:left])
             os.fsync(output.fileno())
 
     def read() -> None:
-        buffer = bytearray(1 << 24)
         with file.open("rb", buffering=0) as data:
             while data.readinto(buffer):
                 pass
@@ -150,7 +151,9 @@ def write_and_read(leaves: Any, file: Path) -> tuple[float, float]:
     return write_s, read_s
 
 
-def save(args: Any, state: Any, folder: Path, is_offloaded: bool) -> tuple[list[float], list[float]]:
+def save(
+    num_saves: int, make_state: Callable[[int], Any], folder: Path, is_offloaded: bool
+) -> tuple[list[float], list[float]]:
     """Returns seconds until a save returns, and until its checkpoint is whole on disk, of each save."""
     from grpo_jax.config import CheckpointSection
     from grpo_jax.run.checkpoint import Checkpointer, Progress
@@ -158,15 +161,29 @@ def save(args: Any, state: Any, folder: Path, is_offloaded: bool) -> tuple[list[
     section = CheckpointSection(max_to_keep=1)
     checkpointer = Checkpointer(folder / "checkpoints", section, is_offloaded=is_offloaded)
     stalls, wholes = [], []
-    for step in range(1, args.saves + 1):
+    for step in range(1, num_saves + 1):
+        state = make_state(step)  # a new one: JAX keeps what it has copied to the host
+        if step == 1:
+            prepare(state)
         start = time.perf_counter()
         checkpointer.save(state, Progress(step, step, 0, {}, "F32", step, [], 0.0))
         stalls.append(time.perf_counter() - start)
         checkpointer.commit()
         checkpointer.wait()
         wholes.append(time.perf_counter() - start)
+        del state
     checkpointer.close()
     return stalls, wholes
+
+
+def prepare(state: Any) -> None:
+    """What a run does before its first step."""
+    import jax
+
+    from grpo_jax.model.sharding import abstract_like
+    from grpo_jax.run.checkpoint import compile_check
+
+    compile_check(abstract_like(state, jax.tree.map(lambda x: x.sharding, state)))
 
 
 def restore(folder: Path, optimizer: Any) -> tuple[float, float]:
