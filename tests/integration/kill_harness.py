@@ -56,11 +56,9 @@ class Launcher:
         )  # fmt: skip
 
     def start(self, argv: Sequence[str], workdir: Path) -> "Started":
-        log = workdir.with_name(workdir.name + ".log")
-        log.touch()
-        size = log.stat().st_size
+        log = new_log(workdir)
         pid = self._ask({"argv": list(map(str, argv)), "log": str(log), "env": {VARIABLE: str(workdir)}})
-        return Started(pid, workdir, log, size, code=lambda: self._ask({"pid": pid}))
+        return Started(pid, workdir, log, code=lambda: self._ask({"pid": pid}))
 
     def close(self) -> None:
         self._server.communicate(timeout=END_S)
@@ -74,15 +72,19 @@ class Launcher:
 
 def start_command(argv: Sequence[str], workdir: Path) -> "Started":
     """Starts `python -m grpo_jax.train` as a user does, imports included."""
-    log = workdir.with_name(workdir.name + ".log")
-    with log.open("a") as output:
-        size = log.stat().st_size
+    log = new_log(workdir)
+    with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "grpo_jax.train", *map(str, argv)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=helpers.ROOT, start_new_session=True,
             env=os.environ | ENVIRONMENT | {VARIABLE: str(workdir)},
         )  # fmt: skip
-    return Started(process.pid, workdir, log, size, code=process.wait)
+    return Started(process.pid, workdir, log, code=process.wait)
+
+
+def new_log(workdir: Path) -> Path:
+    """A file beside the workdir that no other start has; what is left of killed runs may still write to theirs."""
+    return workdir.with_name(f"{workdir.name}-{len(list(workdir.parent.glob(workdir.name + '-*.log')))}.log")
 
 
 @dataclasses.dataclass
@@ -92,7 +94,6 @@ class Started:
     pid: int
     workdir: Path
     log: Path
-    log_size: int
     code: Callable[[], int]
     """Waits for the end of the process."""
 
@@ -119,8 +120,8 @@ class Started:
         return code
 
     def output(self) -> str:
-        """What this start has printed."""
-        return self.log.read_bytes()[self.log_size :].decode(errors="replace")
+        """What this start has printed, and its reward workers."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 def members(workdir: Path) -> list[int]:
@@ -213,8 +214,8 @@ def kill_a_worker(run: Started, rng: np.random.Generator) -> None:
 
 
 def fill_the_disk(run: Started, rng: np.random.Generator) -> None:
-    """No file of the run grows beyond a size any more: that of a small file, of a log, or of arrays."""
-    limit = int(10 ** rng.uniform(0, 5))
+    """No file of the run grows beyond a size any more: none at all, or that of metrics or of arrays."""
+    limit = 0 if rng.random() < 0.2 else int(10 ** rng.uniform(3.7, 5))
     with contextlib.suppress(ProcessLookupError):
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (limit, limit))
 

@@ -6,6 +6,8 @@ GRPO_JAX_TEST_KILL_SEED=N draws other moments.
 """
 
 import os
+import shutil
+import subprocess
 
 import kill_harness as harness
 import pytest
@@ -116,3 +118,62 @@ def test_a_hundred_kills(launcher, dynamic, kill_reward, model_folder, tmp_path,
     kills = harness.run_chains(chains)
     assert len(kills) == 100
     finish(kills, capsys)
+
+
+def double_a_line(workdir):
+    file = workdir / "metrics.jsonl"
+    file.write_text(file.read_text() + file.read_text().splitlines()[-1] + "\n")
+
+
+def drop_a_line(workdir):
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[3:]))
+
+
+def change_a_metric(workdir):
+    file = workdir / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"reward/mean": ', '"reward/mean": 1', 1))
+
+
+def double_points(workdir):
+    [file] = (workdir / "tensorboard").iterdir()
+    shutil.copy(file, file.with_name(file.name + ".again"))
+
+
+def change_an_array(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    shutil.copytree(workdir / "checkpoints" / "5", workdir / "checkpoints" / "6")
+
+
+CHANGES = {
+    double_a_line: "metrics.jsonl has the steps [1, 2, 3, 4, 5, 6, 6]",
+    drop_a_line: "metrics.jsonl has the steps [1, 2, 4, 5, 6]",
+    change_a_metric: "step 1: metrics ['reward/mean'] differ",
+    double_points: "TensorBoard has a point twice",
+    change_an_array: "the checkpoint of step 6 has other bits in [",
+    lambda workdir: (workdir / "rollouts" / "step-000002.jsonl").unlink(): "['rollouts'] hold other bytes",
+    lambda workdir: (workdir / "more").touch(): "files ['more'] are only in one",
+    lambda workdir: (
+        workdir / "data" / "train.parquet.1a.tmp"
+    ).touch(): "temporary files are left: ['data/train.",
+}
+
+
+def test_what_a_run_may_have_lost_is_seen(dynamic, tmp_path):
+    assert harness.compare(dynamic.reference, dynamic.results) == ""
+    for number, (change, expected) in enumerate(CHANGES.items()):
+        workdir = shutil.copytree(dynamic.reference, tmp_path / str(number))
+        change(workdir)
+        assert harness.compare(workdir, dynamic.results).startswith(expected)
+
+
+def test_a_process_that_is_left_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "GONE_S", 0.1)
+    left = subprocess.Popen(["sleep", "60"], env={harness.VARIABLE: str(tmp_path)})
+    try:
+        assert harness.nothing_left(tmp_path) == f"processes are left: [{left.pid}]"
+    finally:
+        left.kill()
+        left.wait()
+    assert harness.nothing_left(tmp_path) == ""
