@@ -29,6 +29,7 @@ USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE 
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _interrupted(number: int, frame: Any) -> None:
@@ -39,7 +40,7 @@ def _interrupted(number: int, frame: Any) -> None:
 # Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
 # keeps his handlers.
 if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
-    for _number in (signal.SIGINT, signal.SIGTERM):
+    for _number in SIGNALS:
         signal.signal(_number, _interrupted)
 
 
@@ -47,21 +48,40 @@ if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_j
 def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns a `ConfigError` into `error: ...` on stderr and exit code 2, Ctrl-C and SIGTERM into one line and 130.
 
-    Works as a decorator too. For everything that a command does, from its first line on.
+    Works as a decorator too. For everything that a command does, from its first line on; a signal that comes after
+    its last, while Python ends, changes nothing.
 
     Args: flags: configuration key -> the flag by which this command's user set it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is _interrupted:
-            signal.signal(number, signal.default_int_handler)
+    own = [number for number in SIGNALS if signal.getsignal(number) is _interrupted]
+    for number in own:
+        signal.signal(number, signal.default_int_handler)
+    code = 1  # of any other exception
+    try:
+        with _in_one_line(flags or {}):
+            yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses
+        # are made, and with `python -m` ends by that signal in place of the code. Another string makes it forget.
+        exec("")
+        sys.stdout.flush()
+        for number in own:
+            signal.signal(number, lambda *_: os._exit(code))
+
+
+@contextlib.contextmanager
+def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
-        name = (flags or {}).get(error.key, error.key)
-        _exit(str(ConfigError(name, error.value, error.rule)))
+        _exit(str(ConfigError(flags.get(error.key, error.key), error.value, error.rule)))
 
 
 def _exit(message: str) -> NoReturn:

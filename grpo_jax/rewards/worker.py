@@ -9,6 +9,7 @@ A function may fork, and its child may come back here: only the process that was
 Standard library only: a worker should be there in a tenth of a second, and never touch an accelerator.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -115,4 +116,5 @@ def as_score(value: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    with contextlib.suppress(ConnectionError):  # the trainer was killed before it had read all
+        main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

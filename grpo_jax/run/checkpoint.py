@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointSection, ConfigError
+from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.run.retention import (
     MARK,
     best_step,
@@ -307,27 +308,40 @@ class Checkpointer:
 
 def check_finite(state: TrainState, step: int) -> None:
     """Raises: CheckpointError: a number of the parameters or of the optimizer's state is not finite."""
-    leaves = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    on_host = [leaf for _, leaf in leaves if leaf.sharding.memory_kind == "pinned_host"]
-    on_device = [leaf for _, leaf in leaves if leaf.sharding.memory_kind != "pinned_host"]
-    answers = iter(jax.device_get(_are_finite(on_device)))
-    host_answers = iter([_is_finite_on_host(leaf) for leaf in on_host])
+    leaves = _floating_leaves(state)
+    on_device = [leaf for _, leaf in leaves if not _is_on_host(leaf)]
+    answers = iter(jax.device_get(_are_finite(on_device)) if on_device else [])
     for name, leaf in leaves:
-        is_on_host = leaf.sharding.memory_kind == "pinned_host"
-        if not next(host_answers if is_on_host else answers):
+        if not (_is_finite_on_host(leaf) if _is_on_host(leaf) else next(answers)):
             place, _, rest = name.partition("/")
             what = ("parameters", "optimizer")[int(place)]
             text = f"{what} {rest} hold a number that is not finite after step {step}; nothing was saved"
             raise CheckpointError(text)
 
 
+def compile_check(abstract: TrainState) -> None:
+    """Compiles what `check_finite` has devices compute, so that no step waits for that.
+
+    Args: abstract: of `jax.ShapeDtypeStruct`s with shardings.
+    """
+    if leaves := [leaf for _, leaf in _floating_leaves(abstract) if not _is_on_host(leaf)]:
+        compile_ahead(_are_finite, leaves)
+
+
+def _floating_leaves(state: TrainState) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return [(name(path), leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
 @jax.jit
 def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def _is_on_host(leaf: jax.Array) -> bool:
+    """Whether NumPy reads it without a copy, and without the second that compiling takes."""
+    return jax.default_backend() == "cpu" or leaf.sharding.memory_kind == "pinned_host"
 
 
 def _is_finite_on_host(leaf: jax.Array) -> bool:

@@ -42,7 +42,7 @@ from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position
 from grpo_jax.run import summary
 from grpo_jax.run.alarm_log import AlarmLog, example
-from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
+from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite, compile_check
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
 from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
@@ -205,6 +205,7 @@ class Run:
         stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
         write_eos_token_ids(self._workdir.model_files, stops)
         self._budget.check_compiled(self.learner.compile())
+        compile_check(self.learner.optimizer.abstract_state())
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)

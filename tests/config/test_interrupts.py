@@ -56,6 +56,53 @@ def test_while_inputs_are_read(tmp_path, number):
     assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_a_string_is_executed(tmp_path, number):
+    """As where a dataclass is made. Python would end by SIGINT, which shells call 130 and nobody else does."""
+    marker = tmp_path / "reading"
+    config = tmp_path / "config.py"
+    slow = f"import pathlib, time; pathlib.Path({str(marker)!r}).touch(); time.sleep(60)"
+    config.write_text(f"def get_config():\n    exec({slow!r})\n")
+    process = start(config)
+    wait_for(marker.exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("rule", ["", "raise ConfigError('a', 1, 'is bad')"])
+def test_while_python_ends(tmp_path, number, rule):
+    """A command that has done all, or said what is wrong, has that exit code, whatever comes then."""
+    marker = tmp_path / "ending"
+    code = f"""
+import atexit, pathlib, time
+from grpo_jax.config.command_line import one_line_errors
+from grpo_jax.config import ConfigError
+
+@atexit.register
+def end():
+    pathlib.Path({str(marker)!r}).touch()
+    time.sleep(60)
+
+with one_line_errors():
+    print("done")
+    {rule}
+"""
+    # Who starts a module of the package has its handlers.
+    begin = "import sys, importlib.machinery as machinery\n"
+    begin += "sys.modules['__main__'].__spec__ = machinery.ModuleSpec('grpo_jax.x', None)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    wait_for(marker.exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    expected = (2, "done\n", "error: a=1: is bad\n") if rule else (0, "done\n", "")
+    assert (process.returncode, out, err) == expected
+
+
 def test_handlers_of_others_stay():
     """Importing the module, as a notebook would, changes nothing."""
     code = "import signal; old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)\n"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -279,6 +280,24 @@ def test_nothing_outlives_a_trainer_that_is_killed(file, tmp_path):
         trainer.kill()
         trainer.wait(10)
     assert wait_for_end(pids)
+
+
+def test_a_worker_whose_trainer_was_killed_says_nothing(file):
+    """Its answer lies unread in the trainer's socket: its end resets the connection in place of closing it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [
+            sys.executable,
+            "-m",
+            "grpo_jax.rewards.worker",
+            str(theirs.fileno()),
+            file,
+            "compute_score",
+        ]
+        worker = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+    ours.recv(1, socket.MSG_PEEK)  # its answer is there
+    ours.close()
+    assert worker.communicate(timeout=20) == (None, "") and worker.returncode == 0
 
 
 def keepers():

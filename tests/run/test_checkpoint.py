@@ -1,6 +1,7 @@
 """Checkpoints: damage of any kind is found, a good one is kept, and what fails in the background is known."""
 
 import json
+import logging
 import resource
 import shutil
 import time
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.config import CheckpointSection, ConfigError, MeshSection
 from grpo_jax.model.sharding import abstract_like, make_mesh
+from grpo_jax.run import checkpoint
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError, Progress, find_checkpoint, load_for_export
 from grpo_jax.run.retention import MARK, saved_steps
 from grpo_jax.types import TrainState
@@ -183,8 +185,6 @@ def test_where_none_is_whole_nothing_is_moved_and_nothing_begins_anew(folder):
 
 
 def test_a_checkpoint_from_before_manifests_is_restored_and_said_to_be_unverified(folder, capsys):
-    import logging
-
     (folder / "2" / "manifest.json").unlink()
     metadata = folder / "2" / "progress" / "metadata"
     held = json.loads(metadata.read_text())
@@ -262,6 +262,26 @@ def test_what_is_not_finite_is_not_saved(folder, value, memory):
             checkpointer.save(state, progress_of(3))
     checkpointer.close()
     assert saved_steps(folder) == [1, 2]
+
+
+@pytest.mark.parametrize("is_on_host", [True, False])
+def test_a_save_compiles_nothing(tmp_path, monkeypatch, is_on_host):
+    """Training would stand still for that. Accelerators look at their arrays by a program that is there before."""
+    if not is_on_host:
+        monkeypatch.setattr(checkpoint, "_is_on_host", lambda leaf: False)
+    state = state_of(1, size=72)  # of no other test
+    checkpoint.compile_check(abstract_of(state))
+    checkpointer = open_checkpoints(tmp_path / "checkpoints")
+    compiled = []
+    log = logging.getLogger("jax._src.interpreters.pxla")
+    monkeypatch.setattr(log, "filters", [lambda record: compiled.append(record.getMessage())])
+    jax.config.update("jax_log_compiles", True)
+    try:
+        checkpointer.save(state, progress_of(1))
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    checkpointer.close()
+    assert not [message for message in compiled if message.startswith("Compiling")]
 
 
 def test_it_is_restored_onto_another_mesh(saved):
