@@ -1,5 +1,6 @@
 """Every completion once, whatever dies: what has come back is kept, and runs that were killed are audited."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from test_train import VLLM
 
 from grpo_jax import audit
 from grpo_jax.rollout import SamplingParams
+from grpo_jax.rollout.vllm.processes import family
 
 pytestmark = pytest.mark.vllm
 
@@ -65,6 +67,7 @@ KILLS, SEED = (
 NUM_STEPS = 10 + 3 * KILLS
 COARSE = "def score(*, solution_str, **kwargs):\n    return float(len(solution_str) % 3 == 0)\n"
 ASYNCHRONOUS = VLLM | {
+    "model.dtype": "bfloat16" if helpers.IS_GPU else "float32",
     "arithmetic.num_train": 200,
     "data.train_batch_size": 4,
     "data.max_response_length": 48,
@@ -89,17 +92,30 @@ def start(workdir, overrides, mark):
     )
 
 
-def marked(mark, word):
-    """Processes of the run that have a word in their name."""
+def actors(mark):
+    """The processes of the run's engine actors."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                found += [int(folder.name)] * (word in name)
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            is_ours = mark.encode() in (folder / "environ").read_bytes()
+            if is_ours and b"EngineActor" in helpers.command_line(int(folder.name)):
+                found.append(int(folder.name))
     return found
+
+
+def cores(mark):
+    """vLLM's own processes below them."""
+    below = [pid for actor in actors(mark) for pid in family(actor)]
+    return [pid for pid in below if b"EngineCore" in helpers.command_line(pid)]
+
+
+def wait_for_one(find, mark):
+    """A process, which may be starting again after the kill before."""
+    end = time.monotonic() + 300
+    while not (found := find(mark)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found[0]
 
 
 def last_step(workdir):
@@ -121,16 +137,14 @@ def test_kills_of_an_asynchronous_run_lose_and_double_nothing(tmp_path):
     (tmp_path / "coarse.py").write_text(COARSE)
     overrides = ASYNCHRONOUS | {"reward.function": f"{tmp_path}/coarse.py:score"}
     workdir, mark, rng = tmp_path / "run", uuid.uuid4().hex, random.Random(SEED)
-    words = {"trainer": "grpo_jax.train", "actor": "EngineActor", "core": "EngineCore"}
-    process, kills = start(workdir, overrides, mark), dict.fromkeys(words, 0)
+    finders = {"actor": actors, "core": cores}
+    process, kills = start(workdir, overrides, mark), {"trainer": 0, "actor": 0, "core": 0}
     for number in range(KILLS):
         wait_for_step(process, workdir, last_step(workdir) + 1)  # it goes on after each
         time.sleep(rng.uniform(0, 2))
-        who = list(words)[number % 3]
-        pids = [process.pid] if who == "trainer" else marked(mark, words[who])
-        for pid in pids[:1]:
-            os.kill(pid, signal.SIGKILL)
-            kills[who] += 1
+        who = list(kills)[number % 3]
+        os.kill(process.pid if who == "trainer" else wait_for_one(finders[who], mark), signal.SIGKILL)
+        kills[who] += 1
         if who == "trainer":
             process.wait()
             process = start(workdir, overrides, mark)
