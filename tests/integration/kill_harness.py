@@ -150,7 +150,7 @@ def send_group(pid: int, number: signal.Signals) -> None:
 def anywhere(run: Started, case: "Case", rng: np.random.Generator) -> None:
     """Waits until a moment of what a run has before it: of all, or, half of the times, from its first step on."""
     if rng.random() < 0.5:
-        while "steps in all" not in run.output() and not run.has_ended(LOOK_S):
+        while "steps in all" not in run.output() and not run.has_ended(5 * LOOK_S):
             pass
     begun = time.time() - run.began
     run.has_ended(rng.uniform(0, max(0.0, case.life_s(last_step(run.workdir)) - begun)))

@@ -16,6 +16,9 @@ import signal
 import sys
 
 PRELOADED = (
+    "grain",
+    "grpo_jax.rewards.pool",
+    "grpo_jax.rollout.local",
     "grpo_jax.train",
     "matplotlib.pyplot",
     "pyarrow.parquet",
