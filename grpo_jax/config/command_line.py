@@ -68,7 +68,8 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
         # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses
         # are made, and with `python -m` ends by that signal in place of the code. Another string makes it forget.
         exec("")
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe: Python says so itself in the end
+            sys.stdout.flush()
         for number in own:
             signal.signal(number, lambda *_: os._exit(code))
 

@@ -103,6 +103,21 @@ with one_line_errors():
     assert (process.returncode, out, err) == expected
 
 
+def test_output_that_nobody_reads_hides_no_exit_code(tmp_path):
+    code = (
+        "from grpo_jax.config.command_line import one_line_errors\nfrom grpo_jax.config import ConfigError\n"
+    )
+    code += "with one_line_errors():\n    print('x')\n    raise ConfigError('a', 1, 'is bad')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(writer)
+    assert "error: a=1: is bad\n" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_handlers_of_others_stay():
     """Importing the module, as a notebook would, changes nothing."""
     code = "import signal; old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)\n"
