@@ -10,6 +10,7 @@ out has its default.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -37,11 +38,18 @@ def _interrupted(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)  # an exception would end as some import's traceback
 
 
+def _ignore_signals() -> None:
+    """For Python's very end, where it takes handlers away, and a signal would kill what has done all."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 # Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
 # keeps his handlers.
 if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
     for _number in SIGNALS:
         signal.signal(_number, _interrupted)
+    atexit.register(_ignore_signals)  # the first, and so the last of all to be called
 
 
 @contextlib.contextmanager
