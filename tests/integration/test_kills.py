@@ -26,7 +26,6 @@ def score(*, data_source, solution_str, ground_truth, extra_info):
 COMMON = {
     "reward.num_workers": 2,
     "trainer.total_epochs": 2,
-    "eval.every_steps": 3,
     "checkpoint.every_steps": 1,
     "checkpoint.hf_every_epochs": 1,
     "logging.num_text_samples": 1,
@@ -46,6 +45,7 @@ FROM_NOTHING = COMMON | {
     "checkpoint.keep_best": "val/accuracy",
     "checkpoint.max_to_keep": 1,
     "eval.before_training": True,
+    "eval.every_steps": 3,
 }
 OFFLOADED = COMMON | {"optim.offload": True, "algorithm.kl_coef": 0.1, "algorithm.ref_offload": True}
 
