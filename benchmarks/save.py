@@ -115,15 +115,15 @@ def copy_to_host(leaves: Any) -> float:
     """Seconds of copying all arrays into memory of the host that is there already."""
     import jax
 
-    def pinned() -> None:
-        place = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"), may_alias=False)
-        jax.block_until_ready([place(leaf) for leaf in leaves])
-
     targets = [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
 
     def plainly() -> None:
         for leaf, target in zip(leaves, targets, strict=True):
             np.copyto(target, np.asarray(leaf))  # of a CPU's memory, where asarray copies nothing
+
+    def pinned() -> None:
+        place = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"), may_alias=False)
+        jax.block_until_ready([place(leaf) for leaf in leaves])
 
     return min(common.alternate([plainly if jax.default_backend() == "cpu" else pinned], 3)[0])
 

@@ -10,6 +10,7 @@ out has its default.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -37,11 +38,18 @@ def _interrupted(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)  # an exception would end as some import's traceback
 
 
+def _ignore_signals() -> None:
+    """For Python's very end, where it takes handlers away, and a signal would kill what has done all."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 # Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
 # keeps his handlers.
 if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
     for _number in SIGNALS:
         signal.signal(_number, _interrupted)
+    atexit.register(_ignore_signals)  # the first, and so the last of all to be called
 
 
 @contextlib.contextmanager
@@ -68,7 +76,8 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
         # CPython remembers that Ctrl-C once left a string that was being executed, as those of which dataclasses
         # are made, and with `python -m` ends by that signal in place of the code. Another string makes it forget.
         exec("")
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe: Python says so itself in the end
+            sys.stdout.flush()
         for number in own:
             signal.signal(number, lambda *_: os._exit(code))
 

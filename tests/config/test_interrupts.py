@@ -70,21 +70,28 @@ def test_while_a_string_is_executed(tmp_path, number):
     assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("rule", ["", "raise ConfigError('a', 1, 'is bad')"])
-def test_while_python_ends(tmp_path, number, rule):
-    """A command that has done all, or said what is wrong, has that exit code, whatever comes then."""
+@pytest.mark.parametrize("end", ["atexit.register(late)", "Late.__del__ = Late.__call__"])
+@pytest.mark.parametrize(
+    ("number", "rule"), [(signal.SIGTERM, ""), (signal.SIGINT, "raise ConfigError('a', 1, 'is bad')")]
+)
+def test_while_python_ends(tmp_path, number, rule, end):
+    """A command that has done all, or said what is wrong, has that exit code, whatever comes then.
+
+    At exit functions have their turn, and after that, without any handlers of signals, what modules hold.
+    """
     marker = tmp_path / "ending"
     code = f"""
 import atexit, pathlib, time
 from grpo_jax.config.command_line import one_line_errors
 from grpo_jax.config import ConfigError
 
-@atexit.register
-def end():
-    pathlib.Path({str(marker)!r}).touch()
-    time.sleep(60)
+class Late:
+    def __call__(self, touch=pathlib.Path({str(marker)!r}).touch, sleep=time.sleep):
+        touch()
+        sleep(0.5)
 
+late = Late()
+{end}
 with one_line_errors():
     print("done")
     {rule}
@@ -101,6 +108,21 @@ with one_line_errors():
     out, err = process.communicate(timeout=20)
     expected = (2, "done\n", "error: a=1: is bad\n") if rule else (0, "done\n", "")
     assert (process.returncode, out, err) == expected
+
+
+def test_output_that_nobody_reads_hides_no_exit_code(tmp_path):
+    code = (
+        "from grpo_jax.config.command_line import one_line_errors\nfrom grpo_jax.config import ConfigError\n"
+    )
+    code += "with one_line_errors():\n    print('x')\n    raise ConfigError('a', 1, 'is bad')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(writer)
+    assert "error: a=1: is bad\n" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_handlers_of_others_stay():

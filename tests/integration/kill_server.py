@@ -8,6 +8,7 @@ file, and from its first moment the handlers of signals that `python -m grpo_jax
 is no JAX back end, and so none of its threads.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,7 +16,12 @@ import os
 import signal
 import sys
 
+from grpo_jax.config import command_line
+
 PRELOADED = (
+    "grain",
+    "grpo_jax.rewards.pool",
+    "grpo_jax.rollout.local",
     "grpo_jax.train",
     "matplotlib.pyplot",
     "pyarrow.parquet",
@@ -28,6 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
+    atexit.register(command_line._ignore_signals)
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
@@ -49,7 +56,6 @@ def main() -> None:
 def run(argv: list[str], log: str, env: dict[str, str]) -> None:
     """In the child: trains. What it raises ends the process as it ends the command."""
     from grpo_jax import train
-    from grpo_jax.config import command_line
 
     os.setsid()
     for file, flags, descriptors in (
