@@ -246,7 +246,11 @@ def test_weights_change_during_a_batch(made, monkeypatch, tmp_path):
             assert 0 < switch < len(ids)
             assert by_old[:switch].max() < helpers.TOLERANCE
             assert by_new[switch:].max() < helpers.TOLERANCE
-            assert completion.changes == ((switch, 2),)  # each token knows the weights that sampled it
+            # Each token knows the weights that sampled it. On a GPU both models may agree on the first new one.
+            ((first, version),) = completion.changes
+            assert version == 2 and (first == switch or helpers.IS_GPU)
+            assert by_old[:first].max() < helpers.TOLERANCE
+            assert by_new[first:].max() < helpers.TOLERANCE
 
 
 # Faults
