@@ -16,13 +16,13 @@ from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, 
 GB = 1e9
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1]")
     parser.add_argument("--device", default="", help="name or GB; default: the device at hand")
     parser.add_argument("--num_devices", default="1", help="how many of them")
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
-        config, _, args = read_command_line(parser)
-        if not args.num_devices.isdigit() or int(args.num_devices) < 1:
+        config, _, args = read_command_line(parser, argv)
+        if not args.num_devices.isdecimal() or not 1 <= int(args.num_devices[:10]) < 2**31:
             raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
         memory = device_bytes(args.device)
         sizes = mesh_sizes(config, int(args.num_devices))
@@ -83,12 +83,17 @@ def read_model(config: Config, device: str) -> Any:
     """The `ModelConfig` of the run on a device.
 
     Args:   device: as in `device_bytes`; for a number of GB, the attention kernel is that of an H100.
-    Raises: ConfigError: as `inputs.read_model_config`.
+    Raises: ConfigError: as `inputs.read_model_config`, or the engine does not run on such a device.
     """
-    from grpo_jax.model.fused_attention import DEVICE_KINDS
+    from grpo_jax.model.fused_attention import DEVICE_KINDS, local_device_kind
     from grpo_jax.run.inputs import read_model_config
 
-    return read_model_config(config, DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else None)
+    kind = DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else local_device_kind()
+    if config.rollout.engine == "vllm" and not config.rollout.ray_address and kind.platform != "cuda":
+        rule = f"needs NVIDIA GPUs, here or in a cluster (rollout.ray_address), and {device or kind.platform} is "
+        rule += "none: choose the JAX sampler with --config.rollout.engine=local"
+        raise ConfigError("rollout.engine", "vllm", rule)
+    return read_model_config(config, kind)
 
 
 def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, int]) -> None:

@@ -212,10 +212,20 @@ def load_config(path: str | Path, variant: str = "") -> Any:
     config = get_config(variant) if variant else get_config()
     if not isinstance(config, ConfigDict):
         raise ConfigError("--config", str(path), "its get_config() must return an ml_collections.ConfigDict")
-    if strange := [name for name in config if not isinstance(name, str)]:
-        raise ConfigError("--config", str(path), f"has a section named {strange[0]!r}, which is no text")
+    _check_names(config, str(path))
     with config.unlocked():
         return _complete(config)
+
+
+def _check_names(config: Any, path: str) -> None:
+    """Raises: ConfigError: a section or a key has a name that is no text."""
+    try:
+        content = config.to_dict()
+    except TypeError:  # ml_collections sorts them
+        raise ConfigError("--config", path, "has a key that is no text") from None
+    for part in (content, *(part for part in content.values() if isinstance(part, dict))):
+        if strange := [name for name in part if not isinstance(name, str)]:
+            raise ConfigError("--config", path, f"has a key {strange[0]!r}, which is no text")
 
 
 def _load_config_file(name: str) -> Any:

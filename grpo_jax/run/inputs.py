@@ -17,7 +17,13 @@ from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.config import (
+    RANDOM_MAX_POSITION,
+    ModelConfig,
+    max_position,
+    parse_hf_config,
+    random_model_config,
+)
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
@@ -52,12 +58,17 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
     """The model of the run from its config.json alone, with the attention kernel that a device would take.
 
     Args:   kind: of a device that need not be here; None: the devices at hand.
-    Raises: ConfigError: model.path holds no config.json that is understood, or the device lacks the kernel.
+    Raises: ConfigError: model.path holds no config.json that is understood, sequences are longer than the model
+            was made for, or the device lacks the kernel.
     """
     if config.model.path == "random":
         model = random_model_config(config.random_model, config.model)
+        limit: int | None = RANDOM_MAX_POSITION
     else:
-        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), config.model)
+        content = read_json(Path(config.model.path) / "config.json")
+        model = parse_hf_config(content, config.model)
+        limit = max_position(content)
+    _check_lengths(config, limit)
     kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
     return dataclasses.replace(model, attention=kernel)
 
@@ -171,7 +182,16 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
 
     Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
     """
-    limit = RANDOM_MAX_POSITION if folder is None else folder.max_position
+    _check_lengths(config, RANDOM_MAX_POSITION if folder is None else folder.max_position)
+    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
+    for stop in config.rollout.stop_token_ids:
+        if not 0 <= stop < vocab_size:
+            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
+            raise ConfigError("rollout.stop_token_ids", stop, rule)
+
+
+def _check_lengths(config: Config, limit: int | None) -> None:
+    """Args: limit: of the model. Raises: ConfigError: sequences may be longer."""
     data = config.data
     if not config.model.allow_beyond_max_position:
         check_positions(
@@ -180,11 +200,6 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
             ("data.max_response_length", data.max_response_length),
             allow="model.allow_beyond_max_position=True",
         )
-    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
-    for stop in config.rollout.stop_token_ids:
-        if not 0 <= stop < vocab_size:
-            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
-            raise ConfigError("rollout.stop_token_ids", stop, rule)
 
 
 def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
