@@ -16,12 +16,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import KEYS, Config, ConfigError
+from grpo_jax.config import KEYS, Config, ConfigError, check_value
 from grpo_jax.config.command_line import make_parser, one_line_errors
 
 if TYPE_CHECKING:
     from grpo_jax.rollout.evaluation import Evaluation
     from grpo_jax.types import Prompt
+
+
+NUMBERS = {
+    "temperature": "eval.temperature",
+    "num": "eval.num_prompts",
+    "num_samples": "eval.num_samples",
+    "max_response_length": "data.max_response_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "batch_size": "rollout.batch_size",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "seed": "trainer.seed",
+}
+"""Flags, and the keys whose rules hold for them."""
 
 
 def main() -> None:
@@ -64,12 +78,8 @@ def main() -> None:
 
 
 def _check_arguments(args: Any) -> None:
-    for name in ("num_samples", "max_response_length", "max_prompt_length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name}", getattr(args, name), "must be at least 1")
-    for name in ("temperature", "num", "seed"):
-        if not getattr(args, name) >= 0:
-            raise ConfigError(f"--{name}", getattr(args, name), "must be at least 0")
+    for name, key in NUMBERS.items():
+        check_value(f"--{name}", KEYS[key], getattr(args, name))
     if args.num_samples > 1 and args.temperature == 0:
         raise ConfigError(
             "--num_samples", args.num_samples, "needs a --temperature above 0: greedy gives one"

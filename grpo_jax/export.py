@@ -17,7 +17,7 @@ from grpo_jax.model.hf import read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
-from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.workdir import Workdir, check_place
 
 
 def export(checkpoint: Path, output: Path) -> int:
@@ -27,6 +27,7 @@ def export(checkpoint: Path, output: Path) -> int:
     """
     if output.exists():
         raise ConfigError("--output", str(output), "exists already; nothing was overwritten")
+    check_place("--output", output)
     step_folder = find_checkpoint(checkpoint)
     workdir = Workdir(step_folder.parent.parent)
     config = workdir.read_config()

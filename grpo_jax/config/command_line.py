@@ -12,6 +12,7 @@ out has its default.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import runpy
 import signal
@@ -20,7 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from grpo_jax.config.rules import NO_SECTION, ConfigError, nearest, parse_config, unread_keys
+from grpo_jax.config.rules import (
+    NO_SECTION,
+    ConfigError,
+    broken_text,
+    nearest,
+    parse_config,
+    unread_keys,
+)
 from grpo_jax.config.sections import KEYS, Config
 from grpo_jax.config.user_code import describe
 
@@ -29,6 +37,13 @@ USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE 
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
+
+OF_INPUT = (
+    *(errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+)
+"""Of a file that was named wrongly or must not be touched: the user's to change."""
 
 
 def _interrupted(number: int, frame: Any) -> None:
@@ -47,6 +62,7 @@ if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_j
 def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns a `ConfigError` into `error: ...` on stderr and exit code 2, Ctrl-C and SIGTERM into one line and 130.
 
+    An `OSError` becomes one line too, with exit code 2 where the user named the file wrongly, and 1 where not.
     Works as a decorator too. For everything that a command does, from its first line on.
 
     Args: flags: configuration key -> the flag by which this command's user set it.
@@ -62,12 +78,15 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     except ConfigError as error:
         name = (flags or {}).get(error.key, error.key)
         _exit(str(ConfigError(name, error.value, error.rule)))
+    except OSError as error:  # of files: a disk that is full, a folder that may not be looked into
+        named = f"{error.filename}: " if error.filename else ""
+        _exit(f"{named}{error.strerror or error}", code=2 if error.errno in OF_INPUT and named else 1)
 
 
-def _exit(message: str) -> NoReturn:
-    """Prints one line, whatever line breaks the message carries from elsewhere, and exits with 2."""
+def _exit(message: str, code: int = 2) -> NoReturn:
+    """Prints one line, whatever line breaks the message carries from elsewhere, and exits."""
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 # ---- flags ----
@@ -102,6 +121,14 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and flag != "--" and flag not in self.flags:
                 self.error(f"{flag}: there is no such flag{nearest(flag, self.flags)}")
         return super().parse_args(args)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Checks the text of all flags but those of keys, which have rules of their own."""
+        parsed, unknown = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(parsed).items():
+            if isinstance(value, str) and not name.startswith("config.") and (broken := broken_text(value)):
+                raise ConfigError(f"--{name}", value, broken)
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         _exit(message)

@@ -75,7 +75,7 @@ def parse_config(config: Mapping[str, Any]) -> Config:
             raise ConfigError(name, "...", f"there is no such section{nearest(name, SECTIONS)}")
     parsed = Config(**{name: _parse_section(name, values) for name, values in config.items()})
     for name, key in KEYS.items():
-        _check_value(name, key, parsed.get(name))
+        check_value(name, key, parsed.get(name))
     _check_combinations(parsed)
     return parsed
 
@@ -116,10 +116,16 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 FLOAT32_MAX = 3.4028234e38
 NO_FLOAT32 = "must be a number that float32 can hold"
 INT32_LIMIT = 2**31
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes, of Linux."""
 
 
-def _check_value(name: str, key: Key, value: Any) -> None:
-    """The rules for every value, and those that stand in the line of a key."""
+def check_value(name: str, key: Key, value: Any) -> None:
+    """Checks the rules for every value, and those that stand in the line of a key.
+
+    Args:   name: of the key or of a flag that stands for it.
+    Raises: ConfigError: one is broken.
+    """
     for item in value if isinstance(value, tuple) else (value,):
         if (broken := _broken_by_type(item)) is not None:
             raise ConfigError(name, item, broken)
@@ -144,9 +150,17 @@ def _broken_by_type(value: Any) -> str | None:
         return (
             f"must be below {shown(INT32_LIMIT)}" if value > 0 else f"must be at least -{shown(INT32_LIMIT)}"
         )
-    # Files cannot have such names, and what is printed would not be one line.
-    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+    return broken_text(value) if isinstance(value, str) else None
+
+
+def broken_text(value: str) -> str | None:
+    """What text must be that may name a file and is printed in one line, if `value` is not."""
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
         return "must be text without control characters"
+    if max(len(part.encode()) for part in value.split("/")) > LONGEST_NAME and "=" not in value:
+        return f"is no name of a file: at most {LONGEST_NAME} bytes can stand between two /"
+    if len(value.encode()) > LONGEST_PATH:
+        return f"must have at most {LONGEST_PATH} bytes, as a path has"
     return None
 
 

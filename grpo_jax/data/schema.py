@@ -38,11 +38,12 @@ def write_tables(tables: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    made = {path: pa.Table.from_pylist([dict(row) for row in rows]) for path, rows in tables.items()}
     partial = {path: temporary_beside(path) for path in tables}
     try:
         for path, temporary in partial.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist([dict(row) for row in tables[path]]), temporary)
+            pq.write_table(made[path], temporary)
             sync(temporary)
         for path, temporary in partial.items():
             temporary.replace(path)
