@@ -11,12 +11,15 @@ about the answer.
 import base64
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from grpo_jax.config import KEYS, Config
+from grpo_jax.config.sections import FIXED
 from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.batches import Position
 from grpo_jax.types import Completion, Metrics, Prompt, RewardResult, RolloutGroup, ScoredBatch
@@ -55,7 +58,14 @@ class Dynamic:
     """Fills batches from rounds; keeps the groups that are left over for the next step."""
 
     def __init__(
-        self, rounds: Rounds, prompts: Sequence[Prompt], *, num_groups: int, group_size: int, max_rounds: int
+        self,
+        rounds: Rounds,
+        prompts: Sequence[Prompt],
+        *,
+        num_groups: int,
+        group_size: int,
+        max_rounds: int,
+        rewarded_by: str,
     ):
         """
         Args:
@@ -63,7 +73,9 @@ class Dynamic:
             num_groups: P, groups of a batch.
             group_size: G, completions of a group.
             max_rounds: of one step, at least 1.
+            rewarded_by: `reward_settings` of the run: rewards by others mean something else.
         """
+        self._rewarded_by = rewarded_by
         self._rounds, self._prompts = rounds, prompts
         self._num_groups, self._group_size, self._max_rounds = num_groups, group_size, max_rounds
         self._surplus: list[_ScoredGroup] = []
@@ -126,27 +138,40 @@ class Dynamic:
 
     def state(self) -> Position:
         """See `batches.RolloutBatches.state`. Holds the groups left over: later weights would sample others."""
-        return dataclasses.replace(
-            self._rounds.state(), surplus=[_to_json(scored) for scored in self._surplus]
-        )
+        common = {"rewarded_by": self._rewarded_by}
+        surplus = [_to_json(scored) | common for scored in self._surplus]
+        return dataclasses.replace(self._rounds.state(), surplus=surplus)
 
     def restore(self, position: Position) -> None:
         """See `batches.RolloutBatches.restore`. Groups that do not fit this run are dropped.
 
-        Such are left where checkpoint.resume=force goes on with another group size or other prompts; without them
-        the run has lost a few completions, and nothing else.
+        Such are left where checkpoint.resume=force goes on with another group size, other prompts or another
+        reward; without them the run has lost a few completions, and nothing else.
         """
         self._rounds.restore(position)
         if not position.surplus:
             return
         by_id = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in self._prompts}
-        found = [_from_json(entry, by_id) for entry in position.surplus]
-        self._surplus = [s for s in found if s is not None and len(s.group.completions) == self._group_size]
-        if num_lost := len(found) - len(self._surplus):
+        self._surplus, lost = [], []
+        for entry in position.surplus:
+            scored = _from_json(entry, by_id)
+            is_same = entry.get("rewarded_by", self._rewarded_by) == self._rewarded_by
+            if scored is not None and is_same and len(scored.group.completions) == self._group_size:
+                self._surplus.append(scored)
+            else:
+                lost.append(entry["prompt_id"])
+        if lost:
             logger.warning(
-                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts or "
-                "algorithm.group_size=%d are others than theirs.", num_lost, len(found), self._group_size,
+                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts, "
+                "algorithm.group_size=%d or the reward are others than theirs (%s).",
+                len(lost), len(position.surplus), self._group_size, ", ".join(lost),
             )  # fmt: skip
+
+
+def reward_settings(config: Config) -> str:
+    """What the rewards of a run depend on, as JSON."""
+    names = [name for name, key in KEYS.items() if name.startswith("reward.") and key.resume == FIXED]
+    return json.dumps({name: config.get(name) for name in (*names, "data.max_response_length")})
 
 
 def _joined(scored: Sequence[_ScoredGroup]) -> ScoredBatch:

@@ -36,7 +36,7 @@ from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import check_engine, eval_sampling, make_engine, rollout_sampling, shares_parameters
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.batches import Ahead, Position, RolloutBatches
-from grpo_jax.rollout.dynamic import Dynamic
+from grpo_jax.rollout.dynamic import Dynamic, reward_settings
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
@@ -176,6 +176,7 @@ class Run:
             num_groups=config.data.train_batch_size,
             group_size=config.algorithm.group_size,
             max_rounds=rounds,
+            rewarded_by=reward_settings(config),
         )
 
     def _make_probe(self) -> Any:

@@ -85,9 +85,7 @@ class Workdir:
                 raise ConfigError("--workdir", str(self.path), f"{folder.name} in it must be a folder")
         for file in (self.lock, self.config, self.beginning, self.log, self.metrics):
             if file.is_dir():
-                raise ConfigError(
-                    "--workdir", str(self.path), f"{file.name} in it must be a file, and is a folder"
-                )
+                raise ConfigError("--workdir", str(self.path), f"{file.name} in it must be a file, no folder")
         lock.check_free(self.lock)
         self._check_config(config)
 

@@ -59,7 +59,8 @@ class Sampling(Dynamic):
 
     def __init__(self, spread, max_rounds=10):
         self.rounds = Rounds(spread)
-        super().__init__(self.rounds, PROMPTS[::-1], num_groups=4, group_size=2, max_rounds=max_rounds)
+        sizes = {"num_groups": 4, "group_size": 2, "max_rounds": max_rounds}
+        super().__init__(self.rounds, PROMPTS[::-1], **sizes, rewarded_by="gsm8k")
 
     def take(self):
         self.rounds.is_released = False
@@ -202,7 +203,7 @@ def build(engine, max_lag):
     ahead = Ahead(
         iterator, engine, Reward(), timer, sampling=None, seed=0, max_lag=max_lag, num_batches=sys.maxsize
     )
-    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, group_size=2, max_rounds=9)
+    return iterator, Dynamic(ahead, PROMPTS, num_groups=4, group_size=2, max_rounds=9, rewarded_by="gsm8k")
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
@@ -262,7 +263,9 @@ def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch
     ):
         caplog.clear()
         rounds = Rounds(set())
-        resumed = Dynamic(rounds, prompts, num_groups=4, group_size=group_size, max_rounds=9)
+        resumed = Dynamic(
+            rounds, prompts, num_groups=4, group_size=group_size, max_rounds=9, rewarded_by="gsm8k"
+        )
         resumed.restore(position)
         assert rounds.number == position.num_rollout_batches
         left = [entry["prompt_id"] for entry in resumed.state().surplus]
