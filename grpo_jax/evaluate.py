@@ -161,6 +161,7 @@ def _evaluate(
     from grpo_jax.model.hf import load_params
     from grpo_jax.rollout import EngineError, SamplingParams, make_engine
     from grpo_jax.rollout.evaluation import evaluate
+    from grpo_jax.run.inputs import check_weights
 
     engine = make_engine(
         config.rollout,
@@ -171,7 +172,9 @@ def _evaluate(
     )
     with contextlib.closing(engine):
         try:
-            engine.load_weights(load_params(folder, folder.config, mesh), version=0)
+            params = load_params(folder, folder.config, mesh)
+            check_weights(params, folder.path)
+            engine.load_weights(params, version=0)
             sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
             return evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
         except EngineError as failure:

@@ -10,6 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError
@@ -28,7 +30,7 @@ from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
-from grpo_jax.types import Prompt
+from grpo_jax.types import Params, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +140,18 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
         folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config)
     return folder
+
+
+def check_weights(params: Params, path: Path) -> None:
+    """Raises: ConfigError: a parameter that was read from the folder PATH, now on devices, is not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    finite = jax.jit(lambda arrays: [jnp.isfinite(array).all() for array in arrays])([x for _, x in leaves])
+    for (name, _), is_finite in zip(leaves, jax.device_get(finite), strict=True):
+        if not is_finite:
+            where = jax.tree_util.keystr(name, simple=True, separator="/")
+            raise ConfigError(
+                "model.path", str(path), f"its parameter {where} holds a number that is not finite"
+            )
 
 
 def with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:

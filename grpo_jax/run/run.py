@@ -42,7 +42,7 @@ from grpo_jax.run import summary
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
-from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
+from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
@@ -203,6 +203,8 @@ class Run:
         self._budget.check_compiled(self.learner.compile())
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
+        if is_new:
+            check_weights(self.learner.params(state), self.folder.path)
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
