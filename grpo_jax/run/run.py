@@ -203,8 +203,6 @@ class Run:
         self._budget.check_compiled(self.learner.compile())
         if is_new and self.config.model.dtype == "float16":
             self._check_range(state)
-        if is_new:
-            check_weights(self.learner.params(state), self.folder.path)
         self.give_weights(state, version=self.first_step, is_first=True)
         last_step = None if is_new else self.first_step
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
@@ -237,7 +235,9 @@ class Run:
     def _new_state(self) -> TrainState:
         self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
         copy_side_files(self.folder.path, self._workdir.model_files)
-        return self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
+        state = self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
+        check_weights(self.learner.params(state), self.folder.path)
+        return state
 
     def _restored_state(self) -> TrainState:
         reference, optimizer = self.learner.reference, self.learner.optimizer

@@ -56,7 +56,7 @@ def make_data(folder):
     write("list_answer", [row(reward_model={"ground_truth": ["5"]})])
     write("nan_answer", [row(reward_model={"ground_truth": float("nan")})])
     write("number_extra", [row(extra_info=5)])
-    write("gigantic", [row(prompt="What is 2 + 3? " * 100_000)] * 2)
+    write("gigantic", [row(prompt="What is 2 + 3? " * 20_000)] * 2)
     broken = pa.array([b"\xff"] * 2, pa.binary()).view(pa.string())
     table = pa.Table.from_pylist([row()] * 2)
     pq.write_table(table.set_column(0, "data_source", broken), folder / "not_utf8.parquet")
@@ -130,17 +130,16 @@ def make_weights(copy, weights):
     save_file(weights | {"model.norm.weight": broken}, folder / "model.safetensors")
     (folder := copy("checksum")).joinpath("manifest.json").unlink(missing_ok=True)
     write_manifest(folder, {})
-    save_file(weights | {"model.norm.weight": broken * 0 + 2}, folder / "model.safetensors")
+    other = weights | {"model.norm.weight": np.full_like(broken, 2)}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})  # of the same size
 
 
 def make_tokenizers(copy):
     file = copy("tokenizer-damaged") / "tokenizer.json"
     file.write_text(file.read_text()[:500])
     (copy("tokenizer-empty") / "tokenizer.json").write_text("")
-    for name, template in {
-        "no-template": None,
-        "template-refuses": "{{ raise_exception('no users here') }}",
-    }.items():
+    refuses = "{{ raise_exception('no users here') }}"
+    for name, template in {"no-template": None, "template-refuses": refuses}.items():
         folder = copy(name)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
         content = json.loads((folder / "tokenizer_config.json").read_text())

@@ -1,8 +1,8 @@
 """Whatever a user gets wrong: one line that names key, value and rule, exit code 2, nothing written, no device.
 
-The rows are in `bad_input_table.py` and `bad_input_commands.py`. All but a few run in one process whose JAX platform
-does not exist, so that touching a device would show as a different error; two are started again as processes of
-their own. Those that are noticed on devices run in this process.
+The rows are in `bad_input_table.py` and `bad_input_commands.py`. All but a few run in one process whose JAX
+platform does not exist, so that touching a device would show as a different error; two are started again as
+processes of their own. Those that are noticed on devices run in this process.
 """
 
 import importlib
@@ -16,6 +16,8 @@ import integration_helpers as helpers
 import pytest
 from bad_input_commands import TABLE
 from bad_input_files import make_all
+
+from grpo_jax.run.workdir import start_logging
 
 HERE = Path(__file__).parent
 WITHOUT_DEVICE = [case.name for case in TABLE.values() if not case.needs_device]
@@ -72,6 +74,7 @@ def test_so_it_is_on_devices(name, root, monkeypatch):
     monkeypatch.chdir(root)
     case, before = TABLE[name], helpers.tree_digest(root)
     result = helpers.call(importlib.import_module(case.module).main, case.argv)
+    start_logging(console=False)  # what comes later is not for this run's log
     check_line(name, result.code, result.err)
     assert case.writes or helpers.tree_digest(root) == before
 
