@@ -17,6 +17,7 @@ from grpo_jax.model.hf import read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
+from grpo_jax.run.devices import find_devices
 from grpo_jax.run.workdir import Workdir, check_place
 
 
@@ -34,6 +35,7 @@ def export(checkpoint: Path, output: Path) -> int:
     if config is None:
         raise ConfigError("--checkpoint", str(workdir.config), "is missing or empty; an export needs it")
     model = parse_hf_config(read_json(workdir.model_files / "config.json"), config.model)
+    find_devices()
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     with jax.set_mesh(mesh):
         abstract = abstract_like(abstract_params(model)[0], param_shardings(model, mesh))

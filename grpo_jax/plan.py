@@ -53,15 +53,13 @@ def device_bytes(name: str) -> int:
 
 
 def _local_memory() -> int:
-    import jax
-
+    from grpo_jax.run.devices import find_devices
     from grpo_jax.run.memory import memory_limit
 
+    device = find_devices()[0]
     limit = memory_limit()
     if not limit:
-        raise ConfigError(
-            "device", "", f"{jax.devices()[0].device_kind} does not say its memory: name a device"
-        )
+        raise ConfigError("device", "", f"{device.device_kind} does not say its memory: name a device")
     # JAX reports what it may take, by default three quarters.
     return int(limit / 0.75)
 

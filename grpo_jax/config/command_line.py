@@ -285,6 +285,6 @@ def _complete(config: Any) -> Any:
         if field not in config[section]:
             config[section][field] = key.default
         elif key.type is float and type(config[section][field]) is int:
-            with config[section].ignore_type():  # or no flag could make 0 to 0.5
-                config[section][field] = float(config[section][field])
+            with contextlib.suppress(OverflowError), config[section].ignore_type():
+                config[section][field] = float(config[section][field])  # or no flag could make 0 to 0.5
     return config

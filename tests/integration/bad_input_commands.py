@@ -86,6 +86,7 @@ OTHERS = [
     evaluate("unknown-reward", [*GOOD, "--reward=gsm8kk"], "gsm8kk", "did you mean gsm8k?"),
     evaluate("reward-of-other-arguments", [*GOOD, "--reward=inputs/rewards/nothing.py:score"], "--reward=",
              "called with data_source"),
+    evaluate("platform-that-jax-has-not", GOOD, "JAX_PLATFORMS='no_such_platform'", "no such devices"),
     # export
     export("no-checkpoint", [f"--checkpoint={DATA}", "--output=new"], f"--checkpoint='{DATA}'", "no checkpoint"),
     export("no-folder", ["--checkpoint=nowhere", "--output=new"], "--checkpoint='nowhere'", "no checkpoint"),
@@ -114,11 +115,13 @@ OTHERS = [
     sft("workdir-is-a-file", {}, "--workdir='inputs/rewards/good.py'", "must be a folder",
         workdir="inputs/rewards/good.py"),
     sft("answers-too-long", {"data.max_response_length": 1}, "sft.train_files", "none of the 40 examples"),
+    sft("platform-that-jax-has-not", {"data.max_response_length": 40}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),
     sft("unknown-key", {"sft.num_step": 1}, "sft.num_step", "did you mean sft.num_steps?"),
     # doctor
     doctor("misspelt-flag", {}, "--confg", "did you mean --config?", extra=["--confg=x"]),
     doctor("unknown-key", {"model.pth": "x"}, "model.pth", "did you mean model.path?"),
     doctor("config-missing", {}, "--config=", "no such file", extra=["--config=inputs/absent.py"]),
+    doctor("platform-that-jax-has-not", {}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),
     # plan
     plan("unknown-device", {}, "--device='h10'", "did you mean h100?", device="h10"),
     plan("device-of-no-size", {}, "--device='nan'", "number of GB", device="nan"),
@@ -132,6 +135,7 @@ OTHERS = [
          device="tpu-v5e"),
     plan("model-config-empty", {"model.path": f"{MODELS}/config-empty"}, "model.path=", "is not JSON"),
     plan("kernel-of-other-devices", {"model.attention": "splash"}, "model.attention='splash'", "needs a TPU"),
+    plan("of-a-platform-that-jax-has-not", {}, "JAX_PLATFORMS='no_such_platform'", "no such devices", device=""),
     # mismatch
     mismatch("no-prompts", {}, "--num=0", "at least 1", extra=["--num=0"]),
     mismatch("wrong-type", {}, "--num", "few", extra=["--num=few"]),
