@@ -72,7 +72,7 @@ def check(make):
         )
 
 
-@fuzz.lengths(100, 2000)
+@fuzz.lengths(60, 2000)
 def test_values_of_any_type(num_examples):
     shipped = gsm8k().to_dict()
 
@@ -88,7 +88,7 @@ def test_values_of_any_type(num_examples):
     holds()
 
 
-@fuzz.lengths(100, 2000)
+@fuzz.lengths(60, 2000)
 def test_flags_of_any_value(num_examples):
     @settings(fuzz.STEADY, max_examples=num_examples)
     @given(changes=st.dictionaries(NAMES, SPELT, min_size=1, max_size=2))
@@ -99,7 +99,7 @@ def test_flags_of_any_value(num_examples):
     holds()
 
 
-@fuzz.lengths(100, 2000)
+@fuzz.lengths(60, 2000)
 def test_files_of_any_content(num_examples, tmp_path, monkeypatch):
     """What get_config() returns: sections and keys of any name, values of any type."""
     sections, keys = (st.sampled_from([name.split(".")[i] for name in KEYS]) for i in (0, 1))
@@ -116,7 +116,7 @@ def test_files_of_any_content(num_examples, tmp_path, monkeypatch):
     holds()
 
 
-@fuzz.lengths(100, 2000)
+@fuzz.lengths(60, 2000)
 def test_a_file_of_any_text(num_examples, tmp_path):
     """Code that may not even be Python: bytes, half a program, or one that returns something else."""
     file = tmp_path / "text.py"
@@ -142,7 +142,7 @@ SIZES = [
 ]
 
 
-@fuzz.lengths(8, 200)
+@fuzz.lengths(5, 200)
 def test_a_plan_of_any_sizes(num_examples, capsys):
     """The largest part of `plan`, the memory and time of a step, is there for whatever is accepted."""
     values = st.one_of(st.integers(1, 9), st.integers(1, 2**31 - 1), st.floats(0, 1))

@@ -102,7 +102,7 @@ def check(file, tokenizer):
         fuzz.check_refusal(error)
 
 
-@fuzz.lengths(100, 2000)
+@fuzz.lengths(60, 2000)
 def test_columns_of_any_type(num_examples, tmp_path, tokenizer):
     @settings(fuzz.STEADY, max_examples=num_examples)
     @given(table=tables())
@@ -133,7 +133,7 @@ def whole_file(tmp_path_factory):
     return file.read_bytes()
 
 
-@fuzz.lengths(80, 2000)
+@fuzz.lengths(60, 2000)
 def test_bytes_that_are_damaged(num_examples, tmp_path, tokenizer, whole_file):
     @settings(fuzz.STEADY, max_examples=num_examples)
     @given(damaged=fuzz.damages(whole_file))

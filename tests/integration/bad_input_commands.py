@@ -115,7 +115,8 @@ OTHERS = [
     sft("workdir-is-a-file", {}, "--workdir='inputs/rewards/good.py'", "must be a folder",
         workdir="inputs/rewards/good.py"),
     sft("answers-too-long", {"data.max_response_length": 1}, "sft.train_files", "none of the 40 examples"),
-    sft("platform-that-jax-has-not", {"data.max_response_length": 40}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),
+    sft("platform-that-jax-has-not", {"data.max_response_length": 40},
+        "JAX_PLATFORMS='no_such_platform'", "no such devices"),
     sft("unknown-key", {"sft.num_step": 1}, "sft.num_step", "did you mean sft.num_steps?"),
     # doctor
     doctor("misspelt-flag", {}, "--confg", "did you mean --config?", extra=["--confg=x"]),

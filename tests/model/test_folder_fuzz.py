@@ -71,7 +71,7 @@ def check(path, *, with_tokenizer=False):
     assert tensor_specs(sizes)
 
 
-@fuzz.lengths(150, 2000)
+@fuzz.lengths(100, 2000)
 def test_a_config_json_of_any_values(num_examples, folder):
     content = json.loads((folder / "config.json").read_text())
     changes = st.dictionaries(st.sampled_from(KEYS), fuzz.JSON | ROPES | st.none(), min_size=1, max_size=2)
@@ -86,7 +86,7 @@ def test_a_config_json_of_any_values(num_examples, folder):
     holds()
 
 
-@fuzz.lengths(60, 2000)
+@fuzz.lengths(40, 2000)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
 def test_json_of_any_shape(num_examples, name, folder):
     shaped = fuzz.JSON | st.fixed_dictionaries({"weight_map": fuzz.JSON, "eos_token_id": fuzz.JSON})

@@ -60,7 +60,7 @@ def read(workdir):
     return find_checkpoint(workdir.path)
 
 
-@fuzz.lengths(25, 500)
+@fuzz.lengths(15, 500)
 def test_a_damaged_checkpoint_is_never_taken(num_examples, workdir, tmp_path):
     files = [path for path in workdir.checkpoints.rglob("*") if path.is_file()]
     contents = {path: path.read_bytes() for path in files}
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_never_taken(num_examples, workdir, tmp_path):
     holds()
 
 
-@fuzz.lengths(25, 500)
+@fuzz.lengths(15, 500)
 @pytest.mark.parametrize("name", ["config.json", "beginning.json", "lock", "manifest.json", "progress"])
 def test_files_of_any_content(num_examples, name, workdir):
     last = workdir.checkpoints / "4"
@@ -117,7 +117,7 @@ def test_files_of_any_content(num_examples, name, workdir):
 NAMES = st.sampled_from(["04", "²", "٤", "-1", "1e3", "4.tmp", "x", "4 ", "+4", "4_0"])
 
 
-@fuzz.lengths(20, 200)
+@fuzz.lengths(10, 200)
 def test_names_that_are_no_steps(num_examples, workdir):
     @settings(fuzz.STEADY, max_examples=num_examples)
     @given(names=st.sets(NAMES, min_size=1, max_size=3), is_file=st.booleans())
