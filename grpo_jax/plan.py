@@ -84,13 +84,11 @@ def read_model(config: Config, device: str) -> Any:
     Raises: ConfigError: as `inputs.read_model_config`, or the engine does not run on such a device.
     """
     from grpo_jax.model.fused_attention import DEVICE_KINDS, local_device_kind
+    from grpo_jax.rollout import check_platform
     from grpo_jax.run.inputs import read_model_config
 
     kind = DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else local_device_kind()
-    if config.rollout.engine == "vllm" and not config.rollout.ray_address and kind.platform != "cuda":
-        rule = f"needs NVIDIA GPUs, here or in a cluster (rollout.ray_address), and {device or kind.platform} is "
-        rule += "none: choose the JAX sampler with --config.rollout.engine=local"
-        raise ConfigError("rollout.engine", "vllm", rule)
+    check_platform(config.rollout, kind.platform)
     return read_model_config(config, kind)
 
 

@@ -132,7 +132,7 @@ OTHERS = [
          extra=["--num_devices=4"]),
     plan("beyond-the-positions", {"data.max_response_length": 4017}, "data.max_response_length=4017",
          "max_position_embeddings=4096"),
-    plan("vllm-on-a-tpu", {"rollout.engine": "vllm"}, "rollout.engine='vllm'", "needs NVIDIA GPUs", "tpu-v5e",
+    plan("vllm-on-a-tpu", {"rollout.engine": "vllm"}, "rollout.engine='vllm'", "needs NVIDIA GPUs", "tpu",
          device="tpu-v5e"),
     plan("model-config-empty", {"model.path": f"{MODELS}/config-empty"}, "model.path=", "is not JSON"),
     plan("kernel-of-other-devices", {"model.attention": "splash"}, "model.attention='splash'", "needs a TPU"),
