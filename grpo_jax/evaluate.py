@@ -183,13 +183,14 @@ def _evaluate(
 
 def _report(args: Any, result: Evaluation) -> None:
     from grpo_jax.rollout.evaluation import write_jsonl
+    from grpo_jax.storage.files import write_whole
 
     for error in result.errors:
         print(f"reward error, counted as 0: {error}")
     summary = result.summary()
     print(", ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
     if args.json:
-        Path(args.json).write_text(json.dumps(summary) + "\n")
+        write_whole(Path(args.json), json.dumps(summary) + "\n")
     if args.generations:
         write_jsonl(Path(args.generations), result.records())
 
