@@ -45,7 +45,9 @@ def check_devices() -> None:
     import jax
     import jax.numpy as jnp
 
-    for device in jax.devices():
+    from grpo_jax.run.devices import find_devices
+
+    for device in find_devices():
         ones = jax.device_put(jnp.ones((256, 256)), device)
         total = float((ones @ ones).sum())
         limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -16,12 +16,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import KEYS, Config, ConfigError
+from grpo_jax.config import KEYS, Config, ConfigError, check_value
 from grpo_jax.config.command_line import make_parser, one_line_errors
 
 if TYPE_CHECKING:
     from grpo_jax.rollout.evaluation import Evaluation
     from grpo_jax.types import Prompt
+
+
+NUMBERS = {
+    "temperature": "eval.temperature",
+    "num": "eval.num_prompts",
+    "num_samples": "eval.num_samples",
+    "max_response_length": "data.max_response_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "batch_size": "rollout.batch_size",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "seed": "trainer.seed",
+}
+"""Flags, and the keys whose rules hold for them."""
 
 
 def main() -> None:
@@ -64,12 +78,8 @@ def main() -> None:
 
 
 def _check_arguments(args: Any) -> None:
-    for name in ("num_samples", "max_response_length", "max_prompt_length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name}", getattr(args, name), "must be at least 1")
-    for name in ("temperature", "num", "seed"):
-        if not getattr(args, name) >= 0:
-            raise ConfigError(f"--{name}", getattr(args, name), "must be at least 0")
+    for name, key in NUMBERS.items():
+        check_value(f"--{name}", KEYS[key], getattr(args, name))
     if args.num_samples > 1 and args.temperature == 0:
         raise ConfigError(
             "--num_samples", args.num_samples, "needs a --temperature above 0: greedy gives one"
@@ -151,6 +161,7 @@ def _evaluate(
     from grpo_jax.model.hf import load_params
     from grpo_jax.rollout import EngineError, SamplingParams, make_engine
     from grpo_jax.rollout.evaluation import evaluate
+    from grpo_jax.run.inputs import check_weights
 
     engine = make_engine(
         config.rollout,
@@ -161,7 +172,9 @@ def _evaluate(
     )
     with contextlib.closing(engine):
         try:
-            engine.load_weights(load_params(folder, folder.config, mesh), version=0)
+            params = load_params(folder, folder.config, mesh)
+            check_weights(params, folder.path)
+            engine.load_weights(params, version=0)
             sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)
             return evaluate(engine, prompts, reward, sampling, seed=args.seed, progress="evaluating")
         except EngineError as failure:
@@ -170,13 +183,14 @@ def _evaluate(
 
 def _report(args: Any, result: Evaluation) -> None:
     from grpo_jax.rollout.evaluation import write_jsonl
+    from grpo_jax.storage.files import write_whole
 
     for error in result.errors:
         print(f"reward error, counted as 0: {error}")
     summary = result.summary()
     print(", ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
     if args.json:
-        Path(args.json).write_text(json.dumps(summary) + "\n")
+        write_whole(Path(args.json), json.dumps(summary) + "\n")
     if args.generations:
         write_jsonl(Path(args.generations), result.records())
 

@@ -17,7 +17,8 @@ from grpo_jax.model.hf import read_json, save_folder
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
-from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.devices import find_devices
+from grpo_jax.run.workdir import Workdir, check_place
 
 
 def export(checkpoint: Path, output: Path) -> int:
@@ -27,12 +28,14 @@ def export(checkpoint: Path, output: Path) -> int:
     """
     if output.exists():
         raise ConfigError("--output", str(output), "exists already; nothing was overwritten")
+    check_place("--output", output)
     step_folder = find_checkpoint(checkpoint)
     workdir = Workdir(step_folder.parent.parent)
     config = workdir.read_config()
     if config is None:
         raise ConfigError("--checkpoint", str(workdir.config), "is missing or empty; an export needs it")
     model = parse_hf_config(read_json(workdir.model_files / "config.json"), config.model)
+    find_devices()
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=1))
     with jax.set_mesh(mesh):
         abstract = abstract_like(abstract_params(model)[0], param_shardings(model, mesh))

@@ -69,10 +69,11 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
 
 def _report(found: Comparison, config: Config, file: str) -> None:
     from grpo_jax.run.mismatch_report import report_json, report_lines
+    from grpo_jax.storage.files import write_whole
 
     print(*report_lines(found, config), sep="\n")
     if file:
-        Path(file).write_text(json.dumps(report_json(found, config), indent=2) + "\n")
+        write_whole(Path(file), json.dumps(report_json(found, config), indent=2) + "\n")
 
 
 if __name__ == "__main__":

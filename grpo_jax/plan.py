@@ -16,13 +16,13 @@ from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, 
 GB = 1e9
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1]")
     parser.add_argument("--device", default="", help="name or GB; default: the device at hand")
     parser.add_argument("--num_devices", default="1", help="how many of them")
     with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
-        config, _, args = read_command_line(parser)
-        if not args.num_devices.isdigit() or int(args.num_devices) < 1:
+        config, _, args = read_command_line(parser, argv)
+        if not args.num_devices.isdecimal() or not 1 <= int(args.num_devices[:10]) < 2**31:
             raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
         memory = device_bytes(args.device)
         sizes = mesh_sizes(config, int(args.num_devices))
@@ -53,15 +53,13 @@ def device_bytes(name: str) -> int:
 
 
 def _local_memory() -> int:
-    import jax
-
+    from grpo_jax.run.devices import find_devices
     from grpo_jax.run.memory import memory_limit
 
+    device = find_devices()[0]
     limit = memory_limit()
     if not limit:
-        raise ConfigError(
-            "device", "", f"{jax.devices()[0].device_kind} does not say its memory: name a device"
-        )
+        raise ConfigError("device", "", f"{device.device_kind} does not say its memory: name a device")
     # JAX reports what it may take, by default three quarters.
     return int(limit / 0.75)
 
@@ -83,12 +81,15 @@ def read_model(config: Config, device: str) -> Any:
     """The `ModelConfig` of the run on a device.
 
     Args:   device: as in `device_bytes`; for a number of GB, the attention kernel is that of an H100.
-    Raises: ConfigError: as `inputs.read_model_config`.
+    Raises: ConfigError: as `inputs.read_model_config`, or the engine does not run on such a device.
     """
-    from grpo_jax.model.fused_attention import DEVICE_KINDS
+    from grpo_jax.model.fused_attention import DEVICE_KINDS, local_device_kind
+    from grpo_jax.rollout import check_platform
     from grpo_jax.run.inputs import read_model_config
 
-    return read_model_config(config, DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else None)
+    kind = DEVICE_KINDS.get(device, DEVICE_KINDS["h100"]) if device else local_device_kind()
+    check_platform(config.rollout, kind.platform)
+    return read_model_config(config, kind)
 
 
 def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, int]) -> None:

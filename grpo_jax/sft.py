@@ -19,9 +19,9 @@ def main() -> None:
         workdir = Workdir(path)
         if not config.sft.num_steps:
             raise ConfigError("sft.num_steps", 0, "must be above 0 to fine-tune")
+        workdir.check(config)
         if workdir.sft_model.exists():
             raise ConfigError("--workdir", str(path), f"already holds {workdir.sft_model.name}")
-        workdir.check(config)
         start_logging()
         inputs = read_inputs(config, workdir)
         mesh = open_devices(config, inputs.model_config, engine=None)

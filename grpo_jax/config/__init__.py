@@ -3,6 +3,7 @@
 from grpo_jax.config.command_line import defaults, load_config
 from grpo_jax.config.rules import (
     ConfigError,
+    check_value,
     nearest,
     parse_config,
     split_file_name,

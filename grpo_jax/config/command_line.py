@@ -13,6 +13,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import errno
 import os
 import runpy
 import signal
@@ -21,7 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from grpo_jax.config.rules import NO_SECTION, ConfigError, nearest, parse_config, unread_keys
+from grpo_jax.config.rules import (
+    NO_SECTION,
+    ConfigError,
+    broken_text,
+    nearest,
+    parse_config,
+    unread_keys,
+)
 from grpo_jax.config.sections import KEYS, Config
 from grpo_jax.config.user_code import describe
 
@@ -31,6 +39,13 @@ USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+OF_INPUT = (
+    *(errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+)
+"""Of a file that was named wrongly or must not be touched: the user's to change."""
 
 
 def _interrupted(number: int, frame: Any) -> None:
@@ -56,6 +71,7 @@ if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_j
 def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """Turns a `ConfigError` into `error: ...` on stderr and exit code 2, Ctrl-C and SIGTERM into one line and 130.
 
+    An `OSError` becomes one line too, with exit code 2 where the user named the file wrongly, and 1 where not.
     Works as a decorator too. For everything that a command does, from its first line on; a signal that comes after
     its last, while Python ends, changes nothing.
 
@@ -91,12 +107,15 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
         _exit(str(ConfigError(flags.get(error.key, error.key), error.value, error.rule)))
+    except OSError as error:  # of files: a disk that is full, a folder that may not be looked into
+        named = f"{error.filename}: " if error.filename else ""
+        _exit(f"{named}{error.strerror or error}", code=2 if error.errno in OF_INPUT and named else 1)
 
 
-def _exit(message: str) -> NoReturn:
-    """Prints one line, whatever line breaks the message carries from elsewhere, and exits with 2."""
+def _exit(message: str, code: int = 2) -> NoReturn:
+    """Prints one line, whatever line breaks the message carries from elsewhere, and exits."""
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 # ---- flags ----
@@ -131,6 +150,14 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and flag != "--" and flag not in self.flags:
                 self.error(f"{flag}: there is no such flag{nearest(flag, self.flags)}")
         return super().parse_args(args)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Checks the text of all flags but those of keys, which have rules of their own."""
+        parsed, unknown = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(parsed).items():
+            if isinstance(value, str) and not name.startswith("config.") and (broken := broken_text(value)):
+                raise ConfigError(f"--{name}", value, broken)
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         _exit(message)
@@ -241,10 +268,20 @@ def load_config(path: str | Path, variant: str = "") -> Any:
     config = get_config(variant) if variant else get_config()
     if not isinstance(config, ConfigDict):
         raise ConfigError("--config", str(path), "its get_config() must return an ml_collections.ConfigDict")
-    if strange := [name for name in config if not isinstance(name, str)]:
-        raise ConfigError("--config", str(path), f"has a section named {strange[0]!r}, which is no text")
+    _check_names(config, str(path))
     with config.unlocked():
         return _complete(config)
+
+
+def _check_names(config: Any, path: str) -> None:
+    """Raises: ConfigError: a section or a key has a name that is no text."""
+    try:
+        content = config.to_dict()
+    except TypeError:  # ml_collections sorts them
+        raise ConfigError("--config", path, "has a key that is no text") from None
+    for part in (content, *(part for part in content.values() if isinstance(part, dict))):
+        if strange := [name for name in part if not isinstance(name, str)]:
+            raise ConfigError("--config", path, f"has a key {strange[0]!r}, which is no text")
 
 
 def _load_config_file(name: str) -> Any:
@@ -277,6 +314,6 @@ def _complete(config: Any) -> Any:
         if field not in config[section]:
             config[section][field] = key.default
         elif key.type is float and type(config[section][field]) is int:
-            with config[section].ignore_type():  # or no flag could make 0 to 0.5
-                config[section][field] = float(config[section][field])
+            with contextlib.suppress(OverflowError), config[section].ignore_type():
+                config[section][field] = float(config[section][field])  # or no flag could make 0 to 0.5
     return config

@@ -12,7 +12,9 @@ import operator
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from grpo_jax.config.sections import KEYS, SECTIONS, Config, Key
@@ -22,8 +24,12 @@ class ConfigError(ValueError):
     """A value that a rule forbids. The commands print it as one line and exit with 2."""
 
     def __init__(self, key: str, value: Any, rule: str):
-        super().__init__(f"{key}={value!r}: {rule}")
+        super().__init__(f"{key}={_in_short(value)}: {rule}")
         self.key, self.value, self.rule = key, value, rule
+
+
+LONGEST_SHOWN = 300
+"""Characters of a value that a message shows; of a longer one, both ends."""
 
 
 OWN_ENGINE_ARGS = (
@@ -33,6 +39,17 @@ OWN_ENGINE_ARGS = (
 """vLLM engine arguments that `rollout/vllm/server.py` needs to be what it sets them to."""
 
 NO_SECTION = "must be a section, with keys of its own"
+
+
+def _in_short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python turns into text
+        return "a number of too many digits"
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    half = LONGEST_SHOWN // 2
+    return f"{text[:half]} ... {text[-half:]} ({len(text)} characters)"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -58,7 +75,7 @@ def parse_config(config: Mapping[str, Any]) -> Config:
             raise ConfigError(name, "...", f"there is no such section{nearest(name, SECTIONS)}")
     parsed = Config(**{name: _parse_section(name, values) for name, values in config.items()})
     for name, key in KEYS.items():
-        _check_value(name, key, parsed.get(name))
+        check_value(name, key, parsed.get(name))
     _check_combinations(parsed)
     return parsed
 
@@ -85,6 +102,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(key, value, f"must be a tuple of {element.__name__}, as in ('a', 'b')")
         return tuple(_typed(key, item, element) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > FLOAT32_MAX:  # Python could not turn it into a float
+            raise ConfigError(key, value, NO_FLOAT32)
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(key, value, f"must be of type {hint.__name__}, is {type(value).__name__}")
@@ -94,10 +113,22 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 # ---- one key ----
 
 
-def _check_value(name: str, key: Key, value: Any) -> None:
-    """The rules that stand in the line of a key."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(name, value, "must be a finite number")
+FLOAT32_MAX = 3.4028234e38
+NO_FLOAT32 = "must be a number that float32 can hold"
+INT32_LIMIT = 2**31
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes, of Linux."""
+
+
+def check_value(name: str, key: Key, value: Any) -> None:
+    """Checks the rules for every value, and those that stand in the line of a key.
+
+    Args:   name: of the key or of a flag that stands for it.
+    Raises: ConfigError: one is broken.
+    """
+    for item in value if isinstance(value, tuple) else (value,):
+        if (broken := _broken_by_type(item)) is not None:
+            raise ConfigError(name, item, broken)
     if isinstance(value, tuple):
         for item in value:
             if key.choices and item not in key.choices:
@@ -107,6 +138,30 @@ def _check_value(name: str, key: Key, value: Any) -> None:
         raise ConfigError(name, value, rule)
     elif (broken := _broken_bound(key, value)) is not None:
         raise ConfigError(name, value, broken)
+
+
+def _broken_by_type(value: Any) -> str | None:
+    """What every value of its type must be, if `value` is not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+        return NO_FLOAT32
+    if isinstance(value, int) and not -INT32_LIMIT <= value < INT32_LIMIT:
+        return (
+            f"must be below {shown(INT32_LIMIT)}" if value > 0 else f"must be at least -{shown(INT32_LIMIT)}"
+        )
+    return broken_text(value) if isinstance(value, str) else None
+
+
+def broken_text(value: str) -> str | None:
+    """What text must be that may name a file and is printed in one line, if `value` is not."""
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
+        return "must be text without control characters"
+    if max(len(part.encode()) for part in value.split("/")) > LONGEST_NAME and "=" not in value:
+        return f"is no name of a file: at most {LONGEST_NAME} bytes can stand between two /"
+    if len(value.encode()) > LONGEST_PATH:
+        return f"must have at most {LONGEST_PATH} bytes, as a path has"
+    return None
 
 
 def _broken_bound(key: Key, value: Any) -> str | None:
@@ -129,7 +184,7 @@ def _broken_bound(key: Key, value: Any) -> str | None:
 
 def shown(bound: float) -> str:
     """A bound as one reads it best."""
-    return "2**31" if bound == 2**31 else str(bound)
+    return {2**31: "2**31", 2**24: "2**24"}.get(int(bound), str(bound))
 
 
 # ---- keys that nothing reads ----
@@ -185,7 +240,7 @@ Rules = Iterator[tuple[bool, str, str]]
 
 def _check_combinations(config: Config) -> None:
     """The rules that look at several keys."""
-    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data, _rollbacks):
+    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data, _rollbacks, _names):
         for is_broken, key, rule in rules(config):
             if is_broken:
                 raise ConfigError(key, config.get(key), rule)
@@ -316,3 +371,13 @@ def _rollbacks(config: Config) -> Rules:
     has_checkpoints = section.every_epochs or section.every_steps or section.every_minutes
     rule = "needs checkpoints to go back to: one of checkpoint.every_epochs, every_steps, every_minutes"
     yield config.trainer.max_rollbacks > 0 and not has_checkpoints, "trainer.max_rollbacks", rule
+
+
+def _names(config: Config) -> Rules:
+    for key in ("logging.project_name", "logging.experiment_name"):
+        path = PurePath(config.get(key))
+        yield (
+            path.is_absolute() or ".." in path.parts,
+            key,
+            "must be a name of a folder below outputs: no .., no / in front",
+        )

@@ -106,8 +106,8 @@ class DataSection:
     train_files: tuple[str, ...] = key((), "Parquet in verl's schema; several are joined in order", rule="at least one", only=FILES)
     val_files: tuple[str, ...] = key((), "the same for validation", rule="at least one", only=FILES)
     train_batch_size: int = key(128, "P, prompts a step", unit="prompts", at_least=1)
-    max_prompt_length: int = key(512, "longest prompt, chat template included", unit="tokens", at_least=1)
-    max_response_length: int = key(512, "a completion is cut there, in validation too", unit="tokens", at_least=1)
+    max_prompt_length: int = key(512, "longest prompt, chat template included", unit="tokens", at_least=1, below=2**24)
+    max_response_length: int = key(512, "a completion is cut there, in validation too", unit="tokens", at_least=1, below=2**24)
     overlong_prompts: str = key("filter", "prompts that are too long: leave out, or cut their left end", choices="filter truncate")
     shuffle: bool = key(True, "anew each epoch, from `trainer.seed`")
 
@@ -216,8 +216,8 @@ class RolloutSection:
     bucket_mb: int = key(192, "weights that travel at once; four times that is taken for it", unit="MiB", at_least=1, only=VLLM, resume=FREE)
     probe_every: int = key(10, "pushes between two comparisons of log-probabilities; 0: the first only", at_least=0, only=VLLM, resume=FREE)
     probe_threshold: float = key(0.1, "largest mean difference of engine and trainer", unit="nats a token", above=0, only=VLLM, resume=FREE)
-    start_timeout_s: float = key(900.0, "time until an engine must be ready", unit="seconds", above=0, only=VLLM, resume=FREE)
-    timeout_s: float = key(300.0, "time without any answer until an engine counts as dead", unit="seconds", above=0, only=VLLM, resume=FREE)
+    start_timeout_s: float = key(900.0, "time until an engine must be ready", unit="seconds", above=0, at_most=10**6, only=VLLM, resume=FREE)
+    timeout_s: float = key(300.0, "time without an answer until an engine is dead", unit="seconds", above=0, at_most=10**6, only=VLLM, resume=FREE)
     max_restarts: int = key(3, "restarts of one engine in a run", at_least=0, only=VLLM, resume=FREE)
     api_port: int = key(0, "port of 127.0.0.1 for OpenAI requests to the policy; 0: none", at_least=0, below=2**16, only=VLLM, resume=FREE)
 
@@ -230,7 +230,7 @@ class RewardSection:
     overlong_buffer: int = key(0, "tokens before the limit in which a penalty grows; 0: no penalty", unit="tokens", at_least=0)
     overlong_penalty: float = key(1.0, "taken off at the limit", at_least=0, only="reward.overlong_buffer>0")
     num_workers: int = key(2, "processes, for `math` and `FILE.py:NAME`", unit="processes", at_least=1, only=IN_WORKERS, resume=FREE)
-    timeout_s: float = key(10.0, "time for one completion, in those processes", unit="seconds", above=0, only=IN_WORKERS, resume=FREE)
+    timeout_s: float = key(10.0, "time for one completion, in those processes", unit="seconds", above=0, at_most=10**6, only=IN_WORKERS, resume=FREE)
     on_error: str = key("stop", "after an exception, a NaN or a hang: end the run, or count reward 0", choices="stop zero", only=IN_WORKERS)
 
 
@@ -268,8 +268,8 @@ class CheckpointSection:
 @dataclasses.dataclass(frozen=True)
 class LoggingSection:
     loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices="console tensorboard", resume=FREE)
-    project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", resume=FREE)
-    experiment_name: str = key("default", "as above", resume=FREE)
+    project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
+    experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
     num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard", resume=FREE)
     save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`", resume=FREE)
 
@@ -282,7 +282,7 @@ class TrainerSection:
     deterministic: bool = key(False, "True: kernels that always give the same bits, on GPUs too; slower")
     compile_cache: str = key("~/.cache/grpo_jax/xla", "keeps programs for accelerators; empty: nowhere", rule="a folder", resume=FREE)
     max_nonfinite_updates: int = key(3, "updates skipped in a row before the run stops", unit="updates", at_least=1)
-    phase_timeout_s: float = key(7200.0, "time until a phase counts as hanging; 0: never", unit="seconds", at_least=0, resume=FREE)
+    phase_timeout_s: float = key(7200.0, "time until a phase counts as hanging; 0: never", unit="seconds", at_least=0, at_most=10**6, resume=FREE)
     flat_reward_steps: int = key(5, "useless steps in a row before the alarm (docs/alarms.md)", unit="steps", at_least=1, resume=FREE)
     max_rollbacks: int = key(0, "times that a run that diverges goes back to a good checkpoint; 0: never", at_least=0, resume=FREE)
 

@@ -107,6 +107,8 @@ def to_row(example: Any, split: str, index: int) -> dict[str, Any]:
     for field in ("question", "answer"):
         if not isinstance(example.get(field), str) or not example[field].strip():
             raise ValueError(f"{field} must be a string that is not empty")
+        if any("\ud800" <= character <= "\udfff" for character in example[field]):
+            raise ValueError(f"{field} holds half of a character (a lone surrogate)")
     question, answer = example["question"], example["answer"]
     final = re.search(r"#### (-?[0-9.,]+)", answer)
     if final is None:
@@ -158,7 +160,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
             place = f"{file} line {number}"
             try:
                 yield place, json.loads(line)
-            except ValueError as error:  # JSON or UTF-8
+            except (ValueError, RecursionError) as error:  # JSON or UTF-8
                 raise ConfigError("--source", place, f"is not JSON: {error}") from None
 
 
@@ -168,7 +170,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         examples = pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ConfigError("--source", str(file), f"cannot be read as Parquet: {error}") from None
     for number, example in enumerate(examples):
         yield f"{file} row {number}", example

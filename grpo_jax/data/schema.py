@@ -38,11 +38,12 @@ def write_tables(tables: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    made = {path: pa.Table.from_pylist([dict(row) for row in rows]) for path, rows in tables.items()}
     partial = {path: temporary_beside(path) for path in tables}
     try:
         for path, temporary in partial.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist([dict(row) for row in tables[path]]), temporary)
+            pq.write_table(made[path], temporary)
             sync(temporary)
         for path, temporary in partial.items():
             temporary.replace(path)
@@ -106,13 +107,22 @@ def _check_row(row: Mapping[str, Any]) -> dict[str, Any]:
     data_source = row.get("data_source")
     if not isinstance(data_source, str):
         raise ValueError(f"data_source must be a string, is {data_source!r}")
-    reward_model = dict(row.get("reward_model") or {})
+    reward_model = _fields(row, "reward_model")
     return {
         "prompt": _check_prompt(row.get("prompt")),
         "data_source": data_source,
         "reward_model": reward_model | {"ground_truth": _ground_truth(reward_model.get("ground_truth"))},
-        "extra_info": dict(row.get("extra_info") or {}),
+        "extra_info": _fields(row, "extra_info"),
     }
+
+
+def _fields(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A column's fields in one row, of a struct or a map; none where it is null or missing."""
+    value = row.get(name)
+    try:
+        return dict(value or {})
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a struct, is {value!r:.100}") from None
 
 
 def _check_prompt(prompt: Any) -> str | list[dict[str, Any]]:
@@ -150,11 +160,10 @@ def _read_table(path: Path, key: str) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.is_file():
-        raise ConfigError(
-            key, str(path), "there is no such file; `python -m grpo_jax.data.gsm8k` makes GSM8K's"
-        )
     try:
+        if not path.is_file():
+            rule = "there is no such file; `python -m grpo_jax.data.gsm8k` makes GSM8K's"
+            raise ConfigError(key, str(path), rule)
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             columns = [name for name in (*REQUIRED_COLUMNS, "extra_info") if name in schema.names]
@@ -167,4 +176,7 @@ def _read_table(path: Path, key: str) -> list[dict[str, Any]]:
     reward_model = schema.field("reward_model").type
     if not pa.types.is_struct(reward_model) or reward_model.get_field_index("ground_truth") < 0:
         raise ConfigError(key, str(path), "its column 'reward_model' has no field 'ground_truth'")
-    return table.to_pylist()
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates beyond Python's
+        raise ConfigError(key, str(path), f"holds a value that cannot be read: {error}") from None

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax.config import ConfigError, ModelSection
-from grpo_jax.model.config import KEY, ModelConfig, parse_hf_config
+from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_hf_config
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.files import replace_folder, temporary_beside
 from grpo_jax.storage.manifest import NAME, damage, has_manifest, write_manifest
@@ -147,7 +147,7 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     dtypes = {stored.dtype for stored in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
     return ModelFolder(
-        folder, config, tensors, dtype, _eos_token_ids(folder, hf), max_position=_max_position(config, hf)
+        folder, config, tensors, dtype, _eos_token_ids(folder, hf), max_position=max_position(hf)
     )
 
 
@@ -169,7 +169,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(KEY, str(path), "this file is missing from the model's folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(KEY, str(path), f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(KEY, str(path), f"is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(KEY, str(path), "is not a JSON object")
@@ -178,14 +180,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        files = ["model.safetensors"]
+    files = _shards(index) if index.exists() else ["model.safetensors"]
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         tensors.update(_read_header(folder / name))
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. They must lie beside it: a model's folder gives nothing from elsewhere."""
+    shards = read_json(index).get("weight_map")
+    named = list(shards.values()) if isinstance(shards, dict) else [None]
+    names = [name for name in named if isinstance(name, str) and Path(name).name == name]
+    if len(names) < len(named):
+        raise ConfigError(KEY, str(index), "its weight_map must name a file of this folder for each tensor")
+    return sorted(set(names))
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -197,6 +206,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             names = content.keys()
             slices = {name: content.get_slice(name) for name in names}
             return {n: StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except OSError as error:
+        raise ConfigError(KEY, str(file), f"cannot be read ({error})") from None
     except SafetensorError as error:
         raise ConfigError(KEY, str(file), _what_is_wrong(str(error), file.stat().st_size)) from None
 
@@ -212,8 +223,10 @@ def _what_is_wrong(error: str, size: int) -> str:
 
 
 def _check_tensors(config: ModelConfig, tensors: dict[str, StoredTensor], folder: Path) -> None:
-    expected = {name: stored_shape(spec, shape) for spec, name, _, shape in each_tensor(config)}
-    for name, shape in expected.items():
+    expected = set()
+    for spec, name, _, of_parameter in each_tensor(config):
+        shape = stored_shape(spec, of_parameter)
+        expected.add(name)
         if name not in tensors:
             raise ConfigError(KEY, str(folder), f"tensor {name} is missing")
         if tensors[name].shape != shape:
@@ -222,7 +235,7 @@ def _check_tensors(config: ModelConfig, tensors: dict[str, StoredTensor], folder
         if tensors[name].dtype not in DTYPES:
             rule = f"tensor {name} has dtype {tensors[name].dtype}; must be one of {', '.join(DTYPES)}"
             raise ConfigError(KEY, str(folder), rule)
-    ignored = sorted(set(tensors) - set(expected) - {"lm_head.weight"})
+    ignored = sorted(set(tensors) - expected - {"lm_head.weight"})
     if ignored:
         logger.warning("%s: %d tensors are not used, %s the first", folder, len(ignored), ignored[0])
 
@@ -234,17 +247,10 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int for i in ids):
-        raise ConfigError(KEY, str(folder), f"eos_token_id={ids} of its configuration must be whole numbers")
+    if not all(type(i) is int and 0 <= i < LIMIT for i in ids):
+        rule = f"eos_token_id={ids!r:.200} of its configuration must be whole numbers, from 0 on"
+        raise ConfigError(KEY, str(folder), rule)
     return tuple(ids)
-
-
-def _max_position(config: ModelConfig, hf: dict[str, Any]) -> int | None:
-    """`max_position_embeddings`. Linear scaling multiplies it: some folders have it from before the scaling."""
-    length, scaling = hf.get("max_position_embeddings"), config.rope_scaling
-    if not length:
-        return None
-    return int(length * (scaling.factor if scaling is not None and scaling.kind == "linear" else 1))
 
 
 # ---- loading ----

@@ -10,6 +10,7 @@ Standard library only: a worker should be there in a tenth of a second, and neve
 """
 
 import contextlib
+import inspect
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ def main(fd: int, module_name: str, function_name: str) -> None:
     try:
         module = load_module(module_name)
         check_function(module, function_name)
+        _check_arguments(getattr(module, function_name))
     except BaseException as error:
         _leave_if_forked(own, error)
         connection.sendall(messages.frame_of_answer(None, "error", describe(error, module_name)))
@@ -52,6 +54,24 @@ def main(fd: int, module_name: str, function_name: str) -> None:
             status, value = "error", f"raised {describe(error, module_name)}"
         _leave_if_forked(own)
         connection.sendall(messages.frame_of_answer(number, status, value))
+
+
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+"""By which a function is called, all by name; as `base.arguments` gives them."""
+
+
+def _check_arguments(function: Any) -> None:
+    """Raises: TypeError: a function cannot be called with `ARGUMENTS`."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C, it does not say
+        return
+    try:
+        signature.bind(**dict.fromkeys(ARGUMENTS))
+    except TypeError as error:
+        raise TypeError(
+            f"it is called with {', '.join(ARGUMENTS)} by name, and that fails: {error}"
+        ) from None
 
 
 def _keep_to_itself(connection: socket.socket) -> None:

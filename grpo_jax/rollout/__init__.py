@@ -86,6 +86,18 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
 # For plans of memory and time; no device is needed
 
 
+def check_platform(section: RolloutSection, platform: str) -> None:
+    """Checks that the engine runs beside a trainer on such devices, which need not be here.
+
+    Args:
+        platform: as `DeviceKind.platform`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    _engine(section).check_platform(section, platform)
+
+
 def trainer_share(section: RolloutSection) -> float:
     """The part of a GPU's memory, between 0 and 1, that JAX may take in a run with this engine."""
     return _engine(section).trainer_share(section)

@@ -52,6 +52,10 @@ def share_devices(section: RolloutSection) -> None:
     """See `rollout.share_devices`."""
 
 
+def check_platform(section: RolloutSection, platform: str) -> None:
+    """See `rollout.check_platform`. Runs on any."""
+
+
 def trainer_share(section: RolloutSection) -> float:
     """See `rollout.trainer_share`."""
     return JAX_SHARE

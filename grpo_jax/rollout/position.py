@@ -6,12 +6,15 @@ sampling has left over, and those of batches ahead that have come back.
 
 import base64
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.config import KEYS, Config
+from grpo_jax.config.sections import FIXED
 from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -41,41 +44,64 @@ class Position:
     lost: Sequence[tuple[int, int]] = ()
     """`RolloutGroup.origin` of groups that were left over, and that this run has no use for; not saved."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As `json.dumps` takes it, to the last bit."""
+    def to_json(self, rewarded_by: str) -> dict[str, Any]:
+        """As `json.dumps` takes it, to the last bit. Args: rewarded_by: `reward_settings` of the run."""
+        common = {"rewarded_by": rewarded_by}
+        surplus = [_group_to_json(s.group) | _rewards_to_json(s.rewards) | common for s in self.surplus]
         return {
             "prompt_iterator": dict(self.prompt_iterator),
             "num_rollout_batches": self.num_rollout_batches,
-            "surplus": [_group_to_json(s.group) | _rewards_to_json(s.rewards) for s in self.surplus],
+            "surplus": surplus,
             "ahead": [
                 [_group_to_json(group) for _, group in sorted(groups.items())] for groups in self.ahead
             ],
         }
 
     @classmethod
-    def from_json(cls, held: Mapping[str, Any], prompts: Sequence[Prompt], group_size: int) -> "Position":
+    def from_json(
+        cls, held: Mapping[str, Any], prompts: Sequence[Prompt], group_size: int, rewarded_by: str
+    ) -> "Position":
         """What `to_json` returned. Groups that do not fit this run are left out, with a warning.
 
-        Such are there where checkpoint.resume=force goes on with another group size or other prompts; without
-        them the run has lost a few completions, and nothing else.
+        Such are there where checkpoint.resume=force goes on with another group size, other prompts or another
+        reward; without them the run has lost a few completions, and nothing else.
 
-        Args: prompts: all of the training data, among which those of the groups are found.
+        Args:
+            prompts: all of the training data, among which those of the groups are found.
+            rewarded_by: `reward_settings` of the run: rewards by others mean something else.
         """
         by_key = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in prompts}
-        surplus = [(_group_from_json(entry, by_key), _rewards_from_json(entry)) for entry in held["surplus"]]
-        origins = [entry.get("origin") for entry in held["surplus"]]
-        fits = lambda group: len(group.completions) == group_size
-        kept = tuple(ScoredGroup(group, rewards) for group, rewards in surplus if group and fits(group))
-        if num_lost := len(surplus) - len(kept):
+        surplus, lost = [], []
+        for entry in held["surplus"]:
+            group = _group_from_json(entry, by_key, group_size)
+            if group is not None and entry.get("rewarded_by", rewarded_by) == rewarded_by:
+                surplus.append(ScoredGroup(group, _rewards_from_json(entry)))
+            else:
+                lost.append(entry)
+        if lost:
             logger.warning(
-                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts or "
-                "algorithm.group_size=%d are others than theirs.", num_lost, len(surplus), group_size,
+                "WARNING: %d of the %d groups that dynamic sampling had left over are dropped: the prompts, "
+                "algorithm.group_size=%d or the reward are others than theirs (%s).",
+                len(lost), len(held["surplus"]), group_size, ", ".join(entry["prompt_id"] for entry in lost),
             )  # fmt: skip
-        batches = [[_group_from_json(entry, by_key) for entry in batch] for batch in held.get("ahead", [])]
-        ahead = tuple({_place(g): g for g in batch if g and fits(g)} for batch in batches)
-        still = {scored.group.origin for scored in kept}
-        lost = tuple((o[0], o[1]) for o in origins if o is not None and (o[0], o[1]) not in still)
-        return cls(held["prompt_iterator"], held["num_rollout_batches"], kept, ahead, lost)
+        ahead = [
+            {
+                _place(group): group
+                for entry in batch
+                if (group := _group_from_json(entry, by_key, group_size))
+            }
+            for batch in held.get("ahead", [])
+        ]
+        origins = tuple(origin for entry in lost if (origin := _origin_from_json(entry)))
+        return cls(
+            held["prompt_iterator"], held["num_rollout_batches"], tuple(surplus), tuple(ahead), origins
+        )
+
+
+def reward_settings(config: Config) -> str:
+    """What the rewards of a run depend on, as JSON."""
+    names = [name for name, key in KEYS.items() if name.startswith("reward.") and key.resume == FIXED]
+    return json.dumps({name: config.get(name) for name in (*names, "data.max_response_length")})
 
 
 def _place(group: RolloutGroup) -> int:
@@ -103,14 +129,21 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     }
 
 
-def _group_from_json(entry: Mapping[str, Any], prompts: Mapping[PromptKey, Prompt]) -> RolloutGroup | None:
-    """A group that `_group_to_json` wrote; None where its prompt is not among `prompts`."""
+def _group_from_json(
+    entry: Mapping[str, Any], prompts: Mapping[PromptKey, Prompt], group_size: int
+) -> RolloutGroup | None:
+    """A group that `_group_to_json` wrote; None where it is of another size, or its prompt not among `prompts`."""
     prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
-    if prompt is None:
+    if prompt is None or len(entry["completions"]) != group_size:
         return None
-    origin = entry.get("origin")
     completions = tuple(_completion_from_json(c) for c in entry["completions"])
-    return RolloutGroup(prompt, completions, None if origin is None else (origin[0], origin[1]))
+    return RolloutGroup(prompt, completions, _origin_from_json(entry))
+
+
+def _origin_from_json(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`RolloutGroup.origin`; older versions wrote none."""
+    origin = entry.get("origin")
+    return None if origin is None else (origin[0], origin[1])
 
 
 def _completion_from_json(c: Mapping[str, Any]) -> Completion:

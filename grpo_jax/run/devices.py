@@ -56,9 +56,23 @@ def open_mesh(config: Config) -> Mesh:
 
     Raises: ConfigError: it does not fit them, or they cannot compute what is configured.
     """
+    find_devices()
     mesh = make_mesh(config.mesh)
     check_dtype(config.model.dtype, mesh)
     return mesh
+
+
+def find_devices() -> list[jax.Device]:
+    """The devices of this process.
+
+    Raises: ConfigError: there are none of the kind that is asked for.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        rule = f"JAX has no such devices here ({reason})"
+        raise ConfigError("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", ""), rule) from None
 
 
 def check_dtype(dtype: str, mesh: Mesh) -> None:

@@ -10,6 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError
@@ -17,12 +19,18 @@ from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.config import (
+    RANDOM_MAX_POSITION,
+    ModelConfig,
+    max_position,
+    parse_hf_config,
+    random_model_config,
+)
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
-from grpo_jax.types import Prompt
+from grpo_jax.types import Params, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +60,17 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
     """The model of the run from its config.json alone, with the attention kernel that a device would take.
 
     Args:   kind: of a device that need not be here; None: the devices at hand.
-    Raises: ConfigError: model.path holds no config.json that is understood, or the device lacks the kernel.
+    Raises: ConfigError: model.path holds no config.json that is understood, sequences are longer than the model
+            was made for, or the device lacks the kernel.
     """
     if config.model.path == "random":
         model = random_model_config(config.random_model, config.model)
+        limit: int | None = RANDOM_MAX_POSITION
     else:
-        model = parse_hf_config(read_json(Path(config.model.path) / "config.json"), config.model)
+        content = read_json(Path(config.model.path) / "config.json")
+        model = parse_hf_config(content, config.model)
+        limit = max_position(content)
+    _check_lengths(config, limit)
     kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
     return dataclasses.replace(model, attention=kernel)
 
@@ -129,6 +142,18 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
     return folder
 
 
+def check_weights(params: Params, path: Path) -> None:
+    """Raises: ConfigError: a parameter that was read from the folder PATH, now on devices, is not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    finite = jax.jit(lambda arrays: [jnp.isfinite(array).all() for array in arrays])([x for _, x in leaves])
+    for (name, _), is_finite in zip(leaves, jax.device_get(finite), strict=True):
+        if not is_finite:
+            where = jax.tree_util.keystr(name, simple=True, separator="/")
+            raise ConfigError(
+                "model.path", str(path), f"its parameter {where} holds a number that is not finite"
+            )
+
+
 def with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
     """The model with the attention kernel that the devices at hand have."""
     model = folder.config
@@ -171,7 +196,16 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
 
     Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
     """
-    limit = RANDOM_MAX_POSITION if folder is None else folder.max_position
+    _check_lengths(config, RANDOM_MAX_POSITION if folder is None else folder.max_position)
+    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
+    for stop in config.rollout.stop_token_ids:
+        if not 0 <= stop < vocab_size:
+            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
+            raise ConfigError("rollout.stop_token_ids", stop, rule)
+
+
+def _check_lengths(config: Config, limit: int | None) -> None:
+    """Args: limit: of the model. Raises: ConfigError: sequences may be longer."""
     data = config.data
     if not config.model.allow_beyond_max_position:
         check_positions(
@@ -180,11 +214,6 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
             ("data.max_response_length", data.max_response_length),
             allow="model.allow_beyond_max_position=True",
         )
-    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
-    for stop in config.rollout.stop_token_ids:
-        if not 0 <= stop < vocab_size:
-            rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
-            raise ConfigError("rollout.stop_token_ids", stop, rule)
 
 
 def _read_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:

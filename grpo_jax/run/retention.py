@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 MARK = "has_manifest"
 """Key in a checkpoint's progress: it was not written before there were manifests, so the lack of one is damage."""
+STEP = re.compile("0|[1-9][0-9]*")
+"""The name of a checkpoint's folder."""
 Facts = Mapping[str, Any]
 """Of a checkpoint: the `epoch` that ended with its step, or None; `metrics` of its step; facts of its run."""
 
@@ -23,7 +26,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
     """The steps that a folder holds checkpoints of, in their order; none if there is no such folder."""
     if not checkpoints.is_dir():
         return []
-    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in checkpoints.iterdir() if STEP.fullmatch(path.name))
 
 
 def damage_of(checkpoint: Path) -> str:

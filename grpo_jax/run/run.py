@@ -39,13 +39,13 @@ from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
-from grpo_jax.rollout.position import Position
+from grpo_jax.rollout.position import Position, reward_settings
 from grpo_jax.run import summary
 from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite, compile_check
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import HangWatch
-from grpo_jax.run.inputs import Inputs, make_model, read_inputs, read_model_config
+from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
 from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
@@ -245,7 +245,9 @@ class Run:
     def _new_state(self) -> TrainState:
         self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
         copy_side_files(self.folder.path, self._workdir.model_files)
-        return self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
+        state = self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
+        check_weights(self.learner.params(state), self.folder.path)
+        return state
 
     def _restored_state(self) -> TrainState:
         reference = self.learner.reference
@@ -266,12 +268,13 @@ class Run:
         if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
             reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
         self._num_rollbacks = max(self._num_rollbacks, progress.num_rollbacks)
-        group_size = self.config.algorithm.group_size
-        position = Position.from_json(dataclasses.asdict(progress), self._inputs.train_prompts, group_size)
+        config, held = self.config, dataclasses.asdict(progress)
+        by, group_size = reward_settings(config), config.algorithm.group_size
+        position = Position.from_json(held, self._inputs.train_prompts, group_size, by)
         self._lost = position.lost
         if order is not None:  # batches that were ahead held other prompts
-            prompts = reordered(position.prompt_iterator, order)
-            position = dataclasses.replace(position, prompt_iterator=prompts, ahead=())
+            iterator = reordered(position.prompt_iterator, order)
+            position = dataclasses.replace(position, prompt_iterator=iterator, ahead=())
         self.rollouts.restore(position)
         return state
 
@@ -485,7 +488,7 @@ class Run:
             kl_coef=self.learner.reference.kl_coef,
             initial_kl_coef=self.config.algorithm.kl_coef,
             num_rollbacks=self._num_rollbacks,
-            **position.to_json(),
+            **position.to_json(reward_settings(self.config)),
         )
 
     # ---- reports ----

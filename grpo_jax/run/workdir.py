@@ -74,11 +74,20 @@ class Workdir:
         Raises: ConfigError: another process holds the lock; or config.json is there and differs in a key that
             changes what is computed; with resume=force, in one that its checkpoints depend on.
         """
-        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise ConfigError("--workdir", str(self.path), f"must be a folder, but {existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError("--workdir", str(self.path), f"{existing} cannot be written to")
+        check_place("--workdir", self.path)
+        for folder in (
+            self.checkpoints,
+            self.model_files,
+            self.data,
+            self.validation,
+            self.rollouts,
+            self.hangs,
+        ):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError("--workdir", str(self.path), f"{folder.name} in it must be a folder")
+        for file in (self.lock, self.config, self.beginning, self.log, self.metrics):
+            if file.is_dir():
+                raise ConfigError("--workdir", str(self.path), f"{file.name} in it must be a file, no folder")
         lock.check_free(self.lock)
         self._check_config(config)
 
@@ -134,6 +143,8 @@ class Workdir:
             return json.loads(file.read_text())
         except FileNotFoundError:
             return None
+        except (OSError, RecursionError) as error:
+            raise self._unreadable(file, error) from None
         except ValueError as error:
             steps = saved_steps(self.checkpoints)
             for step in reversed(steps):
@@ -200,7 +211,10 @@ class Workdir:
 
         Raises: ConfigError: another process has it, or has made another run of it since `check`.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("--workdir", str(self.path), f"cannot be made ({error.strerror})") from None
         with lock.hold(self.lock):
             self._check_config(config)
             for folder in (self.path, self.checkpoints, self.data):
@@ -230,6 +244,15 @@ class Workdir:
     def record_beginning(self, beginning: Beginning) -> None:
         """Writes beginning.json: what is to stay so from now on."""
         write_whole(self.beginning, json.dumps(beginning.to_json(), indent=2) + "\n")
+
+
+def check_place(key: str, path: Path) -> None:
+    """Raises: ConfigError: there can be no folder PATH, or it cannot be written to. Args: key: that named it."""
+    existing = next(path for path in (path, *path.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(key, str(path), f"must be a folder, but {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(key, str(path), f"{existing} cannot be written to")
 
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:

@@ -1,5 +1,6 @@
 """The command line of a command that takes a configuration, and the files that it reads."""
 
+import errno
 import subprocess
 import sys
 
@@ -140,6 +141,35 @@ def test_help_and_a_bad_flag_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: python -m grpo_jax.train --config=FILE.py[:VARIANT]"), done.stderr
     assert "What it does." in done.stdout and done.stdout.endswith("0\n2\n2\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run/config.json"),
+            2,
+            "run/config.json: Permission denied",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "x: File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/a"), 1, "run/a: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1, "No such file or directory"),
+    ],
+)
+def test_an_error_of_a_file_is_a_line(error, code, line, capsys):
+    """2 where the user named the file wrongly, 1 where something failed."""
+    with pytest.raises(SystemExit) as caught, command_line.one_line_errors():
+        raise error
+    assert caught.value.code == code and capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_long_value_is_shown_in_short(capsys):
+    with pytest.raises(SystemExit), command_line.one_line_errors():
+        raise ConfigError("model.path", "a" + "x" * 10_000 + "b", "is long")
+    line = capsys.readouterr().err
+    assert line.startswith("error: model.path='axxx") and line.endswith("xb' (10004 characters): is long\n")
+    assert len(line) < 400
 
 
 # Files

@@ -38,16 +38,6 @@ def test_an_earlier_checkpoint_can_be_chosen(tmp_path, whole_run):
         assert weights != helpers.read_tensors(workdir / f"checkpoint-epoch-{epoch}")
 
 
-def test_an_output_that_exists_is_refused(tmp_path, whole_run):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
-    before = helpers.tree_digest(tmp_path)
-    result = helpers.call(export.main, [f"--checkpoint={whole_run[0]}", f"--output={tmp_path / 'out'}"])
-    assert result.code == 2 and result.err.count("\n") == 1
-    assert f"--output='{tmp_path / 'out'}'" in result.err and "exists" in result.err
-    assert helpers.tree_digest(tmp_path) == before
-
-
 def test_it_works_when_the_original_model_is_gone(tmp_path, model_folder, whole_run_overrides):
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)

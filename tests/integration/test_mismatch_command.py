@@ -34,26 +34,6 @@ def test_the_table_the_budget_and_the_file(tmp_path, model_folder):
     assert "Where it comes from" in result.out and "What would lower it most" in result.out
 
 
-@pytest.mark.parametrize(
-    ("overrides", "argv", "expected"),
-    [
-        ({}, ["--num=0"], ("--num=0", "at least 1")),
-        ({}, ["--num=few"], ("--num", "few")),
-        ({}, ["--nm=3"], ("--nm", "did you mean --num?")),
-        ({}, ["--json=absent/out.json"], ("--json='absent/out.json'", "folder does not exist")),
-        ({}, [], ("model.path='random'", "makes a model of its own first")),
-        ({"sft.num_steps": 3}, [], ("sft.num_steps=3", "makes a model of its own first")),
-        ({}, ["--engine_head_float32"], ("rollout.engine='local'", "no setting for its output head")),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path, model_folder, overrides, argv, expected):
-    path = {"model.path": model_folder} if overrides or argv else {}
-    result = run(tmp_path / "run", path | overrides, *argv)
-    assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
-    assert all(part in result.err for part in ("error: ", *expected)), result.err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_training_and_doctor_point_to_it_where_the_difference_is_large(tmp_path, model_folder, monkeypatch):
     """With bounds so low that rounding in bfloat16 is beyond them."""

@@ -151,6 +151,18 @@ def test_edited_data_are_refused_and_can_be_insisted_on(begun, overrides, tmp_pa
     assert "gives other prompts" not in out and "Going on after step 2 of 3." in out
 
 
+def test_groups_of_another_reward_are_dropped_by_name(begun, overrides, tmp_path):
+    """Their rewards mean something else, and lack parts of the new ones."""
+    workdir, kept = copy_of(begun, tmp_path), progress(begun, 1)["surplus"]
+    assert kept
+    others = {"reward.extra_functions": "('gsm8k_format',)", "checkpoint.resume": "force"}
+    out = helpers.train_ok(workdir, overrides | others | {"trainer.num_steps": 2})
+    names = ", ".join(entry["prompt_id"] for entry in kept)
+    assert f"{len(kept)} of the {len(kept)} groups that dynamic sampling had left over are dropped" in out
+    assert f"or the reward are others than theirs ({names})." in out
+    assert helpers.read_lines(workdir)[-1]["dynamic/num_carried"] == 0
+
+
 def test_other_prompts_are_nothing_to_a_run_without_a_checkpoint(begun, overrides, tmp_path):
     workdir = copy_of(begun, tmp_path)
     shutil.rmtree(workdir / "checkpoints")

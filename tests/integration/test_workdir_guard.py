@@ -30,15 +30,6 @@ def test_another_runs_workdir_is_refused(key, value, old, tmp_path, whole_run, w
     assert helpers.tree_digest(workdir) == before
 
 
-def test_a_config_that_cannot_be_read_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": ')
-    before = helpers.tree_digest(tmp_path)
-    result = helpers.run_train(tmp_path)
-    assert result.code == 2 and result.err.count("\n") == 1
-    assert "--workdir" in result.err and "cannot be read" in result.err
-    assert helpers.tree_digest(tmp_path) == before
-
-
 def test_total_epochs_are_not_free_where_the_schedule_depends_on_them(tmp_path, whole_run_overrides):
     overrides = whole_run_overrides | {"optim.schedule": "cosine", "trainer.num_steps": 1}
     helpers.train_ok(tmp_path / "run", overrides)

@@ -218,7 +218,8 @@ def test_the_parts_of_a_phase_are_what_it_needs():
 
 
 def test_the_kernel_of_a_named_device_is_planned_with():
-    config = gsm8k(**{"model.path": "random", "random_model.hidden_size": 512, "random_model.num_heads": 4})
+    sizes = {"model.path": "random", "random_model.hidden_size": 512, "random_model.num_heads": 4}
+    config = gsm8k(**{"rollout.engine": "local"} | sizes)
     kernel = lambda device, config=config: plan.read_model(config, device).attention
     assert [kernel(name) for name in ("h200", "a100", "tpu-v5e", "80")] == [
         "cudnn",
@@ -228,7 +229,7 @@ def test_the_kernel_of_a_named_device_is_planned_with():
     ]
     assert kernel("h200", gsm8k(**{"model.path": "random", "model.attention": "plain"})) == "plain"
     with pytest.raises(ConfigError, match=r"model.attention='cudnn': needs an NVIDIA GPU"):
-        kernel("tpu-v5e", gsm8k(**{"model.path": "random", "model.attention": "cudnn"}))
+        kernel("tpu-v5e", gsm8k(**{"rollout.engine": "local", "model.attention": "cudnn"} | sizes))
     assert set(fused_attention.DEVICE_KINDS) == set(CARDS)
 
 

@@ -106,7 +106,7 @@ def requests(recorder):
 
 def through_json(position):
     """As a checkpoint holds it."""
-    return Position.from_json(json.loads(json.dumps(position.to_json())), PROMPTS, group_size=2)
+    return Position.from_json(json.loads(json.dumps(position.to_json("r"))), PROMPTS, 2, "r")
 
 
 def submitted(*steps):

@@ -71,8 +71,8 @@ class Sampling(Dynamic):
         return batch
 
 
-def through_json(position, prompts=PROMPTS[::-1], group_size=2):
-    return Position.from_json(json.loads(json.dumps(position.to_json())), prompts, group_size)
+def through_json(position, prompts=PROMPTS[::-1], group_size=2, reward="r"):
+    return Position.from_json(json.loads(json.dumps(position.to_json("r"))), prompts, group_size, reward)
 
 
 def left_over(position):
@@ -165,7 +165,7 @@ def test_surplus_groups_go_through_a_checkpoint(num_steps, surplus):
     assert left_over(position) == surplus
     resumed = Sampling(spread)
     resumed.restore(position)
-    assert resumed.state().to_json() == whole.state().to_json()
+    assert resumed.state().to_json("r") == whole.state().to_json("r")
     for _ in range(2):
         one, other = whole.take(), resumed.take()
         assert one.groups == other.groups and one.metrics == other.metrics
@@ -278,7 +278,7 @@ def test_a_run_that_goes_back_has_the_surplus_of_then():
 
 
 def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch):
-    """After checkpoint.resume=force: another group size, or prompts that are no longer there."""
+    """After checkpoint.resume=force: another group size, another reward, or prompts that are no longer there."""
     logger = logging.getLogger("grpo_jax")
     monkeypatch.setattr(logger, "propagate", True)  # a run in this process has turned it off
     _, dynamic = build(Engine(), 0)
@@ -288,14 +288,15 @@ def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch
         position = through_json(dynamic.state())
         kept = left_over(position)
     gone = f"train/{kept[0]}"
-    for prompts, group_size, num_lost in (
-        ([prompt for prompt in PROMPTS if prompt.prompt_id != gone], 2, 1),
-        (PROMPTS, 3, len(kept)),
+    for prompts, group_size, reward, num_lost in (
+        ([prompt for prompt in PROMPTS if prompt.prompt_id != gone], 2, "r", 1),
+        (PROMPTS, 3, "r", len(kept)),
+        (PROMPTS, 2, "another", len(kept)),
     ):
         caplog.clear()
         rounds = Rounds(set())
         resumed = Dynamic(rounds, num_groups=4, max_rounds=9)
-        resumed.restore(through_json(position, prompts, group_size))
+        resumed.restore(through_json(position, prompts, group_size, "r"))
         assert rounds.number == position.num_rollout_batches
         assert left_over(resumed.state()) == kept[num_lost:]
         assert f"{num_lost} of the {len(kept)} groups that dynamic sampling had left over" in caplog.text

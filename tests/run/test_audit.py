@@ -259,12 +259,12 @@ def test_a_line_is_bound_to_the_one_before():
 
 
 def test_a_finished_position_tells_what_a_forced_resume_has_lost():
-    held = Position({}, 1, ahead=()).to_json()
+    held = Position({}, 1, ahead=()).to_json("r")
     groups = [group((0, place), completion(1, 0), completion(1, 0)) for place in (0, 1)]
     one = scored(groups[:1], [[0, 1]]).rewards
     position = dataclasses.replace(Position({}, 1), surplus=tuple(_scored_group(g, one) for g in groups))
-    held = json.loads(json.dumps(position.to_json()))
-    again = Position.from_json(held, [groups[1].prompt], group_size=2)
+    held = json.loads(json.dumps(position.to_json("r")))
+    again = Position.from_json(held, [groups[1].prompt], 2, "r")
     assert [s.group.origin for s in again.surplus] == [(0, 1)] and again.lost == ((0, 0),)
 
 

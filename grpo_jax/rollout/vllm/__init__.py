@@ -56,6 +56,18 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
     return dataclasses.replace(section, engine_args=(*section.engine_args, argument))
 
 
+def check_platform(section: RolloutSection, platform: str) -> None:
+    """See `rollout.check_platform`. The GPUs of a cluster need not be the trainer's."""
+    from grpo_jax.config import ConfigError
+
+    if platform != "cuda" and not section.ray_address:
+        rule = (
+            f"needs NVIDIA GPUs, here or in a cluster (rollout.ray_address), and the devices are {platform}: "
+        )
+        rule += "choose the JAX sampler with --config.rollout.engine=local"
+        raise ConfigError("rollout.engine", "vllm", rule)
+
+
 def trainer_share(section: RolloutSection) -> float:
     """See `rollout.trainer_share`."""
     if section.placement == "separate":
