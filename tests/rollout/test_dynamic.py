@@ -296,7 +296,7 @@ def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch
         caplog.clear()
         rounds = Rounds(set())
         resumed = Dynamic(rounds, num_groups=4, max_rounds=9)
-        resumed.restore(through_json(position, prompts, group_size, "r"))
+        resumed.restore(through_json(position, prompts, group_size, reward))
         assert rounds.number == position.num_rollout_batches
         assert left_over(resumed.state()) == kept[num_lost:]
         assert f"{num_lost} of the {len(kept)} groups that dynamic sampling had left over" in caplog.text

@@ -207,7 +207,7 @@ def test_a_checkpoint_from_before_manifests_is_restored_and_said_to_be_unverifie
 
 def test_without_commit_there_is_no_checkpoint(folder):
     """As when a run dies before the step's line is on disk."""
-    checkpointer = open_checkpoints(folder, max_to_keep=3)
+    checkpointer = open_checkpoints(folder)
     checkpointer.save(state_of(3), progress_of(3))
     while not list(folder.glob("3.*.tmp/manifest.json")):
         time.sleep(0.01)
