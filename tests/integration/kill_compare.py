@@ -27,7 +27,11 @@ class Results:
 def read_results(workdir: Path) -> Results:
     """Raises: AssertionError: TensorBoard has a point twice."""
     names = {path.name for path in workdir.iterdir()}
-    folders = [name for name in names if name in ("rollouts", "validation") or name.startswith("checkpoint-")]
+    folders = [
+        name
+        for name in names
+        if name in ("rollouts", "validation", "ledger") or name.startswith("checkpoint-")
+    ]
     steps = saved_steps(workdir / "checkpoints")
     return Results(
         names,
