@@ -101,6 +101,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_kill_between_checkpoint_and_line_loses_no_line(tmp_path, reward_file):
     overrides = {"reward.function": f"{reward_file}:score", "checkpoint.every_steps": 1}
     argv = helpers.train_argv(tmp_path / "run", overrides)

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from grpo_jax import export
 
+pytestmark = pytest.mark.slow  # the kills of test_kills.py are of a run with most of this
+
 # Spread for about half of the prompts, whatever an untrained model writes.
 REWARD = """
 def score(*, data_source, solution_str, ground_truth, extra_info):

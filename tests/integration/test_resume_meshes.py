@@ -29,9 +29,8 @@ def on_eight(tmp_path_factory, overrides):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "name", ["one device", *(pytest.param(name, marks=pytest.mark.slow) for name in list(OTHERS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_it_goes_on_with_the_same_numbers(name, on_eight, overrides, tmp_path):
     workdir = shutil.copytree(on_eight, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "6")
