@@ -157,8 +157,6 @@ def test_kills_of_an_asynchronous_run_lose_and_double_nothing(tmp_path):
     assert result.code == 0, result.out
     lines = (workdir / "ledger" / "steps.jsonl").read_text().splitlines()
     entries = [json.loads(line.partition("\t")[0]) for line in lines]
-    # All that could be under way was: weights that changed, groups left out and left over, batches ahead.
+    # Weights changed during completions, and groups were left out and left over.
     assert any(entry["trained"]["changes"] for entry in entries)
     assert any(entry["no_spread"] for entry in entries) and any(entry["kept"] for entry in entries)
-    progress = json.loads((workdir / "checkpoints" / str(NUM_STEPS) / "progress" / "metadata").read_text())
-    assert progress["ahead"]
