@@ -14,10 +14,12 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +55,28 @@ def _interrupted(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)  # an exception would end as some import's traceback
 
 
+_seen: list[int] = []
+"""Signals that were to end a command with one line."""
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _seen.append(number)
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C or SIGTERM came. Python drops the exception where it comes within some object's `__del__`."""
+    return bool(_seen)
+
+
+def hush() -> None:
+    """After a signal: keeps silent what libraries that it interrupted tell of it until Python has ended."""
+    if _seen:
+        logging.getLogger("asyncio").disabled = True
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
+
+
 def _ignore_signals() -> None:
     """For Python's very end, where it takes handlers away, and a signal would kill what has done all."""
     for number in SIGNALS:
@@ -79,7 +103,7 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     """
     own = [number for number in SIGNALS if signal.getsignal(number) is _interrupted]
     for number in own:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     code = 1  # of any other exception
     try:
         with _in_one_line(flags or {}):
@@ -103,6 +127,7 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        hush()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError, split_file_name
+from grpo_jax.config.command_line import hush, was_interrupted
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
@@ -92,7 +93,12 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Ctrl-C or SIGTERM asks to stop after the step; a second one, after a second, stops at once."""
+    """Ctrl-C or SIGTERM asks to stop after the step; a second one, after a second, stops at once.
+
+    Raises: KeyboardInterrupt: at once, where one came before that Python has dropped.
+    """
+    if was_interrupted():
+        raise KeyboardInterrupt
     stop, last = StopRequest(), -math.inf
 
     def on_signal(number: int, frame: Any) -> None:
@@ -147,6 +153,7 @@ def reported_failure(
         if isinstance(error, KeyboardInterrupt):
             how = "goes on from it" if step else "starts again"
             logger.info("Interrupted in phase %s; %s. The same command %s.", timers.phase, left, how)
+            hush()
             raise SystemExit(130) from None
         if isinstance(error, TrainingStopped):
             phase = "update_actor"  # noticed later, when the step has been reported

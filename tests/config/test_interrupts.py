@@ -131,3 +131,29 @@ def test_handlers_of_others_stay():
     code += "import grpo_jax.config.command_line\n"
     code += "assert old == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+DROPS = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import tiny_config
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))  # here the exception comes, and Python drops it
+
+def get_config():
+    Dropped()
+    return tiny_config.get_config()
+"""
+
+
+def test_a_signal_that_python_drops_stops_the_run_before_its_first_step(tmp_path):
+    """A KeyboardInterrupt within a `__del__` is printed, and goes nowhere."""
+    config = tmp_path / "config.py"
+    config.write_text(DROPS.format(tests=str(ROOT / "tests" / "integration")))
+    process = start(config)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "Interrupted in phase " in out and "Step 1/" not in out

@@ -353,8 +353,7 @@ def one_death(
     except TimeoutError as error:
         code, fault = 1, str(error)
     else:
-        # Only ours: where a signal comes while Orbax reads, or within a `__del__`, others print some of their own.
-        has_traceback = code in STOPPED and "/grpo_jax/" in run.output().partition("Traceback")[2]
+        has_traceback = code in STOPPED and "Traceback" in run.output()
         fault = "a traceback" if has_traceback else "" if code in codes else f"exit code {code}"
     fault = f"{fault} after {name or 'no kill'}: {run.output()[-4000:]}" if fault else ""
     case.learn_from(run, before)
