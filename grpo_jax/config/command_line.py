@@ -12,6 +12,7 @@ out has its default.
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import runpy
 import signal
@@ -31,6 +32,11 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
 
+START_S, EXIT_S = 7200.0, 600.0
+"""What a command may take until it watches its phases itself (`run/hangs.py`), or in all where it does not; and
+what Python may take to end it, which waits for threads of libraries."""
+
+
 def _interrupted(number: int, frame: Any) -> None:
     print("Interrupted before anything was done.", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)  # an exception would end as some import's traceback
@@ -38,7 +44,9 @@ def _interrupted(number: int, frame: Any) -> None:
 
 # Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
 # keeps his handlers.
-if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
+IS_COMMAND = str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax.")
+if IS_COMMAND:
+    faulthandler.dump_traceback_later(START_S, exit=True)
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _interrupted)
 
@@ -62,6 +70,9 @@ def one_line_errors(flags: Mapping[str, str] | None = None) -> Iterator[None]:
     except ConfigError as error:
         name = (flags or {}).get(error.key, error.key)
         _exit(str(ConfigError(name, error.value, error.rule)))
+    finally:
+        if IS_COMMAND:
+            faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
 
 def _exit(message: str) -> NoReturn:

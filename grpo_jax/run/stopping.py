@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.hangs import PhaseTimedOut
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
 
@@ -117,7 +118,7 @@ def quietly(what: str, close: Callable[[], None]) -> None:
     """Closes something while a run ends. An error there is logged: it must not hide why the run ends."""
     try:
         close()
-    except Exception as error:
+    except (Exception, PhaseTimedOut) as error:
         logger.error("%s: %s: %s", what, type(error).__name__, error)
 
 
@@ -125,7 +126,7 @@ def quietly(what: str, close: Callable[[], None]) -> None:
 def reported_failure(
     timers: Timers,
     checkpointer: Checkpointer,
-    explain: Callable[[Exception, str], str | None],
+    explain: Callable[[BaseException, str], str | None],
     rescue: Callable[[], None],
 ) -> Iterator[None]:
     """Says which phase failed and which checkpoint is left, and exits with 1.
@@ -138,7 +139,7 @@ def reported_failure(
         yield
     except ConfigError:
         raise
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Exception, PhaseTimedOut) as error:
         if not isinstance(error, KeyboardInterrupt | CheckpointError):
             quietly("the last whole step could not be saved", rescue)
         quietly("the last checkpoint", checkpointer.wait)
@@ -152,6 +153,8 @@ def reported_failure(
             phase = "update_actor"  # noticed later, when the step has been reported
         elif isinstance(error, CheckpointError):
             phase = "save_checkpoint"
+        elif isinstance(error, PhaseTimedOut):
+            phase = error.phase
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)
