@@ -40,7 +40,7 @@ from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position
-from grpo_jax.run import summary
+from grpo_jax.run import gpus, summary
 from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.devices import open_devices
@@ -90,6 +90,7 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
             try_functions(algorithm)
         resources.enter_context(workdir.hold(config))
         workdir.open(config, inputs.beginning)
+        resources.enter_context(gpus.hold(gpus.gpus_of(mesh)))
         run = Run(config, algorithm, workdir, inputs, reward, budget, timers, resources)
         with reported_failure(timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
             run.start()
