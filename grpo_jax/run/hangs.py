@@ -46,6 +46,13 @@ class PhaseTimedOut(BaseException):
         self.phase = phase
 
 
+def hang_behind(error: BaseException | None) -> PhaseTimedOut | None:
+    """The hang that an error comes from: C code in which it was raised may have made another error of it."""
+    while error is not None and not isinstance(error, PhaseTimedOut):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 @contextlib.contextmanager
 def watched(
     timers: Timers, folder: Path | None, limit_s: float, key: str = "trainer.phase_timeout_s"
@@ -57,8 +64,11 @@ def watched(
     watch = HangWatch(timers, folder, limit_s, key)
     try:
         yield
-    except PhaseTimedOut as error:
-        print(f"error: phase {error.phase}: {error}", file=sys.stderr)
+    except (Exception, PhaseTimedOut) as error:
+        hang = hang_behind(error)
+        if hang is None:
+            raise
+        print(f"error: phase {hang.phase}: {hang}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         watch.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
-from grpo_jax.run.hangs import PhaseTimedOut
+from grpo_jax.run.hangs import PhaseTimedOut, hang_behind
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
 
@@ -139,7 +139,8 @@ def reported_failure(
         yield
     except ConfigError:
         raise
-    except (KeyboardInterrupt, Exception, PhaseTimedOut) as error:
+    except (KeyboardInterrupt, Exception, PhaseTimedOut) as raised:
+        error = hang_behind(raised) or raised
         if not isinstance(error, KeyboardInterrupt | CheckpointError):
             quietly("the last whole step could not be saved", rescue)
         quietly("the last checkpoint", checkpointer.wait)

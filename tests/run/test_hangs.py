@@ -12,7 +12,7 @@ import pytest
 
 from grpo_jax.config import CheckpointSection
 from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.run.hangs import HangWatch
+from grpo_jax.run.hangs import HangWatch, watched
 from grpo_jax.run.metrics import Timers
 from grpo_jax.run.stopping import reported_failure
 
@@ -52,6 +52,25 @@ def test_the_report_and_the_end(tmp_path, capsys):
     assert f"(trainer.phase_timeout_s=0.4); it is in {where}" in last and "; where all threads and" in last
     assert str(report) in last and last.endswith("; there is no checkpoint yet")
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_c_code_that_makes_another_error_of_a_hang_hides_it_not(tmp_path, capsys):
+    """As Ray's does: a function that has succeeded finds that a signal has raised something."""
+    timers = Timers()
+    with (
+        pytest.raises(SystemExit) as stop,
+        watched(timers, tmp_path / "hangs", 0.3),
+        timers.within("compare"),
+    ):
+        try:
+            stand_still()
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: phase compare: has taken 0 s, since ")
+    with pytest.raises(SystemError, match="of its own"), watched(timers, None, 60.0):
+        raise SystemError("of its own")
 
 
 def test_a_main_thread_that_no_signal_reaches_is_ended(tmp_path):
