@@ -42,7 +42,7 @@ main()
 
 @contextlib.contextmanager
 def training(folder, **changes):
-    """A run in the middle of its steps, in FOLDER/run: (process, its descendants). FOLDER/short shortens its limit."""
+    """A run amid its steps in FOLDER/run: (process, its descendants). FOLDER/short shortens its limit."""
     folder.mkdir(exist_ok=True)
     (folder / "my_reward.py").write_text(commands.REWARD_FILE)
     overrides = VLLM | {
