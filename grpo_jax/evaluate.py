@@ -1,7 +1,7 @@
 """Accuracy and pass@k on held-out problems, through the same engine and rewards as training.
 
     python -m grpo_jax.evaluate --model=HF_DIR --data=FILE.parquet [--engine=local] [--temperature=0]
-        [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl]
+        [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl] [--phase_timeout_s=86400]
 
 Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ..., "pass@k": ...}; OUT.jsonl one
 line a completion.
@@ -21,6 +21,7 @@ from grpo_jax.config.command_line import make_parser, one_line_errors
 
 if TYPE_CHECKING:
     from grpo_jax.rollout.evaluation import Evaluation
+    from grpo_jax.run.metrics import Timers
     from grpo_jax.types import Prompt
 
 
@@ -64,6 +65,12 @@ def main() -> None:
     )
     parser.add_argument("--reward", default="gsm8k", help="as reward.function of a configuration")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--phase_timeout_s",
+        type=float,
+        default=86400.0,
+        help="time until a phase counts as hanging; 0: never",
+    )
     parser.add_argument("--json", default="", help="file for the result")
     parser.add_argument("--generations", default="", help="file for the completions, a JSON line each")
     flags = {
@@ -74,7 +81,7 @@ def main() -> None:
     with one_line_errors(flags):
         args = parser.parse_args()
         _check_arguments(args)
-        _run(args)
+        _run_watched(args)
 
 
 def _check_arguments(args: Any) -> None:
@@ -113,7 +120,16 @@ def make_config(args: Any) -> Config:
     )
 
 
-def _run(args: Any) -> None:
+def _run_watched(args: Any) -> None:
+    from grpo_jax.run.hangs import watched
+    from grpo_jax.run.metrics import Timers
+
+    timers = Timers()
+    with watched(timers, None, args.phase_timeout_s, "--phase_timeout_s"):
+        _run(args, timers)
+
+
+def _run(args: Any, timers: Timers) -> None:
     from grpo_jax.model.hf import inspect_folder, verify_weights
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, shares_parameters
@@ -124,17 +140,21 @@ def _run(args: Any) -> None:
     config = make_config(args)
     if not shares_parameters(config.rollout):
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
-    check_engine(config.rollout)
-    folder = inspect_folder(args.model, config.model)
-    tokenizer = load_model_tokenizer(folder)
-    prompts = _read_prompts(args, tokenizer)
-    verify_weights(args.model)
+    with timers.within("read_inputs"):
+        check_engine(config.rollout)
+        folder = inspect_folder(args.model, config.model)
+        tokenizer = load_model_tokenizer(folder)
+        prompts = _read_prompts(args, tokenizer)
+        verify_weights(args.model)
     if not args.allow_beyond_max_position:
         lengths = ("longest prompt", _longest(prompts)), ("--max_response_length", args.max_response_length)
         check_positions(folder.max_position, *lengths, allow="--allow_beyond_max_position")
     with make_reward(config.reward, max_response_length=args.max_response_length) as reward:
-        mesh = open_devices(config, folder.config, engine=config.rollout)
-        _report(args, _evaluate(args, config, folder, tokenizer, prompts, reward, mesh))
+        with timers.within("open_devices"):
+            mesh = open_devices(config, folder.config, engine=config.rollout)
+        with timers.within("testing"):
+            result = _evaluate(args, config, folder, tokenizer, prompts, reward, mesh)
+        _report(args, result)
 
 
 def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:

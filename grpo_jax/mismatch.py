@@ -48,23 +48,30 @@ def main() -> None:
 def _run(config: Config, path: Path, args: Any) -> Comparison:
     from grpo_jax.rollout import EngineError, check_engine, with_float32_head
     from grpo_jax.run.devices import open_devices
+    from grpo_jax.run.hangs import watched
     from grpo_jax.run.inputs import read_inputs, with_kernel
+    from grpo_jax.run.metrics import Timers
     from grpo_jax.run.mismatch import check_model, compare
     from grpo_jax.run.workdir import Workdir, start_logging
     from grpo_jax.weight_sync import WeightSyncError
 
     start_logging()
-    check_model(config)
-    second = with_float32_head(config.rollout) if args.engine_head_float32 else None
-    check_engine(config.rollout)
-    inputs = read_inputs(config, Workdir(path))
-    assert inputs.model is not None  # it would be a random one
-    mesh = open_devices(config, inputs.model_config, engine=config.rollout)
-    folder, prompts = with_kernel(inputs.model, config), inputs.train_prompts[: args.num]
-    try:
-        return compare(config, folder, inputs.tokenizer, prompts, mesh, float32_head=second)
-    except (EngineError, WeightSyncError) as failure:
-        sys.exit(f"error: {failure}")
+    timers = Timers()
+    with watched(timers, None, config.trainer.phase_timeout_s):
+        with timers.within("read_inputs"):
+            check_model(config)
+            second = with_float32_head(config.rollout) if args.engine_head_float32 else None
+            check_engine(config.rollout)
+            inputs = read_inputs(config, Workdir(path))
+        assert inputs.model is not None  # it would be a random one
+        with timers.within("open_devices"):
+            mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+        folder, prompts = with_kernel(inputs.model, config), inputs.train_prompts[: args.num]
+        try:
+            with timers.within("compare"):
+                return compare(config, folder, inputs.tokenizer, prompts, mesh, float32_head=second)
+        except (EngineError, WeightSyncError) as failure:
+            sys.exit(f"error: {failure}")
 
 
 def _report(found: Comparison, config: Config, file: str) -> None:

@@ -13,7 +13,9 @@ def main() -> None:
     with one_line_errors():
         config, path = parse_command_line("grpo_jax.sft", __doc__)
         from grpo_jax.run.devices import open_devices
+        from grpo_jax.run.hangs import watched
         from grpo_jax.run.inputs import make_model, read_inputs
+        from grpo_jax.run.metrics import Timers
         from grpo_jax.run.workdir import Workdir, start_logging
 
         workdir = Workdir(path)
@@ -22,15 +24,19 @@ def main() -> None:
         workdir.check(config)
         if workdir.sft_model.exists():
             raise ConfigError("--workdir", str(path), f"already holds {workdir.sft_model.name}")
-        start_logging()
-        inputs = read_inputs(config, workdir)
-        mesh = open_devices(config, inputs.model_config, engine=None)
-        try:
-            with workdir.hold(config):
-                workdir.open(config, inputs.beginning)
-                make_model(config, inputs, workdir, mesh)
-        except FloatingPointError as error:
-            raise SystemExit(f"error: {error}") from None  # exit code 1
+        timers = Timers()
+        with watched(timers, workdir.hangs, config.trainer.phase_timeout_s):
+            with timers.within("read_inputs"):
+                start_logging()
+                inputs = read_inputs(config, workdir)
+            with timers.within("open_devices"):
+                mesh = open_devices(config, inputs.model_config, engine=None)
+            try:
+                with workdir.hold(config), timers.within("make_model"):
+                    workdir.open(config, inputs.beginning)
+                    make_model(config, inputs, workdir, mesh)
+            except FloatingPointError as error:
+                raise SystemExit(f"error: {error}") from None  # exit code 1
 
 
 if __name__ == "__main__":

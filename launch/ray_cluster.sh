@@ -10,6 +10,7 @@
 #   RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=TOKEN ray start --address=10.0.0.1:6379 --block
 #
 # It waits for as many hosts as HOSTS says (this one included; default 1), trains, and ends its own Ray and no other.
+# Ray has START_TIMEOUT_S (300) to start, the hosts have JOIN_TIMEOUT_S (1800) to join.
 # SIGTERM and Ctrl-C go to the trainer, which saves first. PORT names another port than 6379, PYTHON another
 # interpreter than `python`.
 set -euo pipefail
@@ -30,7 +31,11 @@ fi
 folder=$(mktemp -d /tmp/grpo_jax-ray-XXXXXX)
 trainer= head= signalled=
 finish() {
-  if [ -n "$head" ]; then kill "$head" 2> /dev/null && wait "$head" 2> /dev/null || true; fi
+  if [ -n "$head" ]; then
+    kill "$head" 2> /dev/null || true
+    for _ in {1..100}; do kill -0 "$head" 2> /dev/null || break; sleep 0.2; done
+    kill -KILL -- "-$head" 2> /dev/null || true  # what of its session has not ended by then
+  fi
   rm -rf "$folder"
 }
 trap finish EXIT
@@ -39,12 +44,16 @@ trap 'signalled=1; [ -n "$trainer" ] || exit 130; kill -TERM "$trainer" 2> /dev/
 setsid "$python" -m ray.scripts.scripts start --head --block --port="$port" "${here[@]}" --temp-dir="$folder/ray" \
   --num-gpus=0 --include-dashboard=false --disable-usage-stats > "$folder/head.log" 2>&1 < /dev/null &
 head=$!
+begin=$SECONDS
 until [ -s "$folder/ray/ray_current_cluster" ]; do
+  [ $((SECONDS - begin)) -le "${START_TIMEOUT_S:-300}" ] ||
+    { echo "error: Ray was not there within ${START_TIMEOUT_S:-300} s (START_TIMEOUT_S)" >&2; exit 1; }
   kill -0 "$head" 2> /dev/null || { echo "error: Ray does not start: $(tail -n 3 "$folder/head.log")" >&2; head=; exit 1; }
   sleep 0.2
 done
 echo "Ray listens on $ADDRESS:$port; its token is in $RAY_AUTH_TOKEN_PATH"
-"$python" - "$ADDRESS:$port" "$hosts" "${JOIN_TIMEOUT_S:-1800}" <<'WAIT'
+# `timeout` is for a Ray that answers nothing.
+timeout -k 10 "$((${JOIN_TIMEOUT_S:-1800} + 120))" "$python" - "$ADDRESS:$port" "$hosts" "${JOIN_TIMEOUT_S:-1800}" <<'WAIT'
 import sys, time
 import ray
 

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import faulthandler
 import logging
 import os
 import runpy
@@ -48,6 +49,11 @@ OF_INPUT = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )
 """Of a file that was named wrongly or must not be touched: the user's to change."""
+
+
+START_S, EXIT_S = 7200.0, 600.0
+"""What a command may take until it watches its phases itself (`run/hangs.py`), or in all where it does not; and
+what Python may take to end it, which waits for threads of libraries."""
 
 
 def _interrupted(number: int, frame: Any) -> None:
@@ -85,7 +91,9 @@ def _ignore_signals() -> None:
 
 # Here, because commands import this first, and then JAX and more for seconds. Who imports it for other reasons
 # keeps his handlers.
-if str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax."):
+IS_COMMAND = str(getattr(sys.modules["__main__"].__spec__, "name", "")).startswith("grpo_jax.")
+if IS_COMMAND:
+    faulthandler.dump_traceback_later(START_S, exit=True)
     for _number in SIGNALS:
         signal.signal(_number, _interrupted)
     atexit.register(_ignore_signals)  # the first, and so the last of all to be called
@@ -135,6 +143,9 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
     except OSError as error:  # of files: a disk that is full, a folder that may not be looked into
         named = f"{error.filename}: " if error.filename else ""
         _exit(f"{named}{error.strerror or error}", code=2 if error.errno in OF_INPUT and named else 1)
+    finally:
+        if IS_COMMAND:
+            faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:

@@ -1,11 +1,12 @@
 """What looks after a run that stands still: it says in which phase and where, and ends it.
 
 Waits for engines, rewards and pushes have limits of their own, shorter than this one. It is for the rest: a device
-that never answers, a file system that hangs, user code in the trainer's own process.
+that never answers, a file system that hangs, user code in the trainer's own process. docs/reliability.md has a
+table of all waits.
 """
 
+import contextlib
 import faulthandler
-import logging
 import os
 import shutil
 import signal
@@ -13,34 +14,89 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from grpo_jax.rollout.vllm.processes import family
 from grpo_jax.run.metrics import Timers
 
-logger = logging.getLogger(__name__)
+PACKAGE = str(Path(__file__).parents[1])
+STDERR = 2
+"""Not `sys.stderr`, which may be no file."""
 
 LOOK_S = 1.0
 END_S = 600.0
 """For a run that was told to end: to save its last whole step, and to close what it has opened."""
+REPORT_S = 60.0
+"""For the stacks to be written, perhaps to the disk that hangs."""
+SOON_S = 10.0
+"""Within which most runs have ended; of others a line says that they are still at it."""
 PY_SPY_S = 20.0
 
 
-class PhaseTimedOut(RuntimeError):
-    """A phase has taken longer than `trainer.phase_timeout_s`; raised in the main thread, wherever that is."""
+class PhaseTimedOut(BaseException):
+    """A phase has taken longer than its limit; raised in the main thread, wherever that is.
+
+    No `Exception`, so that nothing takes it for an error of its own.
+    """
+
+    def __init__(self, phase: str, text: str):
+        super().__init__(text)
+        self.phase = phase
+
+
+def hang_behind(error: BaseException | None) -> PhaseTimedOut | None:
+    """The hang that an error comes from: C code in which it was raised may have made another error of it."""
+    while error is not None and not isinstance(error, PhaseTimedOut):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def watched(
+    timers: Timers, folder: Path | None, limit_s: float, key: str = "trainer.phase_timeout_s"
+) -> Iterator[None]:
+    """Looks after what is done within. Args: as `HangWatch`.
+
+    Raises: SystemExit: 1, a phase has taken too long; one line on stderr says which.
+    """
+    watch = HangWatch(timers, folder, limit_s, key)
+    try:
+        yield
+    except (Exception, PhaseTimedOut) as error:
+        hang = hang_behind(error)
+        if hang is None:
+            raise
+        print(f"error: phase {hang.phase}: {hang}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        watch.close()
 
 
 class HangWatch:
-    """A thread that compares the running phase with its limit. `close` it at the end."""
+    """A thread that compares the running phase with its limit. `close` it at the end.
 
-    def __init__(self, timers: Timers, folder: Path, limit_s: float):
-        """Args: folder: for the report; limit_s: for one phase, seconds; 0: no limit, and no thread."""
-        self._timers, self._folder, self._limit_s = timers, folder, limit_s
+    The thread itself may be stopped, by a library that waits and lets no Python run. So it asks `faulthandler`,
+    which needs none, to end the process in case that it does not ask again.
+    """
+
+    def __init__(
+        self, timers: Timers, folder: Path | None, limit_s: float, key: str = "trainer.phase_timeout_s"
+    ):
+        """Args:
+        folder: for the stacks; None: they go to stderr.
+        limit_s: for one phase, seconds; 0: no limit, and no thread.
+        key: that sets the limit.
+        """
+        self._timers, self._folder, self._limit_s, self._key = timers, folder, limit_s, key
         self._is_closed = threading.Event()
+        faulthandler.cancel_dump_traceback_later()  # of the command's start
         if not limit_s:
             return
-        self._main = threading.main_thread().ident
+        main = threading.main_thread().ident
+        assert main is not None
+        self._main = main
         self._old = signal.signal(signal.SIGALRM, self._on_alarm)
         self._thread = threading.Thread(target=self._look, daemon=True, name="hang watch")
         self._thread.start()
@@ -49,10 +105,12 @@ class HangWatch:
         self._is_closed.set()
         if self._limit_s:
             self._thread.join(LOOK_S + 1)
+            faulthandler.cancel_dump_traceback_later()
             signal.signal(signal.SIGALRM, self._old)
 
     def _look(self) -> None:
         while not self._is_closed.wait(min(LOOK_S, self._limit_s / 4)):
+            faulthandler.dump_traceback_later(self._limit_s + END_S, exit=True, file=STDERR)
             phase, since = self._timers.running
             taken = time.monotonic() - since
             if taken > self._limit_s:
@@ -60,22 +118,69 @@ class HangWatch:
                 return
 
     def _end(self, phase: str, taken: float) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        report = self._folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{phase}.txt"
-        with report.open("w") as file:
-            write_report(file, f"phase {phase} has taken {taken:.0f} s, of at most {self._limit_s:g}")
-        text = f"has taken {taken:.0f} s (trainer.phase_timeout_s={self._limit_s:g}); where all threads and"
-        self._message = f"{text} processes of the run were then: {report}"
-        assert self._main is not None
+        faulthandler.dump_traceback_later(REPORT_S + SOON_S + END_S, exit=True, file=STDERR)
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - taken))
+        what = f"has taken {taken:.0f} s, since {since} ({self._key}={self._limit_s:g})"
+        what += f"; it is {place_of(self._main)}"
+        self._error = PhaseTimedOut(phase, f"{what}; {self._report(phase, what)}")
         signal.pthread_kill(self._main, signal.SIGALRM)
+        if self._is_closed.wait(SOON_S):
+            return
+        say(f"phase {phase} hangs, and the run is being ended; after {END_S:g} s it is ended in any case")
         if not self._is_closed.wait(END_S):
             # The main thread is where no signal reaches it.
-            text = f"error: phase {phase}: {self._message}; it cannot be ended in order"
-            print(text, file=sys.stderr, flush=True)
+            say(f"error: phase {phase}: {self._error}; it cannot be ended in order")
             os._exit(1)
 
     def _on_alarm(self, number: int, frame: Any) -> None:
-        raise PhaseTimedOut(self._message)
+        raise self._error
+
+    def _report(self, phase: str, what: str) -> str:
+        """Writes down all stacks. Returns: where they are, in words."""
+        path = (
+            None if self._folder is None else self._folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{phase}.txt"
+        )
+        writing = threading.Thread(target=_write, args=(path, f"phase {phase} {what}"), daemon=True)
+        writing.start()
+        writing.join(REPORT_S)
+        where = path or "above"
+        if writing.is_alive():
+            return (
+                f"where all threads and processes of the run were then could not be written in {REPORT_S:g} s"
+            )
+        return f"where all threads and processes of the run were then: {where}"
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr, past buffers that a thread which hangs may hold."""
+    os.write(STDERR, f"{line}\n".encode(errors="replace"))
+
+
+def place_of(thread: int) -> str:
+    """Where a thread is, in words: the function that runs, and the one of this package that waits for it."""
+    frame = innermost = sys._current_frames().get(thread)
+    if innermost is None:
+        return "gone"
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    text = f"in {_name(innermost)}"
+    return text if frame is None or frame is innermost else f"{text}, for {_name(frame)}"
+
+
+def _name(frame: Any) -> str:
+    return f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+def _write(path: Path | None, head: str) -> None:
+    if path is None:
+        write_report(sys.__stderr__ or sys.stderr, head)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            write_report(file, head)
+    except OSError as error:
+        say(f"{path} cannot be written: {error}")
 
 
 def write_report(file: TextIO, head: str) -> None:
@@ -95,6 +200,7 @@ def write_report(file: TextIO, head: str) -> None:
                 file.write("py-spy gave no answer\n")
     if not py_spy:
         file.write("\nWith py-spy installed, the stacks of these processes would stand here too.\n")
+    file.flush()
 
 
 def _about(pid: int) -> str:

@@ -25,7 +25,7 @@ def hold(file: Path) -> Iterator[None]:
     with file.open("a+") as lock:
         _take(lock.fileno(), file)
         lock.truncate(0)
-        lock.write(json.dumps(_this_process()) + "\n")
+        lock.write(json.dumps(this_process()) + "\n")
         lock.flush()
         yield
 
@@ -40,20 +40,21 @@ def _take(descriptor: int, file: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        rule = f"is in use by {_holder(file)}; wait for it, or choose another --workdir"
+        rule = f"is in use by {holder(file)}; wait for it, or choose another --workdir"
         raise ConfigError("--workdir", str(file.parent), rule) from None
     except OSError as error:  # a network file system without locks
         logger.warning("WARNING: %s cannot be locked (%s): see to it that no second run uses it", file, error)
 
 
-def _this_process() -> dict[str, object]:
+def this_process() -> dict[str, object]:
+    """What tells this process from others, as JSON."""
     command = " ".join([Path(sys.executable).name, *sys.orig_argv[1:]])
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command}
 
 
-def _holder(file: Path) -> str:
-    """Who wrote the lock file, in words."""
+def holder(file: Path) -> str:
+    """Who wrote a lock file with `this_process`, in words."""
     try:
         held = json.loads(file.read_text())
         command = " ".join(str(held["command"]).split())[:200]

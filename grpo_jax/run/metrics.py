@@ -115,27 +115,40 @@ def performance_metrics(
 
 
 class Timers:
-    """Seconds spent in each phase of a step, and which phase is running (for error messages)."""
+    """Seconds spent in each phase of a step, and which phase is running (for messages, and for `hangs.py`)."""
 
     def __init__(self) -> None:
         self.running = ("start", time.monotonic())
-        """(the phase that is running or was the last one, when it began or ended on the monotonic clock)"""
+        """(the phase that is running, since when on the monotonic clock: its begin or the end of one within it)"""
         self._seconds: Metrics = {}
 
     @property
     def phase(self) -> str:
+        """The one that is running; after an error, the one that it has ended."""
         return self.running[0]
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Names the phase that is running, and counts its seconds."""
         start = time.perf_counter()
+        try:
+            with self.within(phase):
+                yield
+        finally:
+            name = f"timing_s/{phase}"
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Names the phase that is running, and counts nothing."""
+        outer = self.phase
         self.running = (phase, time.monotonic())
         try:
             yield
-        finally:
-            self.running = (self.phase, time.monotonic())  # of a phase within this one, where there was one
-            name = f"timing_s/{phase}"
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        except BaseException:
+            self.running = (self.phase, time.monotonic())  # the name stays, for who reports the error
+            raise
+        self.running = (outer, time.monotonic())
 
     def collect(self) -> Metrics:
         """Returns the seconds by metric name and starts again at zero."""

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position, reward_settings
-from grpo_jax.run import summary
+from grpo_jax.run import gpus, summary
 from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite, compile_check
 from grpo_jax.run.devices import open_devices
-from grpo_jax.run.hangs import HangWatch
+from grpo_jax.run.hangs import watched
 from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
 from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
@@ -70,22 +70,29 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
         ConfigError: something about the configuration or its files is wrong; nothing was written.
         SystemExit: 1 after a failure, 130 after Ctrl-C; a checkpoint is left in both cases.
     """
-    workdir = Workdir(path)
-    workdir.check(config)
-    start_logging()
-    check_engine(config.rollout)
-    inputs = read_inputs(config, workdir)
-    algorithm = load_algorithm(config)
-    limit = config.data.max_response_length
-    with make_reward(config.reward, max_response_length=limit) as reward, contextlib.ExitStack() as resources:
-        mesh = open_devices(config, inputs.model_config, engine=config.rollout)
-        budget = Budget(config, read_model_config(config), mesh, memory_limit())
-        budget.check_plan()
-        try_functions(algorithm)
+    workdir, timers = Workdir(path), Timers()
+    with contextlib.ExitStack() as resources:
+        # Closed last: what closes before it may hang too.
+        resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
+        with timers.within("read_inputs"):
+            workdir.check(config)
+            start_logging()
+            check_engine(config.rollout)
+            inputs = read_inputs(config, workdir)
+            algorithm = load_algorithm(config)
+        with timers.within("start_reward"):
+            limit = config.data.max_response_length
+            reward = resources.enter_context(make_reward(config.reward, max_response_length=limit))
+        with timers.within("open_devices"):
+            mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+            budget = Budget(config, read_model_config(config), mesh, memory_limit())
+            budget.check_plan()
+            try_functions(algorithm)
         resources.enter_context(workdir.hold(config))
         workdir.open(config, inputs.beginning)
-        run = Run(config, algorithm, workdir, inputs, reward, budget, resources)
-        with reported_failure(run.timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
+        resources.enter_context(gpus.hold(gpus.gpus_of(mesh)))
+        run = Run(config, algorithm, workdir, inputs, reward, budget, timers, resources)
+        with reported_failure(timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
             run.start()
             yield run
 
@@ -104,10 +111,11 @@ class Run:
         inputs: Inputs,
         reward: Reward,
         budget: Budget,
+        timers: Timers,
         resources: contextlib.ExitStack,
     ):
         """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
-        self.config, self.timers = config, Timers()
+        self.config, self.timers = config, timers
         self._done: tuple[TrainState, int, Position] | None = None  # the last step, as far as it may be saved
         self._lost: Sequence[tuple[int, int]] = ()  # groups that a checkpoint held in vain, for the ledger
         self.pad_id = inputs.tokenizer.pad_token_id or 0
@@ -117,11 +125,9 @@ class Run:
             is_offloaded=optimizer_class(config.optim).is_on_host,
             about={"config": config.to_dict(), "beginning": inputs.beginning.to_json()},
         )
-        # Closed last: what closes before it may hang too.
-        resources.callback(HangWatch(self.timers, workdir.hangs, config.trainer.phase_timeout_s).close)
-        resources.callback(quietly, "the checkpoints", self.checkpointer.close)
         self._algorithm, self._workdir, self._inputs, self._reward = algorithm, workdir, inputs, reward
         self._budget, self._mesh, self._resources = budget, budget.mesh, resources
+        self._close_at_end("the checkpoints", self.checkpointer.close)
         self._prompts = PromptIterator(
             inputs.train_prompts,
             batch_size=config.data.train_batch_size,
@@ -137,17 +143,19 @@ class Run:
     def start(self) -> None:
         """Makes the model's folder if there is none yet, starts the engine, and builds what the steps need."""
         config = self.config
-        self.folder = make_model(config, self._inputs, self._workdir, self._mesh)
-        self.engine = make_engine(
-            config.rollout,
-            folder=self.folder,
-            mesh=self._mesh,
-            tokenizer=self._inputs.tokenizer,
-            max_model_len=config.data.max_prompt_length + config.data.max_response_length,
-        )
-        self._resources.callback(quietly, "the engine", self.engine.close)
-        # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
-        self.engine.sleep()
+        with self.timers.within("make_model"):
+            self.folder = make_model(config, self._inputs, self._workdir, self._mesh)
+        with self.timers.within("start_engine"):
+            self.engine = make_engine(
+                config.rollout,
+                folder=self.folder,
+                mesh=self._mesh,
+                tokenizer=self._inputs.tokenizer,
+                max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+            )
+            self._close_at_end("the engine", self.engine.close)
+            # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
+            self.engine.sleep()
         self.learner = Learner(
             config,
             self._algorithm,
@@ -160,6 +168,13 @@ class Run:
         card = find_card(jax.devices()[0].device_kind)
         self._speed = Speed(config, self.folder.config, self._mesh, card)
         self._probe = None if shares_parameters(config.rollout) else self._make_probe()
+
+    def _close_at_end(self, what: str, close: Callable[[], None]) -> None:
+        def in_its_phase() -> None:
+            with self.timers.within("close"):
+                quietly(what, close)
+
+        self._resources.callback(in_its_phase)
 
     def _make_rollouts(self) -> RolloutBatches:
         config, rounds = self.config, self.config.algorithm.dynamic_sampling_rounds
@@ -196,18 +211,21 @@ class Run:
 
         With a checkpoint, the run goes on after its step.
         """
-        found = self.checkpointer.find_good()
+        with self.timers.within("find_checkpoint"):
+            found = self.checkpointer.find_good()
         self.first_step, is_new = found or 0, found is None
         self._next_step = self.first_step
-        state = self._new_state() if is_new else self._restored_state()
+        with self.timers.within("load_model" if is_new else "restore"):
+            state = self._new_state() if is_new else self._restored_state()
         self._workdir.record(self.config)
         self._workdir.record_beginning(self._inputs.beginning)
         stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
         write_eos_token_ids(self._workdir.model_files, stops)
-        self._budget.check_compiled(self.learner.compile())
-        compile_check(self.learner.optimizer.abstract_state())
-        if is_new and self.config.model.dtype == "float16":
-            self._check_range(state)
+        with self.timers.within("compile"):
+            self._budget.check_compiled(self.learner.compile())
+            compile_check(self.learner.optimizer.abstract_state())
+            if is_new and self.config.model.dtype == "float16":
+                self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
         self._open_reports(None if is_new else self.first_step)
         self._print_plan(is_resumed=not is_new)
@@ -221,7 +239,7 @@ class Run:
     def _open_reports(self, last_step: int | None) -> None:
         """Args: last_step: of the checkpoint that the run goes on from; reports of later ones are dropped."""
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
-        self._resources.callback(quietly, "the metrics", self._writer.close)
+        self._close_at_end("the metrics", self._writer.close)
         self._ledger = Ledger(self._workdir.ledger, last_step=last_step or 0)
         self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=self._num_rollbacks)
         self._watch = RunWatch(self.config, is_new=last_step is None)
@@ -285,7 +303,7 @@ class Run:
 
         Ctrl-C and SIGTERM wait for the end of a step.
         """
-        with stop_on_signal() as self._stop:
+        with stop_on_signal() as self._stop, self.timers.within("report"):  # what is not another phase
             while self._next_step < self.num_steps:  # which a roll-back puts back
                 yield self._next_step
 
@@ -403,7 +421,8 @@ class Run:
             self.checkpointer.wait()
         epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
-        summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
+        with self.timers.within("report"):
+            summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
 
     def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
         """True after each `every_steps` steps and `every_epochs` epochs, and at the end; 0 is never."""

@@ -12,6 +12,7 @@ from typing import Any
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.config.command_line import hush, was_interrupted
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.hangs import PhaseTimedOut, hang_behind
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
 
@@ -123,7 +124,7 @@ def quietly(what: str, close: Callable[[], None]) -> None:
     """Closes something while a run ends. An error there is logged: it must not hide why the run ends."""
     try:
         close()
-    except Exception as error:
+    except (Exception, PhaseTimedOut) as error:
         logger.error("%s: %s: %s", what, type(error).__name__, error)
 
 
@@ -131,7 +132,7 @@ def quietly(what: str, close: Callable[[], None]) -> None:
 def reported_failure(
     timers: Timers,
     checkpointer: Checkpointer,
-    explain: Callable[[Exception, str], str | None],
+    explain: Callable[[BaseException, str], str | None],
     rescue: Callable[[], None],
 ) -> Iterator[None]:
     """Says which phase failed and which checkpoint is left, and exits with 1.
@@ -144,7 +145,8 @@ def reported_failure(
         yield
     except ConfigError:
         raise
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Exception, PhaseTimedOut) as raised:
+        error = hang_behind(raised) or raised
         if not isinstance(error, KeyboardInterrupt | CheckpointError):
             quietly("the last whole step could not be saved", rescue)
         quietly("the last checkpoint", checkpointer.wait)
@@ -159,6 +161,8 @@ def reported_failure(
             phase = "update_actor"  # noticed later, when the step has been reported
         elif isinstance(error, CheckpointError):
             phase = "save_checkpoint"
+        elif isinstance(error, PhaseTimedOut):
+            phase = error.phase
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)

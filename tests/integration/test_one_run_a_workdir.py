@@ -76,3 +76,35 @@ def test_problems_of_which_a_kill_left_one_file_are_written_again(tmp_path):
     (tmp_path / "run" / "data" / "val.parquet").unlink()
     helpers.train_ok(tmp_path / "run", overrides)
     assert helpers.tree_digest(tmp_path / "run" / "data") == helpers.tree_digest(tmp_path / "whole" / "data")
+
+
+def test_two_runs_at_once_in_two_workdirs_know_nothing_of_each_other(tmp_path, reward_file):
+    """Other seeds, the same names of everything else: each ends as it does alone."""
+    overrides = {
+        "reward.function": f"{reward_file}:score",
+        "trainer.num_steps": 2,
+        "logging.save_rollouts": True,
+    }
+    overrides |= {"checkpoint.every_steps": 1}
+    argv = lambda name, seed: helpers.train_argv(tmp_path / name, overrides | {"trainer.seed": seed})
+    with helpers.start("grpo_jax.train", argv("one", 1)) as one:
+        began = one.stdout.readline()
+        second = helpers.run_train(tmp_path / "two", overrides | {"trainer.seed": 2})
+        out, err = one.communicate(timeout=120)
+    assert (one.returncode, second.code) == (0, 0), err + second.err
+    assert began and "WARNING: GPU" not in out + second.out
+    logs = {}
+    for name, other, seed in (("one", "two", 1), ("two", "one", 2)):
+        helpers.train_ok(tmp_path / "alone" / name, overrides | {"trainer.seed": seed})
+        pair = [tmp_path / name, tmp_path / "alone" / name]
+        lines = [[helpers.without_clock(line) for line in helpers.read_lines(path)] for path in pair]
+        assert lines[0] == lines[1] and [line["training/global_step"] for line in lines[0]] == [1, 2]
+        digests = [helpers.tree_digest(path / "rollouts") for path in pair]
+        assert digests[0] == digests[1] and len(digests[0]) == 2
+        assert helpers.read_checkpoint(pair[0], 2) == helpers.read_checkpoint(pair[1], 2)
+        logs[name] = (tmp_path / name / "train.log").read_text()
+        assert str(tmp_path / other) not in logs[name]
+        assert logs[name].count("  Step 2/3:") == 1
+    assert helpers.tree_digest(tmp_path / "one" / "rollouts") != helpers.tree_digest(
+        tmp_path / "two" / "rollouts"
+    )

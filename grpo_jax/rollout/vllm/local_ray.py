@@ -107,7 +107,8 @@ class LocalRay:
             self._process.wait(END_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, on a lost disk say
+            self._process.wait(END_S)
         self._process.stdout.close()
         if is_well and sys.exc_info()[0] is None:
             shutil.rmtree(self.folder, ignore_errors=True)
