@@ -35,6 +35,7 @@ NUMBERS = {
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "seed": "trainer.seed",
+    "phase_timeout_s": "trainer.phase_timeout_s",
 }
 """Flags, and the keys whose rules hold for them."""
 
