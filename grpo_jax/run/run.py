@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from grpo_jax.model.hf import (
     copy_side_files,
     load_params,
     param_readers,
-    save_folder,
     write_eos_token_ids,
 )
 from grpo_jax.model.sharding import num_batch_shards
@@ -42,7 +40,7 @@ from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position, reward_settings
 from grpo_jax.run import gpus, summary
 from grpo_jax.run.alarm_log import AlarmLog, example
-from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite, compile_check
+from grpo_jax.run.checkpoint import Checkpointer, compile_check
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import watched
 from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
@@ -50,11 +48,12 @@ from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
+from grpo_jax.run.saving import Saver, is_due
 from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
-from grpo_jax.types import Metrics, Params, StepResult, TrainState
+from grpo_jax.types import Metrics, StepResult, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class Run:
     ):
         """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
         self.config, self.timers = config, timers
-        self._done: tuple[TrainState, int, Position] | None = None  # the last step, as far as it may be saved
+        self._rescue: Callable[[], None] = lambda: None
         self._lost: Sequence[tuple[int, int]] = ()  # groups that a checkpoint held in vain, for the ledger
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
@@ -136,7 +135,6 @@ class Run:
         )
         self.steps_per_epoch = self._prompts.steps_per_epoch
         self.num_steps = config.num_steps(self.steps_per_epoch)
-        self._num_rollbacks = 0
 
     # ---- opening ----
 
@@ -164,6 +162,16 @@ class Run:
             num_steps=self.num_steps,
             timer=self.timers,
         )
+        self._saver = Saver(
+            config,
+            self._workdir,
+            self.checkpointer,
+            self.learner,
+            self.folder,
+            num_steps=self.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        self._rescue = self._saver.rescue
         self.rollouts = self._make_rollouts()
         card = find_card(jax.devices()[0].device_kind)
         self._speed = Speed(config, self.folder.config, self._mesh, card)
@@ -233,7 +241,7 @@ class Run:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
             self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
-        self._saved_at = time.monotonic()
+        self._saver.restart_clock()
         return state
 
     def _open_reports(self, last_step: int | None) -> None:
@@ -241,7 +249,8 @@ class Run:
         self._writer = MetricsWriter(self._workdir, self.config, resume_step=last_step)
         self._close_at_end("the metrics", self._writer.close)
         self._ledger = Ledger(self._workdir.ledger, last_step=last_step or 0)
-        self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=self._num_rollbacks)
+        num_rollbacks = self._saver.num_rollbacks
+        self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=num_rollbacks)
         self._watch = RunWatch(self.config, is_new=last_step is None)
 
     def _check_range(self, state: TrainState) -> None:
@@ -285,7 +294,7 @@ class Run:
         kl_coef = self.config.algorithm.kl_coef
         if reference.is_adaptive and progress.initial_kl_coef in (None, kl_coef):
             reference.kl_coef = progress.kl_coef  # else checkpoint.resume=force has brought another one
-        self._num_rollbacks = max(self._num_rollbacks, progress.num_rollbacks)
+        self._saver.num_rollbacks = max(self._saver.num_rollbacks, progress.num_rollbacks)
         config, held = self.config, dataclasses.asdict(progress)
         by, group_size = reward_settings(config), config.algorithm.group_size
         position = Position.from_json(held, self._inputs.train_prompts, group_size, by)
@@ -335,7 +344,8 @@ class Run:
         metrics |= {"training/global_step": done, "training/epoch": step // self.steps_per_epoch + 1}
         for error in rollouts.rewards.errors:
             _log_reward_error(error)
-        if self._is_due(done, config.eval.every_steps, config.eval.every_epochs):
+        section, per_epoch = config.eval, self.steps_per_epoch
+        if is_due(done, section.every_steps, section.every_epochs * per_epoch, self.num_steps):
             metrics |= self._validate(step=done)
         timings = self.timers.collect()
         lengths = sequence_lengths(rollouts.groups)
@@ -355,9 +365,9 @@ class Run:
         position = dataclasses.replace(self.rollouts.state(), lost=self._lost)
         self._lost = ()
         if is_sound or must_save:
-            self._save(state, done, position, metrics, is_stopping=is_stopping)
+            with self.timers("save_checkpoint"):
+                self._saver.save_what_is_due(state, done, position, metrics, is_stopping=is_stopping)
         with self.timers("ledger"):
-            per_epoch = self.steps_per_epoch
             self._ledger.append(ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch))
         self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
@@ -366,7 +376,7 @@ class Run:
             state = self._roll_back(state, done)
         else:
             self._watch.stop_if_lost()
-            self._done = (state, done, position) if is_sound else None
+            self._saver.remember(state, done, position) if is_sound else self._saver.forget()
         if is_stopping and self._next_step < self.num_steps:
             self.checkpointer.wait()
             text = "Stopped after step %d; everything is saved. The same command goes on."
@@ -384,7 +394,7 @@ class Run:
         Raises: TrainingStopped: no roll-back is left, or there is no such checkpoint.
         """
         why, limit = self._alarms.explain_trouble(), self.config.trainer.max_rollbacks
-        if self._num_rollbacks >= limit:
+        if self._saver.num_rollbacks >= limit:
             raise TrainingStopped(f"{why}; trainer.max_rollbacks={limit} is used up")
         with self.timers("roll_back"):
             good = self.checkpointer.go_back(before=self._alarms.trouble_since - 1)
@@ -393,27 +403,20 @@ class Run:
             self.rollouts.abandon()
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
-            self._num_rollbacks += 1
-            state = self._restore(derive_seed(self.config.trainer.seed, self._num_rollbacks, "roll-back"))
+            self._saver.num_rollbacks += 1
+            number = self._saver.num_rollbacks
+            state = self._restore(derive_seed(self.config.trainer.seed, number, "roll-back"))
             self._writer.close()
             self._open_reports(good)
-            self._alarms.tell_rollback(why, back_from=done, to=good, number=self._num_rollbacks)
-            self._next_step, self._saved_at = good, time.monotonic()
+            self._alarms.tell_rollback(why, back_from=done, to=good, number=number)
+            self._next_step = good
+            self._saver.restart_clock()
         self.give_weights(state, version=good)
         return state
 
     def rescue(self) -> None:
-        """After a failure: saves the last whole step, unless its state is gone or not worth it.
-
-        The state is gone once an update has begun, which takes it; it is there where an engine or a reward fails
-        while a batch is sampled.
-        """
-        if self._done is None:
-            return
-        state, done, position = self._done
-        if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-            self.checkpointer.save(state, self._progress(done, position), self._saved_reference())
-            self.checkpointer.commit()
+        """After a failure: see `Saver.rescue`; nothing before there is something to save."""
+        self._rescue()
 
     def finish(self) -> None:
         """Waits for the last checkpoint and prints the report of the whole run."""
@@ -423,12 +426,6 @@ class Run:
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
         with self.timers.within("report"):
             summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
-
-    def _is_due(self, done: int, every_steps: int, every_epochs: int) -> bool:
-        """True after each `every_steps` steps and `every_epochs` epochs, and at the end; 0 is never."""
-        every = every_epochs * self.steps_per_epoch
-        at_end = done == self.num_steps and bool(every_steps or every)
-        return at_end or bool(every_steps and done % every_steps == 0) or bool(every and done % every == 0)
 
     def _validate(self, *, step: int) -> Metrics:
         config = self.config
@@ -450,65 +447,6 @@ class Run:
         return {
             f"val/{name}": value for name, value in (numbers | {"num_errors": len(result.errors)}).items()
         }
-
-    def _save(
-        self, state: TrainState, done: int, position: Position, metrics: Metrics, *, is_stopping: bool
-    ) -> None:
-        """Writes the checkpoint and the Hugging Face folder that are due after `done` steps.
-
-        Raises: CheckpointError: the state is not finite, or this save or the one before cannot be written.
-        """
-        section, per_epoch, is_last = self.config.checkpoint, self.steps_per_epoch, done == self.num_steps
-        epoch = done // per_epoch if done % per_epoch == 0 else None
-        is_checked = False  # which reads the whole state, once
-        with self.timers("save_checkpoint"):
-            if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
-                progress, reference = self._progress(done, position), self._saved_reference()
-                self.checkpointer.save(state, progress, reference, epoch=epoch, metrics=metrics)
-                self._saved_at = time.monotonic()
-                is_checked = True
-            every = section.hf_every_epochs * per_epoch
-            if is_last or (every and done % every == 0):
-                if not is_checked:
-                    check_finite(state, done)
-                save_folder(
-                    self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch),
-                    self.learner.masters(state),
-                    self.folder.config,
-                    files_from=self._workdir.model_files,
-                    dtype=self.folder.dtype,
-                )
-
-    def _saved_reference(self) -> Params:
-        """The parameters of a reference that changes, which checkpoints hold; None of another."""
-        reference = self.learner.reference
-        return reference.params if reference.is_refreshed else None
-
-    def _is_checkpoint_due(self, done: int, epoch: int | None, metrics: Metrics) -> bool:
-        """Args: epoch: that has ended; metrics: of the step."""
-        section = self.config.checkpoint
-        if epoch and section.keep_every_epochs and epoch % section.keep_every_epochs == 0:
-            return True
-        minutes = (time.monotonic() - self._saved_at) / 60
-        if section.every_minutes and minutes >= section.every_minutes:
-            return True
-        if section.keep_best in metrics:
-            best = self.checkpointer.best_value()
-            if best is None or metrics[section.keep_best] > best:
-                return True
-        return self._is_due(done, section.every_steps, section.every_epochs)
-
-    def _progress(self, done: int, position: Position) -> Progress:
-        return Progress(
-            global_step=done,
-            policy_version=done,
-            seed=self.config.trainer.seed,
-            hf_dtype=self.folder.dtype,
-            kl_coef=self.learner.reference.kl_coef,
-            initial_kl_coef=self.config.algorithm.kl_coef,
-            num_rollbacks=self._num_rollbacks,
-            **position.to_json(reward_settings(self.config)),
-        )
 
     # ---- reports ----
 
