@@ -149,6 +149,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_python_drops_stops_the_run_before_its_first_step(tmp_path):
     """A KeyboardInterrupt within a `__del__` is printed, and goes nowhere."""
     config = tmp_path / "config.py"

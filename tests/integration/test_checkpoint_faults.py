@@ -62,6 +62,7 @@ def test_export_takes_the_one_before_unless_told_which(workdir, tmp_path):
     assert result.code == 2 and "is damaged (params/" in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_background_save_that_failed_ends_the_run_at_the_next_step(tmp_path, reward_file):
     overrides = {"reward.function": f"{reward_file}:score", "trainer.total_epochs": 9}
     overrides |= {"checkpoint.every_steps": 2, "logging.loggers": ("console",)}

@@ -13,6 +13,7 @@ def run(workdir, overrides, *argv):
     return helpers.call(mismatch.main, [*helpers.train_argv(workdir, overrides), *argv])
 
 
+@pytest.mark.slow
 def test_the_table_the_budget_and_the_file(tmp_path, model_folder):
     overrides = {"model.path": model_folder, "model.dtype": "bfloat16"}
     result = run(tmp_path / "run", overrides, "--num=3", f"--json={tmp_path / 'out.json'}")

@@ -78,6 +78,7 @@ def test_problems_of_which_a_kill_left_one_file_are_written_again(tmp_path):
     assert helpers.tree_digest(tmp_path / "run" / "data") == helpers.tree_digest(tmp_path / "whole" / "data")
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_two_workdirs_know_nothing_of_each_other(tmp_path, reward_file):
     """Other seeds, the same names of everything else: each ends as it does alone."""
     overrides = {
