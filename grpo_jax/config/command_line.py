@@ -67,6 +67,7 @@ _seen: list[int] = []
 
 def _interrupt(number: int, frame: Any) -> None:
     _seen.append(number)
+    hush()
     raise KeyboardInterrupt
 
 
@@ -76,8 +77,8 @@ def was_interrupted() -> bool:
 
 
 def hush() -> None:
-    """After a signal: keeps silent what libraries that it interrupted tell of it until Python has ended."""
-    if _seen:
+    """After a signal: keeps silent what Python and libraries tell of the exception until a command has ended."""
+    if IS_COMMAND:
         logging.getLogger("asyncio").disabled = True
         sys.unraisablehook = lambda _: None
         threading.excepthook = lambda _: None
@@ -135,7 +136,6 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        hush()
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
