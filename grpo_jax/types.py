@@ -83,7 +83,7 @@ class RolloutGroup:
     completions: tuple[Completion, ...]
     origin: tuple[int, int] | None = None
     """(number of its batch of prompts in the whole run, its place in that batch), both from 0. Seed and epoch
-    follow from the first. None: not of training."""
+    follow from the first, which is -1 where an older version has not saved it. None: not of training."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,9 @@ class Position:
         """
         by_key = {(prompt.prompt_id, prompt.token_ids): prompt for prompt in prompts}
         surplus, lost = [], []
-        for entry in held["surplus"]:
+        for number, entry in enumerate(held["surplus"]):
+            if entry.get("origin") is None:  # of an older version: of no batch that is known
+                entry = {**entry, "origin": (-1, number)}
             group = _group_from_json(entry, by_key, group_size)
             if group is not None and entry.get("rewarded_by", rewarded_by) == rewarded_by:
                 surplus.append(ScoredGroup(group, _rewards_from_json(entry)))
@@ -92,7 +94,7 @@ class Position:
             }
             for batch in held.get("ahead", [])
         ]
-        origins = tuple(origin for entry in lost if (origin := _origin_from_json(entry)))
+        origins = tuple(_origin_from_json(entry) for entry in lost)
         return cls(
             held["prompt_iterator"], held["num_rollout_batches"], tuple(surplus), tuple(ahead), origins
         )
@@ -140,10 +142,10 @@ def _group_from_json(
     return RolloutGroup(prompt, completions, _origin_from_json(entry))
 
 
-def _origin_from_json(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """`RolloutGroup.origin`; older versions wrote none."""
-    origin = entry.get("origin")
-    return None if origin is None else (origin[0], origin[1])
+def _origin_from_json(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """`RolloutGroup.origin`."""
+    number, place = entry["origin"]
+    return number, place
 
 
 def _completion_from_json(c: Mapping[str, Any]) -> Completion:

@@ -85,7 +85,7 @@ def _columns(batch: ScoredBatch, seed: int) -> Entry:
         "prompt": [group.prompt.prompt_id for group in batch.groups],
         "batch": [number for number, _ in origins],
         "place": [place for _, place in origins],
-        "seeds": {number: derive_seed(seed, number, "rollout") for number, _ in origins},
+        "seeds": {n: derive_seed(seed, n, "rollout") for n, _ in origins if n >= 0},
         "tokens": [len(c.token_ids) for c in completions],
         "crc": [zlib.crc32(np.array(c.token_ids, np.int32).tobytes()) for c in completions],
         "version": [c.policy_version for c in completions],

@@ -12,7 +12,7 @@ from grpo_jax.data.prompts import PromptIterator
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.batches import Ahead
 from grpo_jax.rollout.dynamic import Dynamic, NoSpreadError
-from grpo_jax.rollout.position import Position
+from grpo_jax.rollout.position import Position, ScoredGroup
 from grpo_jax.types import Completion, Prompt, RewardResult, RolloutGroup, ScoredBatch
 
 PROMPTS = [Prompt(f"train/{i}", (i, i), f"question {i}", str(i), "s", {"index": i}) for i in range(60)]
@@ -25,7 +25,7 @@ def make_group(index, version):
         )
         for g in range(2)
     )
-    return RolloutGroup(PROMPTS[index], completions)
+    return RolloutGroup(PROMPTS[index], completions, (index // 4, index % 4))
 
 
 class Rounds:
@@ -300,3 +300,23 @@ def test_groups_that_do_not_fit_the_run_any_more_are_dropped(caplog, monkeypatch
         assert rounds.number == position.num_rollout_batches
         assert left_over(resumed.state()) == kept[num_lost:]
         assert f"{num_lost} of the {len(kept)} groups that dynamic sampling had left over" in caplog.text
+
+
+def test_groups_of_an_older_version_have_a_name_too():
+    held = json.loads(json.dumps(position_with([5, 9]).to_json("r")))
+    for entry in held["surplus"]:
+        del entry["origin"], entry["rewarded_by"]
+        for c in entry["completions"]:
+            index, g = c["policy_version"], 0  # it wrote lists, and no changes of weights
+            del c["changes"]
+            c["token_ids"], c["sampler_logprobs"] = [index, g], [-0.5, -0.25]
+    position = Position.from_json(held, PROMPTS, 2, "r")
+    assert [scored.group.origin for scored in position.surplus] == [(-1, 0), (-1, 1)]
+    assert position.surplus[1].group.completions[0].sampler_logprobs == (-0.5, -0.25)
+    assert position.lost == () and position.ahead == ()
+
+
+def position_with(indices):
+    groups = [make_group(index, 3) for index in indices]
+    rewards = RewardResult.of_one(np.array([[0, 1]], np.float32), ())
+    return Position({}, 4, tuple(ScoredGroup(group, rewards) for group in groups))
