@@ -7,7 +7,7 @@ were written. Every check yields one line for each thing that disagrees.
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import numpy as np
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.run.ledger import FILE, Entry, parse_line
-from grpo_jax.run.retention import saved_steps
+from grpo_jax.run.ledger import FILE, Entry, parse_line, stored_checksum
+from grpo_jax.run.retention import damage_of, saved_steps
 from grpo_jax.run.workdir import Workdir
-from grpo_jax.run.writer import read_metrics
 
 Origin = tuple[int, int]
 """(number of a batch of prompts in the whole run, place in it)"""
@@ -50,24 +49,21 @@ def audit(workdir: Workdir) -> Audit:
         raise ConfigError("WORKDIR", str(workdir.path), f"holds no ledger/{FILE}: no run has trained there")
     entries, problems = read_ledger(workdir.ledger / FILE)
     by_step = {entry["step"]: entry for entry in entries}
-    lines = {line["step"]: line for line in read_metrics(workdir) if line["step"] > 0}
-    saved = {step: _progress(workdir, step) for step in saved_steps(workdir.checkpoints)}
-    written = {
-        step: file for step in by_step if (file := workdir.rollouts / f"step-{step:06d}.jsonl").exists()
-    }
-    problems += check_steps(entries)
-    problems += check_once(entries)
+    if not problems:  # what follows from a line that is damaged is not told once more
+        problems += [*check_steps(entries), *check_once(entries)]
     problems += [problem for entry in entries for problem in check_entry(entry)]
-    problems += _missing("metrics.jsonl", lines, by_step)
-    problems += _missing("a checkpoint", saved, by_step)
+    lines, damaged = read_lines(workdir.metrics)
+    problems += damaged
+    problems += _missing(lines, by_step)
     problems += [p for s, line in lines.items() if s in by_step for p in check_metrics(by_step[s], line)]
-    problems += [
-        p for s, held in saved.items() if held and s in by_step for p in check_checkpoint(by_step[s], held)
-    ]
+    steps = saved_steps(workdir.checkpoints)
+    problems += [p for s in steps for p in check_saved(workdir.checkpoints / str(s), by_step.get(s))]
+    files = {s: workdir.rollouts / f"step-{s:06d}.jsonl" for s in by_step}
+    written = {s: file for s, file in files.items() if file.exists()}
     problems += [p for s, file in written.items() for p in check_rollouts(by_step[s], file)]
     compared = {
         "lines of metrics.jsonl": len(lines),
-        "checkpoints": len(saved),
+        "checkpoints": len(steps),
         "files of rollouts": len(written),
     }
     completions, tokens = totals(entries)
@@ -75,19 +71,33 @@ def audit(workdir: Workdir) -> Audit:
 
 
 def read_ledger(path: Path) -> tuple[list[Entry], list[str]]:
-    """The entries of a ledger up to the first line that is damaged, and what is wrong with that one."""
+    """The entries of a ledger, and which of its lines are damaged."""
     entries: list[Entry] = []
-    chain = ""
+    problems, chain = [], ""
     with path.open(errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry, chain = parse_line(line, chain)
+                entries.append(entry)
             except ValueError as error:
-                return entries, [
-                    f"line {number} of ledger/{FILE} is damaged: {error}; nothing after it was read"
-                ]
-            entries.append(entry)
-    return entries, []
+                problems.append(f"line {number} of ledger/{FILE} is damaged: {error}")
+                chain = stored_checksum(line)
+    return entries, problems
+
+
+def read_lines(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The lines of metrics.jsonl by their steps, and which are damaged. An end that was cut short is not."""
+    lines: dict[int, dict[str, Any]] = {}
+    problems = []
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for number, one in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            line = json.loads(one)
+            lines[line["step"]] = line
+        except (ValueError, TypeError, KeyError):
+            if one.endswith("\n"):
+                problems.append(f"line {number} of {path.name} is damaged")
+    return {step: line for step, line in lines.items() if step > 0}, problems
 
 
 def check_steps(entries: list[Entry]) -> Iterator[str]:
@@ -175,12 +185,26 @@ def check_metrics(entry: Entry, line: dict[str, Any]) -> Iterator[str]:
     }
     for name, value in expected.items():
         held = line.get(name)
-        if held is None or abs(held - value) > METRICS_ATOL * max(1, abs(value)):
+        if not isinstance(held, int | float) or abs(held - value) > METRICS_ATOL * max(1, abs(value)):
             yield f"step {entry['step']}: metrics.jsonl has {name} {held}, the ledger {value:.6g}"
 
 
-def check_checkpoint(entry: Entry, progress: dict[str, Any]) -> Iterator[str]:
-    """Where a checkpoint goes on is where the ledger's step has ended."""
+def check_saved(checkpoint: Path, entry: Entry | None) -> Iterator[str]:
+    """A checkpoint is whole, and goes on where the ledger's step has ended. Args: entry: of that step."""
+    step = checkpoint.name
+    if damage := damage_of(checkpoint):
+        yield f"the checkpoint of step {step} is damaged ({damage})"
+    elif entry is None:
+        yield f"step {step} is in a checkpoint, and not in the ledger"
+    else:
+        try:
+            progress = json.loads((checkpoint / "progress" / "metadata").read_text())
+            yield from check_progress(entry, progress)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"the progress of checkpoint {step} cannot be read ({type(error).__name__}: {error})"
+
+
+def check_progress(entry: Entry, progress: Mapping[str, Any]) -> Iterator[str]:
     step = entry["step"]
     if progress["num_rollout_batches"] != entry["num_batches"]:
         held, ours = progress["num_rollout_batches"], entry["num_batches"]
@@ -216,7 +240,7 @@ def check_rollouts(entry: Entry, file: Path) -> Iterator[str]:
 
 def totals(entries: list[Entry]) -> tuple[dict[str, int], dict[str, int]]:
     """How many completions had which fate, and how many tokens of the trained ones weigh."""
-    fates: collections.Counter[str] = collections.Counter()
+    fates: collections.Counter[str] = collections.Counter(trained=0)
     tokens: collections.Counter[str] = collections.Counter()
     for entry in entries:
         trained, left_out = entry["trained"], entry["left_out"]
@@ -256,17 +280,12 @@ def _token_versions(columns: Entry) -> np.ndarray:
     return np.concatenate(versions)
 
 
-def _progress(workdir: Workdir, step: int) -> dict[str, Any] | None:
-    """The progress that a checkpoint holds; None where it cannot be read, which the next start deals with."""
-    try:
-        return json.loads((workdir.checkpoints / str(step) / "progress" / "metadata").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _missing(what: str, held: dict[int, Any], by_step: dict[int, Entry]) -> Iterator[str]:
-    for step in sorted(held.keys() - by_step.keys()):
-        yield f"step {step} is in {what}, and not in the ledger"
+def _missing(lines: Mapping[int, Any], by_step: Mapping[int, Entry]) -> Iterator[str]:
+    """Steps that one of both has alone. The ledger's last one may have been killed before its line was written."""
+    for step in sorted(lines.keys() - by_step.keys()):
+        yield f"step {step} is in metrics.jsonl, and not in the ledger"
+    for step in sorted(by_step.keys() - lines.keys() - {max(by_step, default=0)}):
+        yield f"step {step} is in the ledger, and not in metrics.jsonl"
 
 
 def _name(origin: Origin) -> str:

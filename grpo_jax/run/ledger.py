@@ -17,6 +17,7 @@ batch, and its own number in the group. Lists of a line:
 
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from grpo_jax.config import Config
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.position import Position
 from grpo_jax.types import RolloutGroup, ScoredBatch, StepResult
+
+logger = logging.getLogger(__name__)
 
 FILE = "steps.jsonl"
 Entry = dict[str, Any]
@@ -137,17 +140,29 @@ def parse_line(line: str, chain: str) -> tuple[Entry, str]:
     return json.loads(text), checksum
 
 
+def stored_checksum(line: str) -> str:
+    """What a line that may be damaged holds as its checksum: the next line was bound to that."""
+    return line.rstrip("\n").rpartition("\t")[2]
+
+
 def cut_after(path: Path, step: int) -> str:
-    """Cuts a ledger after `step`, or before its first line that is damaged. Returns the last line's checksum."""
+    """Cuts a ledger after `step`, and an end without a line break. Returns the last line's checksum.
+
+    A line that is damaged stays, for the audit to name; a warning tells of it.
+    """
     chain, end = "", 0
     with path.open("r+b") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            text = line.decode(errors="replace")
             try:
-                entry, checksum = parse_line(line.decode(), chain)
+                entry, checksum = parse_line(text, chain)
+                if entry["step"] > step:
+                    break
             except ValueError:
-                break
-            if entry["step"] > step:
-                break
+                logger.warning("WARNING: line %d of %s is damaged; it is left as it is", number, path)
+                checksum = stored_checksum(text)
             chain, end = checksum, end + len(line)
         file.truncate(end)
         os.fsync(file.fileno())

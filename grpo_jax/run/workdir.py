@@ -257,6 +257,7 @@ def check_place(key: str, path: Path) -> None:
 
 def start_logging(file: Path | None = None, *, console: bool = True) -> None:
     """Sends this package's messages to the console as they are, and to `file` with the time."""
+    logging.raiseExceptions = False  # a log on a full disk hides no message of the run's own
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):

@@ -100,7 +100,8 @@ def edit_progress(workdir):
         (lambda w: edit_ledger(w, train_twice), "was trained or left out 2 times"),
         (edit_metrics, "step 4: metrics.jsonl has response_length/max "),
         (edit_rollouts, "step 2: completion 0 of step-000002.jsonl is "),
-        (edit_progress, "the checkpoint of step 6 goes on after "),
+        (edit_progress, "the checkpoint of step 6 is damaged (progress/metadata "),
+        (lambda w: (w / "metrics.jsonl").unlink(), "step 5 is in the ledger, and not in metrics.jsonl"),
     ],
 )  # fmt: skip
 def test_what_disagrees_is_named(dynamic_run, tmp_path, damage, said):

@@ -192,11 +192,11 @@ def test_what_is_wrong_within_a_step(change, said):
 
 def test_checkpoints_go_on_where_the_ledger_has_ended():
     entry, progress = hard_step(), {"num_rollout_batches": 2, "surplus": [{"origin": [1, 0]}]}
-    assert not list(audit.check_checkpoint(entry, progress))
+    assert not list(audit.check_progress(entry, progress))
     assert "after 3 batches, the ledger after 2" in next(
-        audit.check_checkpoint(entry, progress | {"num_rollout_batches": 3})
+        audit.check_progress(entry, progress | {"num_rollout_batches": 3})
     )
-    assert "other groups" in next(audit.check_checkpoint(entry, progress | {"surplus": []}))
+    assert "other groups" in next(audit.check_progress(entry, progress | {"surplus": []}))
 
 
 # The file
@@ -233,10 +233,29 @@ def test_no_line_can_be_changed_left_out_or_put_in(tmp_path, damage, number):
     lines = file.read_text().splitlines(keepends=True)
     damage(lines)
     file.write_text("".join(lines))
-    entries, (problem,) = audit.read_ledger(file)
-    assert len(entries) == number - 1 and problem.startswith(
-        f"line {number} of ledger/steps.jsonl is damaged"
-    )
+    entries, (problem, *more) = audit.read_ledger(file)
+    assert problem.startswith(f"line {number} of ledger/steps.jsonl is damaged")
+    assert len(entries) + 1 + len(more) == len(file.read_text().splitlines()) and len(more) <= 1
+    # A run that goes on leaves it as it is, unless it is an end that was cut short.
+    Ledger(tmp_path, last_step=9)
+    left = audit.read_ledger(file)[1]
+    assert left == [problem, *more] or (not file.read_text().splitlines()[2:] and left == [])
+
+
+def test_a_ledger_without_lines_is_an_account_of_nothing(tmp_path):
+    assert audit.read_ledger(written(tmp_path, num_steps=0)) == ([], [])
+    assert audit.totals([]) == ({"trained": 0}, {}) and not list(audit.check_once([]))
+
+
+def test_damaged_lines_of_metrics_are_named(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 0}\n{"step": 1}\ngarbage\n[]\n{"step": 4, "a": "\xff"}\n{"step": 5')
+    lines, problems = audit.read_lines(file)
+    assert list(lines) == [1, 4] and problems == [f"line {n} of metrics.jsonl is damaged" for n in (3, 4)]
+    entries = {step: plain_step(step) for step in (1, 2, 3, 4, 5)}
+    missing = [f"step {step} is in the ledger, and not in metrics.jsonl" for step in (2, 3)]
+    assert list(audit._missing(lines, entries)) == missing  # the last one may be on its way
+    assert "reward/mean x, the ledger" in next(audit.check_metrics(plain_step(1), {"reward/mean": "x"}))
 
 
 @pytest.mark.parametrize("last", [0, 1, 3])
