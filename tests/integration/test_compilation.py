@@ -33,7 +33,9 @@ def compiled():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"algorithm.kl_in": "reward"}, {"algorithm.kl_target": 0.1}], ids=str
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"algorithm.kl_in": "reward"}, {"algorithm.kl_target": 0.1}],
+    ids=str,
 )
 def test_steps_of_any_length_share_one_program(tmp_path, whole_run_overrides, compiled, changes):
     """Completions of up to 24 tokens: every step has other lengths, and another number of packed rows."""

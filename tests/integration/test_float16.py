@@ -43,6 +43,7 @@ def test_a_cut_distribution_is_the_trainers_too(tmp_path, whole_run_overrides, d
     assert all(entropy < 3.69 for entropy in of_steps(tmp_path / "run", "actor/entropy"))  # log 40
 
 
+@pytest.mark.slow
 def test_a_model_that_overflows_is_refused_by_the_layer(tmp_path, whole_run_overrides, model_folder):
     """Layer 1 of 2 adds a million times what it should."""
     import torch

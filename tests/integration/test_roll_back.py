@@ -126,6 +126,7 @@ def test_the_rest_of_the_epoch_comes_in_another_order_and_each_prompt_once(rolle
     assert len({prompt for batch in ours for prompt in batch}) == 12
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_and_goes_on_after_it_ends_in_the_same_bits(tmp_path, rolled_back):
     workdir, overrides, _ = rolled_back
     helpers.train_ok(tmp_path / "run", overrides | {"trainer.num_steps": 4})

@@ -140,6 +140,7 @@ def cut_in_float32(compared):
     return compared(**{"rollout.top_k": TOP_K})
 
 
+@pytest.mark.slow
 def test_where_the_engine_tells_what_it_cut_off_the_trainer_cuts_it_too(cut_in_float32):
     _, groups, found = cut_in_float32
     cut, _ = written_out(groups)
