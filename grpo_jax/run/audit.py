@@ -15,9 +15,10 @@ import numpy as np
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import derive_seed
-from grpo_jax.run.ledger import FILE, Entry, parse_line, stored_checksum
+from grpo_jax.run.ledger import FILE, Entry, walk
 from grpo_jax.run.retention import damage_of, saved_steps
 from grpo_jax.run.workdir import Workdir
+from grpo_jax.run.writer import read_lines
 
 Origin = tuple[int, int]
 """(number of a batch of prompts in the whole run, place in it)"""
@@ -52,8 +53,9 @@ def audit(workdir: Workdir) -> Audit:
     if not problems:  # what follows from a line that is damaged is not told once more
         problems += [*check_steps(entries), *check_once(entries)]
     problems += [problem for entry in entries for problem in check_entry(entry)]
-    lines, damaged = read_lines(workdir.metrics)
-    problems += damaged
+    held, damaged = read_lines(workdir.metrics)
+    lines = {line["step"]: line for line in held if line["step"] > 0}
+    problems += [f"line {number} of metrics.jsonl is damaged" for number in damaged]
     problems += _missing(lines, by_step)
     problems += [p for s, line in lines.items() if s in by_step for p in check_metrics(by_step[s], line)]
     steps = saved_steps(workdir.checkpoints)
@@ -72,32 +74,14 @@ def audit(workdir: Workdir) -> Audit:
 
 def read_ledger(path: Path) -> tuple[list[Entry], list[str]]:
     """The entries of a ledger, and which of its lines are damaged."""
-    entries: list[Entry] = []
-    problems, chain = [], ""
-    with path.open(errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry, chain = parse_line(line, chain)
-                entries.append(entry)
-            except ValueError as error:
-                problems.append(f"line {number} of ledger/{FILE} is damaged: {error}")
-                chain = stored_checksum(line)
-    return entries, problems
-
-
-def read_lines(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The lines of metrics.jsonl by their steps, and which are damaged. An end that was cut short is not."""
-    lines: dict[int, dict[str, Any]] = {}
-    problems = []
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for number, one in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            line = json.loads(one)
-            lines[line["step"]] = line
-        except (ValueError, TypeError, KeyError):
-            if one.endswith("\n"):
-                problems.append(f"line {number} of {path.name} is damaged")
-    return {step: line for step, line in lines.items() if step > 0}, problems
+    with path.open("rb") as file:
+        found = [entry for _, entry, _ in walk(file)]
+    problems = [
+        f"line {number} of ledger/{FILE} is damaged: {entry}"
+        for number, entry in enumerate(found, 1)
+        if isinstance(entry, ValueError)
+    ]
+    return [entry for entry in found if isinstance(entry, dict)], problems
 
 
 def check_steps(entries: list[Entry]) -> Iterator[str]:

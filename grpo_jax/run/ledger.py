@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +129,32 @@ def to_line(entry: Entry, chain: str) -> tuple[str, str]:
     return f"{text}\t{checksum}\n", checksum
 
 
-def parse_line(line: str, chain: str) -> tuple[Entry, str]:
-    """The entry of a line, and its checksum. Args: chain: checksum of the line before.
+def parse_line(line: str, chain: str) -> Entry:
+    """The entry of a line. Args: chain: checksum of the line before.
 
     Raises: ValueError: it is not the line that was written after that one.
     """
     text, _, checksum = line.rstrip("\n").partition("\t")
     if checksum != hashlib.sha256((chain + text).encode()).hexdigest():
         raise ValueError("its checksum is not that of its content and the line before")
-    return json.loads(text), checksum
+    return json.loads(text)
 
 
-def stored_checksum(line: str) -> str:
-    """What a line that may be damaged holds as its checksum: the next line was bound to that."""
-    return line.rstrip("\n").rpartition("\t")[2]
+def walk(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Entry | ValueError, str]]:
+    """Yields each line of a ledger, its entry or what is wrong with it, and what the next one is bound to.
+
+    That is the one that the line holds, be it damaged or not: damage to one line is none to those after it.
+    """
+    chain = ""
+    for line in lines:
+        text = line.decode(errors="replace")
+        entry: Entry | ValueError
+        try:
+            entry = parse_line(text, chain)
+        except ValueError as error:
+            entry = error
+        chain = text.rstrip("\n").rpartition("\t")[2]
+        yield line, entry, chain
 
 
 def cut_after(path: Path, step: int) -> str:
@@ -150,20 +162,14 @@ def cut_after(path: Path, step: int) -> str:
 
     A line that is damaged stays, for the audit to name; a warning tells of it.
     """
-    chain, end = "", 0
+    last, end = "", 0
     with path.open("r+b") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+        for number, (line, entry, checksum) in enumerate(walk(file), 1):
+            if not line.endswith(b"\n") or (isinstance(entry, dict) and entry["step"] > step):
                 break
-            text = line.decode(errors="replace")
-            try:
-                entry, checksum = parse_line(text, chain)
-                if entry["step"] > step:
-                    break
-            except ValueError:
+            if isinstance(entry, ValueError):
                 logger.warning("WARNING: line %d of %s is damaged; it is left as it is", number, path)
-                checksum = stored_checksum(text)
-            chain, end = checksum, end + len(line)
+            last, end = checksum, end + len(line)
         file.truncate(end)
         os.fsync(file.fileno())
-    return chain
+    return last

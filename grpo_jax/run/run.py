@@ -376,7 +376,7 @@ class Run:
             state = self._roll_back(state, done)
         else:
             self._watch.stop_if_lost()
-            self._saver.remember(state, done, position) if is_sound else self._saver.forget()
+            self._saver.last_step = (state, done, position) if is_sound else None
         if is_stopping and self._next_step < self.num_steps:
             self.checkpointer.wait()
             text = "Stopped after step %d; everything is saved. The same command goes on."

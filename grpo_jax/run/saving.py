@@ -39,7 +39,8 @@ class Saver:
         self._num_steps, self._per_epoch = num_steps, steps_per_epoch
         self.num_rollbacks = 0
         """The run's, for checkpoints."""
-        self._done: tuple[TrainState, int, Position] | None = None
+        self.last_step: tuple[TrainState, int, Position] | None = None
+        """For `rescue`: the last whole step, as far as it is worth saving."""
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -73,23 +74,15 @@ class Saver:
                 dtype=self._folder.dtype,
             )
 
-    def remember(self, state: TrainState, done: int, position: Position) -> None:
-        """Keeps a whole step for `rescue`."""
-        self._done = (state, done, position)
-
-    def forget(self) -> None:
-        """The last step is not worth saving."""
-        self._done = None
-
     def rescue(self) -> None:
-        """After a failure: saves the last whole step, unless its state is gone or not worth it.
+        """After a failure: saves `last_step`, unless its state is gone.
 
         The state is gone once an update has begun, which takes it; it is there where an engine or a reward fails
         while a batch is sampled.
         """
-        if self._done is None:
+        if self.last_step is None:
             return
-        state, done, position = self._done
+        state, done, position = self.last_step
         if not any(x.is_deleted() for x in jax.tree.leaves(state)):
             self._checkpointer.save(state, self._progress(done, position), self._saved_reference())
             self._checkpointer.commit()

@@ -73,14 +73,26 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut short by a crash is left out."""
-    if not workdir.metrics.exists():
-        return []
-    lines = []
-    for text in workdir.metrics.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
+    """The lines of metrics.jsonl; those that are damaged or were cut short by a crash are left out."""
+    return read_lines(workdir.metrics)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a metrics.jsonl, and the numbers, from 1, of those that are damaged.
+
+    An end that was cut short is left out, and no damage. No file is an empty one.
+    """
+    lines, damaged = [], []
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for number, one in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            line = json.loads(one)
+            int(line["step"])  # without a step it is none
+            lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            if one.endswith("\n"):
+                damaged.append(number)
+    return lines, damaged
 
 
 def drop_after(path: Path, step: int) -> None:

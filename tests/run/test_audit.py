@@ -13,6 +13,7 @@ from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.position import Position
 from grpo_jax.run import audit
 from grpo_jax.run.ledger import Ledger, ledger_entry, parse_line, to_line
+from grpo_jax.run.writer import read_lines
 from grpo_jax.types import (
     Completion,
     Prompt,
@@ -250,8 +251,9 @@ def test_a_ledger_without_lines_is_an_account_of_nothing(tmp_path):
 def test_damaged_lines_of_metrics_are_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 0}\n{"step": 1}\ngarbage\n[]\n{"step": 4, "a": "\xff"}\n{"step": 5')
-    lines, problems = audit.read_lines(file)
-    assert list(lines) == [1, 4] and problems == [f"line {n} of metrics.jsonl is damaged" for n in (3, 4)]
+    lines, damaged = read_lines(file)
+    assert [line["step"] for line in lines] == [0, 1, 4] and damaged == [3, 4]
+    lines = {line["step"]: line for line in lines[1:]}
     entries = {step: plain_step(step) for step in (1, 2, 3, 4, 5)}
     missing = [f"step {step} is in the ledger, and not in metrics.jsonl" for step in (2, 3)]
     assert list(audit._missing(lines, entries)) == missing  # the last one may be on its way
@@ -272,7 +274,7 @@ def test_what_is_done_again_is_cut_off(tmp_path, last):
 
 def test_a_line_is_bound_to_the_one_before():
     line, chain = to_line(plain_step(1), "")
-    assert parse_line(line, "")[1] == chain
+    assert parse_line(line, "") == plain_step(1) and line.endswith(f"\t{chain}\n")
     with pytest.raises(ValueError, match="the line before"):
         parse_line(line, chain)
 
