@@ -199,9 +199,9 @@ def _shards(index: Path) -> list[str]:
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """Reads names, shapes and dtypes of one safetensors file. `safe_open` checks that the file is complete."""
-    if not file.exists():
-        raise ConfigError(KEY, str(file), "this weights file is missing; is the download complete?")
     try:
+        if not file.exists():
+            raise ConfigError(KEY, str(file), "this weights file is missing; is the download complete?")
         with safe_open(file, framework="np") as content:
             names = content.keys()
             slices = {name: content.get_slice(name) for name in names}

@@ -112,6 +112,7 @@ def make_configs_of_models(copy):
     for name, shards in {
         "index-missing-shard": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"},
         "index-outside": {"a": "../good/model.safetensors"},
+        "index-of-long-names": {"a": "a" * 300},
         "index-of-nothing": None,
     }.items():
         content = {} if shards is None else {"weight_map": shards}

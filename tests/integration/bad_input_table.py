@@ -298,6 +298,7 @@ TRAIN = [
     train("model-architectures-are-a-number", {"model.path": f"{MODELS}/architectures"},
           ("model.path=5", "Qwen2ForCausalLM")),
     model_case("index-missing-shard", "model-00002-of-00002.safetensors", "missing"),
+    model_case("index-of-long-names", "cannot be read", "name too long"),
     model_case("index-of-nothing", "model.safetensors.index.json", "weight_map"),
     model_case("eos-is-text", "eos_token_id=['x']", "whole numbers"),
     model_case("weights-empty", "model.safetensors", "cut short at 0 bytes"),
