@@ -64,7 +64,7 @@ def test_what_has_come_back_is_not_sampled_again(models):
 KILLS, SEED = (
     int(os.environ.get(f"GRPO_JAX_TEST_{name}", n)) for name, n in (("KILLS", 20), ("KILL_SEED", 0))
 )
-NUM_STEPS = 10 + 3 * KILLS
+NUM_STEPS = 10 + 12 * KILLS
 COARSE = "def score(*, solution_str, **kwargs):\n    return float(len(solution_str) % 3 == 0)\n"
 ASYNCHRONOUS = VLLM | {
     "model.dtype": "bfloat16" if helpers.IS_GPU else "float32",
