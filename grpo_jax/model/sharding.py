@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import ConfigError, MeshSection
@@ -41,10 +42,13 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     axes, fixed = dataclasses.asdict(section), fixed_devices(section)
     if fixed > len(devices) or (-1 in axes.values() and len(devices) % fixed):
-        raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) of this machine")
+        raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) that there are")
     sizes = mesh_sizes(section, len(devices))
     used = math.prod(sizes)
     if used < len(devices):
+        if devices[-1].process_index:
+            rule = f"must use all {len(devices)} devices of the run's processes, not {used}"
+            raise ConfigError("mesh", axes, rule)
         logger.warning("the mesh %s uses %d of %d devices", list(sizes), used, len(devices))
     # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
@@ -121,6 +125,33 @@ def abstract_like(shapes: Any, shardings: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits rows over the batch axes and leaves every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts host arrays on the devices. Every process has all of them, and gives its own devices their parts."""
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(lambda x: put(np.asarray(x)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, in every process, whichever devices hold their parts. All processes call it."""
+    leaves, structure = jax.tree.flatten(tree)
+    far = [i for i, x in enumerate(leaves) if _is_beyond_reach(x)]
+    if far:
+        mesh = leaves[far[0]].sharding.mesh
+        for i, x in zip(far, _replicate([leaves[i] for i in far], replicated(mesh)), strict=True):
+            leaves[i] = x
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_beyond_reach(x: Any) -> bool:
+    """Whether devices of other processes hold parts of an array that are nowhere here."""
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _replicate(leaves: list[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(x, sharding) for x in leaves]
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -21,7 +21,7 @@ from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import pack_bits, token_logprobs
-from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
+from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place, replicated
 from grpo_jax.model.transformer import (
     Cache,
     bucket_length,
@@ -31,6 +31,7 @@ from grpo_jax.model.transformer import (
     split_layers,
 )
 from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams
+from grpo_jax.rollout.shared import Channel
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,18 @@ def make_engine(
 ) -> RolloutEngine:
     """See `rollout.make_engine`. A cache is made for each batch, so `max_model_len` does not matter."""
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
+
+
+def share_engine(
+    section: RolloutSection,
+    channel: Channel,
+    make: Callable[[], RolloutEngine],
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+) -> RolloutEngine:
+    """The engine of a run with several processes. All sample together, on the mesh of all of them."""
+    return make()
 
 
 class LocalEngine:
@@ -199,7 +212,7 @@ class LocalEngine:
         score = partial(score_rows_cached, self._params, config=self._config, temperature=temperature)
         with jax.set_mesh(self._mesh):
             parts = [
-                np.asarray(score(jax.device_put(tokens[i : i + size], batch_sharding(self._mesh))))
+                fetch(score(place(tokens[i : i + size], batch_sharding(self._mesh))))
                 for i in range(0, len(tokens), size)
             ]
         return [
@@ -232,18 +245,18 @@ class LocalEngine:
             tokens[row, columns - len(prompt_ids) :] = prompt_ids
             lengths[row], indices[row] = len(prompt_ids), i
         even = per_batch % num_batch_shards(self._mesh) == 0
-        place = partial(jax.device_put, device=(batch_sharding if even else replicated)(self._mesh))
+        put = partial(place, sharding=(batch_sharding if even else replicated)(self._mesh))
         sampled = sample_completions(
             self._params,
-            place(tokens),
-            place(lengths),
-            place(indices),
+            put(tokens),
+            put(lengths),
+            put(indices),
             jax.random.key(seed),
             config=self._config,
             sampling=sampling,
             stop_token_ids=self._stop_token_ids,
         )
-        ids, logprobs, counts, stopped, drawable = jax.device_get(sampled)
+        ids, logprobs, counts, stopped, drawable = fetch(sampled)
         rows = range(len(chosen) * sampling.num_samples)
         texts = self._tokenizer.batch_decode(
             [ids[r, : counts[r]].tolist() for r in rows], skip_special_tokens=True

@@ -47,7 +47,7 @@ class Position:
     def to_json(self, rewarded_by: str) -> dict[str, Any]:
         """As `json.dumps` takes it, to the last bit. Args: rewarded_by: `reward_settings` of the run."""
         common = {"rewarded_by": rewarded_by}
-        surplus = [_group_to_json(s.group) | _rewards_to_json(s.rewards) | common for s in self.surplus]
+        surplus = [_group_to_json(s.group) | rewards_to_json(s.rewards) | common for s in self.surplus]
         return {
             "prompt_iterator": dict(self.prompt_iterator),
             "num_rollout_batches": self.num_rollout_batches,
@@ -77,7 +77,7 @@ class Position:
                 entry = {**entry, "origin": (-1, number)}
             group = _group_from_json(entry, by_key, group_size)
             if group is not None and entry.get("rewarded_by", rewarded_by) == rewarded_by:
-                surplus.append(ScoredGroup(group, _rewards_from_json(entry)))
+                surplus.append(ScoredGroup(group, rewards_from_json(entry)))
             else:
                 lost.append(entry)
         if lost:
@@ -116,19 +116,24 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
         "prompt_id": group.prompt.prompt_id,
         "prompt_token_ids": list(group.prompt.token_ids),
         "origin": group.origin,
-        "completions": [
-            {
-                "token_ids": _encode(np.array(c.token_ids, np.int32)),
-                "sampler_logprobs": _encode(np.array(c.sampler_logprobs, np.float64)),
-                "text": c.text,
-                "finish_reason": c.finish_reason,
-                "policy_version": c.policy_version,
-                "changes": c.changes,
-                "drawable": None if c.drawable is None else _encode(c.drawable),
-            }
-            for c in group.completions
-        ],
+        "completions": completions_to_json(group.completions),
     }
+
+
+def completions_to_json(completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    """As `json.dumps` takes them, to the last bit."""
+    return [
+        {
+            "token_ids": _encode(np.array(c.token_ids, np.int32)),
+            "sampler_logprobs": _encode(np.array(c.sampler_logprobs, np.float64)),
+            "text": c.text,
+            "finish_reason": c.finish_reason,
+            "policy_version": c.policy_version,
+            "changes": c.changes,
+            "drawable": None if c.drawable is None else _encode(c.drawable),
+        }
+        for c in completions
+    ]
 
 
 def _group_from_json(
@@ -138,14 +143,18 @@ def _group_from_json(
     prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
     if prompt is None or len(entry["completions"]) != group_size:
         return None
-    completions = tuple(_completion_from_json(c) for c in entry["completions"])
-    return RolloutGroup(prompt, completions, _origin_from_json(entry))
+    return RolloutGroup(prompt, completions_from_json(entry["completions"]), _origin_from_json(entry))
 
 
 def _origin_from_json(entry: Mapping[str, Any]) -> tuple[int, int]:
     """`RolloutGroup.origin`."""
     number, place = entry["origin"]
     return number, place
+
+
+def completions_from_json(held: Sequence[Mapping[str, Any]]) -> tuple[Completion, ...]:
+    """What `completions_to_json` returned."""
+    return tuple(_completion_from_json(c) for c in held)
 
 
 def _completion_from_json(c: Mapping[str, Any]) -> Completion:
@@ -162,7 +171,8 @@ def _completion_from_json(c: Mapping[str, Any]) -> Completion:
     )
 
 
-def _rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
+def rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
+    """As `json.dumps` takes them, to the last bit; without the errors."""
     return {
         "rewards": rewards.rewards.tolist(),
         "unshaped": rewards.unshaped.tolist(),
@@ -171,11 +181,12 @@ def _rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
     }
 
 
-def _rewards_from_json(entry: Mapping[str, Any]) -> RewardResult:
+def rewards_from_json(entry: Mapping[str, Any], errors: Sequence[str] = ()) -> RewardResult:
+    """What `rewards_to_json` returned, which leaves the errors out."""
     # float32 -> float64 -> text -> float32 gives the same bits back.
     values = {name: np.array(entry[name], np.float32) for name in ("rewards", "unshaped", "correctness")}
     parts = {name: np.array(value, np.float32) for name, value in entry["parts"].items()}
-    return RewardResult(**values, parts=parts, errors=())
+    return RewardResult(**values, parts=parts, errors=tuple(errors))
 
 
 def _encode(values: np.ndarray) -> str:

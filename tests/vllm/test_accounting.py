@@ -65,7 +65,10 @@ KILLS, SEED = (
     int(os.environ.get(f"GRPO_JAX_TEST_{name}", n)) for name, n in (("KILLS", 20), ("KILL_SEED", 0))
 )
 NUM_STEPS = 10 + 12 * KILLS
-COARSE = "def score(*, solution_str, **kwargs):\n    return float(len(solution_str) % 3 == 0)\n"
+COARSE = """import zlib
+def score(*, solution_str, **kwargs):
+    return float(zlib.crc32(solution_str.encode()) % 3 == 0)  # nothing that a model could learn, and lose its spread
+"""
 ASYNCHRONOUS = VLLM | {
     "model.dtype": "bfloat16" if helpers.IS_GPU else "float32",
     "arithmetic.num_train": 200,
