@@ -33,7 +33,7 @@ import jax
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.run.hangs import NOTICE_S, HangWatch, PeerLost, PhaseTimedOut, is_waiting, place_of, say
-from grpo_jax.run.hub import BEAT_S, HANDSHAKE_S, SILENT_S, Message, open_connection, receive
+from grpo_jax.run.hub import BEAT_S, BYTES, HANDSHAKE_S, SILENT_S, Message, open_connection, receive
 from grpo_jax.run.metrics import Timers
 from grpo_jax.storage.files import write_whole
 
@@ -78,6 +78,12 @@ class Hosts:
         if self._link is None:
             return make()
         return self._link.give(make()) if self.is_first else self._link.take()
+
+    def bytes_from_first(self, make: Callable[[], bytes]) -> bytes:
+        """As `from_first`, for much of it."""
+        if self._link is None:
+            return make()
+        return self._link.give_bytes(make()) if self.is_first else self._link.take_bytes()
 
     def any_of(self, vote: bool) -> bool:
         """Whether any process says so."""
@@ -305,6 +311,7 @@ class _Link:
         self.is_speaker = False
         self._values: queue.Queue[Message] = queue.Queue()
         self._votes: queue.Queue[Message] = queue.Queue()
+        self._bytes: queue.Queue[Message] = queue.Queue()
         self._num_values = self._num_votes = 0
         self._timers: Timers | None = None
         self._watch: HangWatch | None = None
@@ -323,6 +330,14 @@ class _Link:
         message = self._wait(self._values)
         assert message["number"] == self._num_values, "the processes ask for different things"
         return message["value"]
+
+    def give_bytes(self, data: bytes) -> bytes:
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send_bytes(BYTES + data)
+        return data
+
+    def take_bytes(self) -> bytes:
+        return self._wait(self._bytes)["data"][len(BYTES) :]
 
     def vote(self, vote: bool) -> bool:
         self._num_votes += 1
@@ -367,7 +382,7 @@ class _Link:
             self._connection.send_bytes(json.dumps(message).encode())
 
     def _read(self) -> None:
-        kinds = {"value": self._values, "votes": self._votes}
+        kinds = {"value": self._values, "votes": self._votes, "bytes": self._bytes}
         while not self._is_closed.is_set():
             try:
                 message = receive(self._connection, SILENT_S)

@@ -21,6 +21,8 @@ from typing import Any
 
 Message = dict[str, Any]
 
+BYTES = b"B"
+"""What a message begins with that is no JSON: the rest is passed on as it is."""
 SILENT_S = 16.0
 """A process that says nothing for so long is lost: its host has no power or no network."""
 BEAT_S = 1.0
@@ -37,10 +39,15 @@ def open_connection(own: socket.socket) -> Connection:
 
 
 def receive(connection: Connection, timeout_s: float | None) -> Message:
-    """The next message. Args: timeout_s: None: waits for ever. Raises: TimeoutError: none came in time; EOFError, OSError: the other end is gone."""
+    """The next message.
+
+    Args:   timeout_s: None: waits for ever.
+    Raises: TimeoutError: none came in time; EOFError, OSError: the other end is gone.
+    """
     if not connection.poll(timeout_s):
         raise TimeoutError
-    return json.loads(connection.recv_bytes())
+    data = connection.recv_bytes()
+    return {"kind": "bytes", "data": data} if data[:1] == BYTES else json.loads(data)
 
 
 class Member:
@@ -152,7 +159,9 @@ class Hub:
                     self._lost(member, f"has said nothing for {silent:.0f} s")
 
     def tell_all(self, message: Message, but: int | None = None) -> None:
-        data = json.dumps(message).encode()
+        self._pass_on(json.dumps(message).encode(), but)
+
+    def _pass_on(self, data: bytes, but: int | None) -> None:
         for member in self.members.values():
             if not member.is_gone and member.rank != but:
                 member.send(data)
@@ -181,6 +190,8 @@ class Hub:
             member.beat = message
         elif kind == "value":
             self.tell_all(message, but=member.rank)
+        elif kind == "bytes":
+            self._pass_on(message["data"], but=member.rank)
         elif kind == "vote":
             self._count_vote(member, message)
         elif kind == "failed":

@@ -59,9 +59,18 @@ def alone(tmp_path_factory, overrides):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, overrides):
-    """(workdir, results) of the same run by two processes."""
-    workdir = tmp_path_factory.mktemp("together") / "run"
-    return workdir, hosts.train_ok(workdir, overrides, 2)
+    """The same run by two processes, of which one is killed on the way: (workdir, and by when which has happened)."""
+    workdir, seen = tmp_path_factory.mktemp("together") / "run", {}
+    with hosts.started(helpers.train_argv(workdir, overrides), 2) as processes:
+        for line in processes[0].stdout:
+            if line.startswith("Epoch 2/3"):
+                break
+        processes[1].kill()
+        begin = time.monotonic()
+        seen["killed"] = hosts.finish(processes)
+        seen["seconds"] = time.monotonic() - begin
+    seen["last"] = hosts.train_ok(workdir, overrides, 2)
+    return workdir, seen
 
 
 def same_numbers(workdir, expected):
@@ -82,15 +91,14 @@ def same_model(workdir, expected):
         np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_train_as_one(together, alone):
-    workdir, _ = together
-    same_numbers(workdir, alone)
-    same_model(workdir, alone)
+def test_two_processes_train_as_one_and_the_same_command_goes_on(together, alone):
+    same_numbers(together[0], alone)
+    same_model(together[0], alone)
 
 
 def test_the_first_one_speaks_and_the_others_write_a_log(together):
-    workdir, (first, second) = together
-    assert "Step 1/3" in first.out and "Done: 5 steps." in first.out
+    workdir, (first, second) = together[0], together[1]["last"]
+    assert "Going on after step 2 of 5." in first.out and "Done: 5 steps." in first.out
     assert second.out == second.err == ""
     assert "warm" not in (workdir / "train-1.log").read_text()
     assert sorted(path.name for path in workdir.glob("train*.log")) == ["train-1.log", "train.log"]
@@ -102,6 +110,7 @@ def test_every_completion_is_accounted_for(together):
     assert result.code == 0, result.out
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_have_left(together, alone, overrides, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)
@@ -113,22 +122,12 @@ def test_one_process_goes_on_with_what_two_have_left(together, alone, overrides,
     same_numbers(workdir, reference)
 
 
-def test_a_killed_process_ends_all_within_30_s_and_the_same_command_goes_on(alone, overrides, tmp_path):
-    workdir = tmp_path / "run"
-    with hosts.started(helpers.train_argv(workdir, overrides), 2) as processes:
-        for line in processes[0].stdout:
-            if line.startswith("Epoch 2/3"):
-                break
-        processes[1].kill()
-        begin = time.monotonic()
-        first, second = hosts.finish(processes)
-    assert time.monotonic() - begin < 30
+def test_a_killed_process_ends_all_within_30_s_and_one_line_names_it(together):
+    first, second = together[1]["killed"]
+    assert together[1]["seconds"] < 30
     assert (first.code, second.code) == (1, -signal.SIGKILL)
     (line,) = [line for line in first.err.splitlines() if line.startswith("error:")]
     assert re.match(r"error: phase \w+: process 1 on \S+ \(pid \d+\) has died", line)
-    hosts.train_ok(workdir, overrides, 2)
-    same_numbers(workdir, alone)
-    same_model(workdir, alone)
 
 
 JOIN = """
