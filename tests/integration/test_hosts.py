@@ -59,7 +59,7 @@ def alone(tmp_path_factory, overrides):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, overrides):
-    """The same run by two processes, of which one is killed on the way: (workdir, and by when which has happened)."""
+    """The same run by two processes, of which one is killed on the way: (workdir, what was seen)."""
     workdir, seen = tmp_path_factory.mktemp("together") / "run", {}
     with hosts.started(helpers.train_argv(workdir, overrides), 2) as processes:
         for line in processes[0].stdout:
