@@ -220,7 +220,7 @@ class Hub:
         return min(there, default=None)
 
     def _end(self, message: Message, but: int | None = None) -> None:
-        """Tells all to end, once."""
+        """Tells all to end, once. Args: but: the process that has died, or ends by itself."""
         with self._lock:
             if self._has_ended:
                 return
@@ -237,7 +237,9 @@ class Hub:
         if member.rank:
             time.sleep(SETTLE_S)  # the first process may have failed by the same thing, and says so itself
         text = f"{member.name}: {message['text']}"
-        self._end({"phase": message["phase"], "text": text, "code": message["code"]}, but=member.rank)
+        end = {"phase": message["phase"], "text": text, "code": message["code"]}
+        # The first process has said itself why it ends, and nobody is to say it again.
+        self._end(end if member.rank else end | {"speaker": None}, but=member.rank)
 
     def _find_laggard(self, overdue: Message) -> None:
         """Says who holds the others up: of those that have come least far, who does not wait."""
