@@ -3,8 +3,8 @@
     python -m grpo_jax.run.hub        started by `hosts.py`, never by hand
 
 Each process of the run keeps a connection to it. What the first one says is passed on to the others, and what each
-of them says is handed to all; each process tells every second which phase it is in. Where one dies, falls silent, fails or stands still,
-all are told, by rank, host and phase.
+of them says is handed to all; each process tells every second which phase it is in. Where one dies, falls silent,
+fails or stands still, all are told, by rank, host and phase.
 
 JAX's own coordination service runs here too. In the first process it would take all others down with it when that
 one dies, by an abort in C++ that says nothing.
