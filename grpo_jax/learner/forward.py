@@ -44,6 +44,13 @@ def to_micro_batches(
     return jax.device_put(micro_batches, NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))), places
 
 
+def abstract_micro_batches(batch: TrainBatch, shape: tuple[int, int], mesh: Mesh) -> list[TrainBatch]:
+    """What `to_micro_batches` would return, as `jax.ShapeDtypeStruct`s: the devices need not be there."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(abstract, pack(batch, *shape)[0])
+
+
 @flax.struct.dataclass
 class Kept:
     """What a forward pass keeps for its backward pass, beside the parameters."""
