@@ -1,6 +1,7 @@
 """What a compiled program does, read from XLA's text of it: FLOPs, collectives, kernels, copies.
 
-`cost_analysis` of XLA counts the body of a loop once: of scanned layers, one. Here a loop counts as often as it runs.
+`cost_analysis` of XLA counts the body of a loop once: of scanned layers, one. Here a loop counts as often
+as it runs.
 """
 
 import collections

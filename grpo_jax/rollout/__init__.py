@@ -17,11 +17,14 @@ from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, ev
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from grpo_jax.config import RolloutSection
+    from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
-    from grpo_jax.types import Workload
+    from grpo_jax.types import Params, Workload
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A jitted function, its arguments, and its static ones."""
 
 __all__ = [
     "ENGINES",
@@ -30,6 +33,7 @@ __all__ = [
     "SamplingParams",
     "check_devices",
     "check_engine",
+    "device_programs",
     "eval_sampling",
     "expected_seconds",
     "make_engine",
@@ -131,6 +135,14 @@ def expected_seconds(
     Args: card: of the trainer and of the engine; num_devices: the trainer's.
     """
     return _engine(section).expected_seconds(section, model, card, work, num_devices)
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Call]]:
+    """What the engine makes the trainer's devices do, to be compiled: the name of that phase, and its programs.
+
+    Args: params: the trainer's, `jax.ShapeDtypeStruct`s with shardings; the devices of `mesh` need not be there.
+    """
+    return _engine(config.rollout).device_programs(config, model, params, mesh)
 
 
 # On the devices

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grpo_jax.config import ConfigError, RolloutSection
+from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
@@ -30,7 +30,7 @@ from grpo_jax.model.transformer import (
     init_cache,
     split_layers,
 )
-from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams
+from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,13 @@ def expected_seconds(
 ) -> dict[str, float]:
     """See `rollout.expected_seconds`. Nothing is predicted."""
     return {}
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Any]]:
+    """See `rollout.device_programs`. Which token ends a completion does not matter to the program."""
+    engine = LocalEngine(model, mesh, None, (0,), config.rollout.batch_size)
+    prompts, columns = config.data.train_batch_size, config.data.max_prompt_length
+    return "sampling", [engine.sampling_program(params, prompts, columns, rollout_sampling(config))]
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
@@ -186,6 +193,22 @@ class LocalEngine:
                     groups[i] = RolloutGroup(prompts[i], group)
                 bar.update(len(chosen) * sampling.num_samples)
         return [groups[i] for i in range(len(prompts))]
+
+    def sampling_program(
+        self, params: Params, num_prompts: int, columns: int, sampling: SamplingParams
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The jitted function of `generate`, with arguments for prompts of up to `columns` tokens, and static ones.
+
+        Args: params: `jax.ShapeDtypeStruct`s with shardings; so are the arguments.
+        """
+        rows = self._prompts_per_batch(num_prompts, sampling.num_samples)
+        even = rows % num_batch_shards(self._mesh) == 0
+        place = (batch_sharding if even else replicated)(self._mesh)
+        of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self._mesh))
+        static = dict(config=self._config, sampling=sampling, stop_token_ids=self._stop_token_ids)
+        return sample_completions, (params, of(rows, bucket_length(columns)), of(rows), of(rows), key), static
 
     def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`. With the cache of sampling, which is filled at once."""

@@ -201,7 +201,8 @@ def test_cards_by_what_jax_calls_them():
         "NVIDIA A100-SXM4-40GB": "a100-40",
         "NVIDIA H100 PCIe": "",  # a third less of everything
         "cpu": "",
-        "TPU v5 lite": "",
+        "TPU v5 lite": "tpu-v5e",
+        "TPU v5": "tpu-v5p",
     }
     assert {kind: find_card(kind) for kind in names} == names
 

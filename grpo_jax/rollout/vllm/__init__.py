@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from grpo_jax.config import RolloutSection
+    from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
     from grpo_jax.rollout.base import RolloutEngine
-    from grpo_jax.types import Workload
+    from grpo_jax.types import Params, Workload
 
 CONTEXT_SHARE = 0.07
 """Of a GPU's memory: CUDA contexts, kernels and buffers of a push, which no pool counts."""
@@ -105,6 +105,14 @@ def expected_seconds(
     from grpo_jax.rollout.vllm import speed
 
     return speed.expected_seconds(section, model, card, work, num_devices)
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Any]]:
+    """See `rollout.device_programs`: packing the buckets of a push."""
+    from grpo_jax.weight_sync.buckets import make_push_plan, packing_programs
+
+    plan = make_push_plan(model, config.rollout.bucket_mb * 2**20)
+    return "weight sync", packing_programs(params, plan, mesh)
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
