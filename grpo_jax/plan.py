@@ -5,9 +5,9 @@
 
 DEVICE is h100, h200, b200, a100, a100-40, l40s, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, a TPU slice by its name (as
 v5e-16, v5p-8, v6e-8), or its memory in GB; without it, the device at hand. Of the model, only config.json is read,
-so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figures and the real
-ones beside them. With --compile, the run's programs are compiled for the slice, which need not be there (minutes;
-needs libtpu), and what the compiler says stands beside what is counted.
+so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figures and the
+real ones beside them. With --compile, the run's programs are compiled for the slice, which need not be there (it
+takes minutes, and libtpu), and what the compiler says stands beside what is counted.
 """
 
 import math
@@ -224,15 +224,13 @@ def print_compiled(budget: Any, devices: list[Any]) -> None:
     print(f"Compiling for {len(devices)} x {devices[0].device_kind}: some minutes ...", flush=True)
     found = compile_run(budget.config, budget.model, devices)
     print(f"Compiled by {found.compiler} in {found.seconds:.0f} s; nothing was run")
-    print(
-        "The most in each phase, GB a device: compiled, with what waits beside the program, and as counted above"
-    )
+    print("The most in each phase, GB a device: compiled, with what waits meanwhile, and as counted above")
     for phase, size in found.phases.items():
         counted = budget.plan.phases.get(phase)
         beside = f"{counted / GB:>8.2f}{size / counted - 1:>+8.1%}" if counted else "   not counted"
         print(f"  {phase:<32}{size / GB:>8.2f}{beside}{'' if size <= budget.limit else '   does not fit'}")
     print(
-        "Each program: GB a device with arguments and results, TFLOP of its products a device, and what it holds"
+        "Each program: GB a device with arguments and results, TFLOP of its products a device, what it holds"
     )
     for program in found.programs:
         facts = program.facts

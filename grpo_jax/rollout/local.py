@@ -197,7 +197,7 @@ class LocalEngine:
     def sampling_program(
         self, params: Params, num_prompts: int, columns: int, sampling: SamplingParams
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The jitted function of `generate`, with arguments for prompts of up to `columns` tokens, and static ones.
+        """The jitted function of `generate`, its arguments for prompts of up to `columns` tokens, and static ones.
 
         Args: params: `jax.ShapeDtypeStruct`s with shardings; so are the arguments.
         """

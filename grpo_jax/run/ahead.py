@@ -38,7 +38,7 @@ NAMES = {
 }
 """Function -> name of its program for people."""
 NUM_STEPS = 100
-"""Of the run, which no program depends on: the schedule of the learning rate is computed from the step's number."""
+"""Of the run; no program depends on it but by the schedule of the learning rate."""
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks a cloud's metadata server, for a minute
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or two processes fail at its lock file
