@@ -24,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # rows of a batch
+    "rows_of_parts": ("data",),  # rows of which a device has a part of the width
     "layers": (),  # N, the scanned dimension
     "vocab": ("tensor",),  # V
     "embed": ("fsdp",),  # D of parameters; activations keep their width whole
