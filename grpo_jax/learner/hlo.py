@@ -159,11 +159,17 @@ class _Reader:
 
         def add(key: tuple[str, str], traffic: Traffic) -> None:
             known = found.get(key, Traffic())
-            found[key] = max(known, traffic, key=lambda x: x.count) if key[1] else known + traffic
+            if (
+                key[1] and known.count
+            ):  # a piece of one that is known; its first piece is outside of inner loops
+                found[key] = min(known, traffic, key=lambda x: x.count)
+            else:
+                found[key] = known + traffic
 
         for one in self._computations[name]:
             opcode = one.opcode.removesuffix("-start")
-            if opcode in (*COLLECTIVES, "copy"):
+            # "copy-start" fetches into a nearer memory ahead of use: no copy in another layout.
+            if opcode in COLLECTIVES or one.opcode == "copy":
                 most = max(one.num_bytes, *(sizes.get(operand, 0) for operand in one.operands), 0)
                 add((opcode, one.attribute("channel_id")), Traffic(1, most))
             for callee, times in self._called(one):

@@ -88,6 +88,8 @@ def plan_memory(
     cast = parameters * computed if held["parameters"] != parameters * computed else 0
     optimizer = optimizer_class(config.optim).step_bytes(config.optim, model, jax.tree.leaves(sizes))
     words = math.ceil(model.vocab_size / mesh.shape["tensor"])
+    # Where its width is split, a device needs the whole head for its rows; the compiler may lay it out once more.
+    head = words * model.hidden_size * computed if mesh.shape["fsdp"] > 1 else 0
     logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
@@ -103,7 +105,10 @@ def plan_memory(
         | _largest(
             {
                 "a layer computed again": once,
-                "logits and the head's gradient": logits + logits // 2 + words * model.hidden_size * 4,
+                "logits, the head and its gradient": head
+                + logits
+                + logits // 2
+                + words * model.hidden_size * 4,
             }
         ),
         "optimizer": copy | {"gradients and what the optimizer adds": optimizer},
@@ -113,7 +118,7 @@ def plan_memory(
             copy
             | {"reference, copied": host.get("reference", 0)}
             | {"kept, as for a backward pass": kept}  # the one forward pass returns it
-            | _largest({"a layer": once, "logits": logits})
+            | _largest({"a layer": once, "logits and the head": head + max(head, logits)})
         )
     if push_bytes:
         beside["weight sync"] = {"buckets of a push": push_bytes}

@@ -97,8 +97,8 @@ class Block(nn.Module):
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the rows of a table [V, D] for tokens [B, T], [B, T, D], each device those of its own tokens.
 
-    Where the width is split over devices, each looks up its part of it for the tokens of all, and they exchange what
-    they found. Gathering the table takes 1.1 GB on each device for Qwen2.5-7B, and summing its gradient twice that.
+    Where the width is split over devices, each looks up its part of it for the tokens of all, and they exchange
+    what they found. To gather the table takes 1.1 GB of each device for Qwen2.5-7B; its gradient, as much again.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(mesh.shape[axis] == 1 for axis in AXIS_RULES["embed"]):

@@ -25,6 +25,7 @@ from grpo_jax.model.cards import Slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import device_programs
+from grpo_jax.run.devices import set_products
 from grpo_jax.run.metrics import Timers
 
 NAMES = {
@@ -88,6 +89,7 @@ def compile_run(config: Config, model: ModelConfig, devices: list[jax.Device]) -
     Raises: ConfigError: the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh, devices)
+    set_products(config.model)
     start = time.perf_counter()
     # Not `jax.set_mesh`: what is computed while a program is traced, as a kernel's tables, is computed here.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), programs_compiled() as programs:

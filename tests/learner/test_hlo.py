@@ -19,7 +19,7 @@ HloModule jit_step, is_scheduled=true
   %arg = (u32[]{:T(128)}, bf16[8,64]{1,0}) parameter(0)
   %i = u32[]{:T(128)} get-tuple-element(%arg), index=0
   %x = bf16[8,64]{1,0} get-tuple-element(%arg), index=1
-  %start = (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[8,64]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1
+  %start = (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[8,64]{1,0}, u32[]) collective-permute-start(%x), channel_id=1
   %done = bf16[8,64]{1,0} collective-permute-done(%start)
   %begun = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%inner
   %ended = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%inner
@@ -63,35 +63,28 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 @pytest.mark.parametrize(
-    ("shapes", "attributes", "products"),
+    ("left", "right", "out", "attributes", "flops"),
     [
-        # [4, 256, 32] by [512, 32]: a plain product
-        (("f32[4,256,512]", "bf16[4,256,32]", "bf16[512,32]"), "window={size=1}, dim_labels=0bf_oi0->0bf", None),
+        # a plain product
+        ("[4,256,32]", "[512,32,1]", "[4,256,512]", "dim_labels=b0f_oi0->b0f", 4 * 256 * 512 * 32),
         # heads as a window of 4 over padding of 3 on each side: each place of the output meets one input
         (
-            ("bf16[2,16,4,128]", "bf16[2,16,1,224]", "bf16[4,128,1,224]"),
-            "window={size=4x1 pad=3_3x0_0 rhs_reversal=1x0}, dim_labels=b01f_0o1i->b10f",
-            None,
+            "[2,1,16,224]", "[4,128,1,224]", "[2,16,4,128]",
+            "window={size=4x1 pad=3_3x0_0 rhs_reversal=1x0}, dim_labels=b01f_0o1i->b10f", 2 * 16 * 4 * 128 * 224,
         ),
+        # a sum over rows, as a window over all four
+        ("[4,8,16]", "[4,8,32]", "[16,32,1]", "window={size=4}, dim_labels=0fb_0io->bf0", 4 * 8 * 16 * 32),
     ],
 )  # fmt: skip
-def test_products_as_tpus_write_them(shapes, attributes, products):
-    del products
-    out, left, right = shapes
-    if "pad" not in attributes:
-        right, attributes = "bf16[512,32,1]", attributes.replace("0bf_oi0->0bf", "b0f_oi0->b0f")
-        expected = 2 * 4 * 256 * 512 * 32
-    else:
-        left, attributes = "bf16[2,1,16,224]", attributes.replace("b01f_0o1i->b10f", "b01f_0o1i->b10f")
-        expected = 2 * 2 * 16 * 4 * 128 * 224
+def test_products_as_tpus_write_them(left, right, out, attributes, flops):
     text = f"""
-ENTRY %main (a: {left}, b: {right}) -> {out} {{
-  %a = {left}{{0}} parameter(0)
-  %b = {right}{{0}} parameter(1)
-  ROOT %c = {out}{{0}} convolution(%a, %b), {attributes}
+ENTRY %main (a: bf16{left}, b: bf16{right}) -> f32{out} {{
+  %a = bf16{left}{{0}} parameter(0)
+  %b = bf16{right}{{0}} parameter(1)
+  ROOT %c = f32{out}{{0}} convolution(%a, %b), {attributes}
 }}
 """
-    assert read_facts(text).flops == expected
+    assert read_facts(text).flops == 2 * flops
 
 
 def test_a_program_of_this_machine():
