@@ -1,6 +1,5 @@
 """A small model's programs, compiled for TPUs that are not there: `pip install 'jax[tpu]'`, no TPU needed."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -10,19 +9,22 @@ from config_helpers import gsm8k
 from jax.experimental import topologies
 
 from grpo_jax.config import ConfigError, MeshSection
+from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.memory import abstract_mesh, plan_memory
 from grpo_jax.model.cards import find_slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
-from grpo_jax.model.sharding import make_mesh
-from grpo_jax.model.transformer import num_params
+from grpo_jax.model.sharding import abstract_like, make_mesh
+from grpo_jax.model.transformer import abstract_params, num_params, param_shardings
+from grpo_jax.rollout import device_programs
 from grpo_jax.run.ahead import compile_run, described_devices
+from grpo_jax.weight_sync.wire import BLOCK_BYTES
 
 pytestmark = pytest.mark.libtpu
 
 MODEL = ModelConfig(
-    vocab_size=32768, hidden_size=512, intermediate_size=1536, num_layers=6, num_heads=4, num_kv_heads=2,
+    vocab_size=8192, hidden_size=512, intermediate_size=1536, num_layers=6, num_heads=4, num_kv_heads=2,
     head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True, qk_norm=False,
     dtype=jnp.dtype("bfloat16"), param_dtype=jnp.dtype("float32"), attention="splash", remat="full",
 )  # fmt: skip
@@ -33,6 +35,7 @@ CONFIG = gsm8k(
         "optim.offload": False,
         "algorithm.ref_offload": False,
         "actor.micro_batch_size_per_device": 2,
+        "actor.logits_chunk_tokens": 256,
     }
 )
 
@@ -70,10 +73,13 @@ def test_the_kernel_is_that_of_the_devices_compiled_for():
 @pytest.fixture(scope="module", autouse=True)
 def products_as_in_a_run():
     """The suite's full float32 products, see conftest.py, are no setting that splash compiles with in bfloat16."""
-    before = jax.config.values["jax_default_matmul_precision"]
-    jax.config.update("jax_default_matmul_precision", None)
+    settings = {"jax_default_matmul_precision": None, "jax_enable_compilation_cache": False}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_default_matmul_precision", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +110,29 @@ def test_the_plan_counts_what_the_compiler_takes(compiled):
     """Within a tenth; the optimizer's copy of the biases and norms, which are not split, beside it."""
     plan = plan_memory(CONFIG, MODEL, abstract_mesh(1, 8, 1))
     assert set(plan.phases) <= set(compiled.phases)
+    print({phase: (compiled.phases[phase], size) for phase, size in plan.phases.items()})
     for phase in ("update", "score", "optimizer"):
         assert compiled.phases[phase] == pytest.approx(plan.phases[phase], rel=0.1)
 
 
 def test_the_embedding_is_not_gathered(compiled):
-    """Of the two tables, 32,768 x 512 numbers of 2 bytes, the head alone is."""
+    """Of the two tables, 8,192 x 512 numbers of 2 bytes, the head alone is; no layer has so large an array."""
     table = 2 * MODEL.vocab_size * MODEL.hidden_size
-    gathered = {p.name: p.facts.traffic["all-gather"].num_bytes for p in compiled.programs}
-    assert table <= gathered["score"] < 1.5 * table
+    [score] = [program for program in compiled.programs if program.name == "score"]
+    assert score.facts.traffic["all-gather"].num_bytes < 2 * table
+    assert score.facts.traffic["all-to-all"].count == 1  # of what was looked up
 
 
 def test_a_push_is_packed():
-    config = dataclasses.replace(CONFIG, rollout=gsm8k(**{"rollout.ray_address": "auto"}).rollout)
-    found = compile_run(config, MODEL, described_devices(find_slice("v6e-4")))
-    [push] = [program for program in found.programs if program.name == "push"]
-    # What is held, and a bucket on every device: all 156 MB are in one, or its largest is nearly full.
-    assert found.phases["weight sync"] >= num_params(MODEL) * (4 + 8 + 2) // 4
-    assert push.num_bytes >= min(config.rollout.bucket_mb * 2**20, 2 * num_params(MODEL)) // 2
+    """Each device gets whole buckets of at most 192 MiB, and holds its part of float32 parameters."""
+    mesh = make_mesh(MeshSection(1, -1, 1), described_devices(find_slice("v6e-4")))
+    config = gsm8k(**{"rollout.ray_address": "auto"})
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(MODEL)[0])
+    params = abstract_like(shapes, param_shardings(MODEL, mesh))
+    phase, programs = device_programs(config, MODEL, params, mesh)
+    assert phase == "weight sync"
+    for step, args, static in programs:
+        (flat, blocks), size = compile_ahead(step, *args, **static)
+        assert flat.sharding.is_fully_replicated and flat.dtype == jnp.bfloat16
+        assert blocks.size * BLOCK_BYTES == 2 * flat.size <= 192 * 2**20
+        assert size >= num_params(MODEL) * 4 // 4 + 2 * flat.size
