@@ -13,6 +13,7 @@ from grpo_jax.learner.memory import abstract_mesh, plan_memory
 from grpo_jax.model.cards import CARDS, Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.transformer import num_params
+from grpo_jax.rollout import push_bytes
 from grpo_jax.rollout.vllm import CONTEXT_SHARE
 from grpo_jax.rollout.vllm.speed import PUSH_RATE, PUSH_S, gen_seconds
 from grpo_jax.types import Workload
@@ -89,9 +90,7 @@ def layout(model: ModelConfig, count: int, limit: float) -> tuple[Config, dict[s
     for fsdp in [size for size in (HOST, 64, 512) if size <= count]:
         for rows in range(MOST_ROWS, 0, -1):
             config, sizes = recipe(rows), dict(data=count // fsdp, fsdp=fsdp, tensor=1)
-            plan = plan_memory(
-                config, model, abstract_mesh(**sizes), push_bytes=4 * config.rollout.bucket_mb * 2**20
-            )
+            plan = plan_memory(config, model, abstract_mesh(**sizes), push_bytes=push_bytes(config.rollout))
             if plan.peak <= limit:
                 return config, sizes, plan
     return config, sizes, plan

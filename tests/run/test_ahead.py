@@ -1,5 +1,6 @@
 """A small model's programs, compiled for TPUs that are not there: `pip install 'jax[tpu]'`, no TPU needed."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -16,7 +17,7 @@ from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.sharding import abstract_like, make_mesh
-from grpo_jax.model.transformer import abstract_params, num_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.rollout import device_programs
 from grpo_jax.run.ahead import compile_run, described_devices
 from grpo_jax.weight_sync.wire import BLOCK_BYTES
@@ -28,16 +29,15 @@ MODEL = ModelConfig(
     head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True, qk_norm=False,
     dtype=jnp.dtype("bfloat16"), param_dtype=jnp.dtype("float32"), attention="splash", remat="full",
 )  # fmt: skip
-CONFIG = gsm8k(
-    **{
-        "model.remat": "full",
-        "rollout.engine": "local",
-        "optim.offload": False,
-        "algorithm.ref_offload": False,
-        "actor.micro_batch_size_per_device": 2,
-        "actor.logits_chunk_tokens": 256,
-    }
-)
+CHANGES = {
+    "model.remat": "full",
+    "rollout.engine": "local",
+    "optim.offload": False,
+    "algorithm.ref_offload": False,
+    "actor.micro_batch_size_per_device": 2,
+    "actor.logits_chunk_tokens": 256,
+}
+CONFIG = gsm8k(**CHANGES)
 
 
 def distance(a, b):
@@ -106,13 +106,29 @@ def test_flops_are_those_of_the_model(compiled):
     assert flops["gradients"] == pytest.approx(2 * tokens * (3 * layers - down + 3 * head), rel=0.01)
 
 
-def test_the_plan_counts_what_the_compiler_takes(compiled):
-    """Within a tenth; the optimizer's copy of the biases and norms, which are not split, beside it."""
-    plan = plan_memory(CONFIG, MODEL, abstract_mesh(1, 8, 1))
-    assert set(plan.phases) <= set(compiled.phases)
-    print({phase: (compiled.phases[phase], size) for phase, size in plan.phases.items()})
+@pytest.mark.slow
+def test_the_plan_counts_what_the_compiler_takes():
+    """Within a tenth, for two layers as wide as Qwen2.5-7B's on a v5e-16 with two rows of 1,024 tokens.
+
+    Small models take less than is counted: their layers' arrays find room in a memory that is not counted.
+    """
+    wide = dataclasses.replace(
+        MODEL, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=2, num_heads=28,
+        num_kv_heads=4,
+    )  # fmt: skip
+    config = gsm8k(**CHANGES | {"actor.logits_chunk_tokens": 1024})
+    found = compile_run(config, wide, described_devices(find_slice("v5e-16")))
+    plan = plan_memory(config, wide, abstract_mesh(1, 16, 1))
     for phase in ("update", "score", "optimizer"):
-        assert compiled.phases[phase] == pytest.approx(plan.phases[phase], rel=0.1)
+        assert found.phases[phase] == pytest.approx(plan.phases[phase], rel=0.1)
+
+
+def test_a_small_model_takes_no_more_than_is_counted(compiled):
+    plan = plan_memory(CONFIG, MODEL, abstract_mesh(1, 8, 1))
+    assert compiled.phases["optimizer"] == pytest.approx(plan.phases["optimizer"], rel=0.01)
+    held = sum(plan.held.values())
+    for phase in ("update", "score"):
+        assert held < compiled.phases[phase] < plan.phases[phase]
 
 
 def test_the_embedding_is_not_gathered(compiled):
@@ -124,7 +140,7 @@ def test_the_embedding_is_not_gathered(compiled):
 
 
 def test_a_push_is_packed():
-    """Each device gets whole buckets of at most 192 MiB, and holds its part of float32 parameters."""
+    """Each device gets whole buckets of at most 192 MiB, with a checksum for each block."""
     mesh = make_mesh(MeshSection(1, -1, 1), described_devices(find_slice("v6e-4")))
     config = gsm8k(**{"rollout.ray_address": "auto"})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(MODEL)[0])
@@ -135,4 +151,4 @@ def test_a_push_is_packed():
         (flat, blocks), size = compile_ahead(step, *args, **static)
         assert flat.sharding.is_fully_replicated and flat.dtype == jnp.bfloat16
         assert blocks.size * BLOCK_BYTES == 2 * flat.size <= 192 * 2**20
-        assert size >= num_params(MODEL) * 4 // 4 + 2 * flat.size
+        assert size >= 2 * flat.size
