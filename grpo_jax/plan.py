@@ -11,6 +11,7 @@ takes minutes, and libtpu), and what the compiler says stands beside what is cou
 """
 
 import math
+import sys
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError, nearest
@@ -219,10 +220,18 @@ def open_slice(device: str, num_devices: int) -> list[Any]:
 
 def print_compiled(budget: Any, devices: list[Any]) -> None:
     """What the compiler says of the run's programs, beside what the plan counts."""
+    import jax
+
     from grpo_jax.run.ahead import compile_run
 
     print(f"Compiling for {len(devices)} x {devices[0].device_kind}: some minutes ...", flush=True)
-    found = compile_run(budget.config, budget.model, devices)
+    try:
+        found = compile_run(budget.config, budget.model, devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        sys.exit(f"error: a program does not fit, as the compiler says: {reason}")
     print(f"Compiled by {found.compiler} in {found.seconds:.0f} s; nothing was run")
     print("The most in each phase, GB a device: compiled, with what waits meanwhile, and as counted above")
     for phase, size in found.phases.items():

@@ -9,6 +9,7 @@ estimated from their largest arrays.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -70,13 +71,19 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 
 
 def plan_memory(
-    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, push_bytes: int = 0
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    push_bytes: int = 0,
+    sampling: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """Counts the memory of one device of a mesh.
 
     Args:
         model: with the attention kernel that the run will use.
         push_bytes: what a push of weights to the rollout engine takes on the device; 0: nothing is pushed.
+        sampling: what an engine on the trainer's own arrays takes beside them, by name; None: there is none.
     """
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
@@ -120,6 +127,8 @@ def plan_memory(
             | {"kept, as for a backward pass": kept}  # the one forward pass returns it
             | _largest({"a layer": once, "logits and the head": head + max(head, logits)})
         )
+    if sampling:
+        beside["sampling"] = copy | {"the head": 2 * head} | dict(sampling)
     if push_bytes:
         beside["weight sync"] = {"buckets of a push": push_bytes}
     beside = {phase: {name: size for name, size in parts.items() if size} for phase, parts in beside.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
     from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
@@ -41,6 +41,7 @@ __all__ = [
     "memory_savers",
     "push_bytes",
     "rollout_sampling",
+    "sampling_bytes",
     "share_devices",
     "shares_parameters",
     "trainer_share",
@@ -110,6 +111,14 @@ def trainer_share(section: RolloutSection) -> float:
 def push_bytes(section: RolloutSection) -> int:
     """Bytes that a push of weights takes on each of the trainer's devices, beside the parameters."""
     return _engine(section).push_bytes(section)
+
+
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """What sampling takes on each of the trainer's devices beside parameters and output head, by name.
+
+    {} for an engine with memory of its own.
+    """
+    return _engine(config.rollout).sampling_bytes(config, model, mesh)
 
 
 def shares_parameters(section: RolloutSection) -> bool:

@@ -6,6 +6,7 @@ seed, the prompt's place in the call, the sample's number and the token's number
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from tqdm import tqdm
 
 from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.counts import cache_bytes
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import pack_bits, token_logprobs
 from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
@@ -70,6 +72,22 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
     """See `rollout.with_float32_head`."""
     rule = "has no setting for its output head: its logits are summed in float32, as the trainer's are"
     raise ConfigError("rollout.engine", "local", rule)
+
+
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """See `rollout.sampling_bytes`: keys and values of one batch, of its prompts and then of all its rows."""
+    section, group, prompt = config.rollout, config.algorithm.group_size, config.data.max_prompt_length
+    prompts = prompts_per_batch(
+        section.batch_size, config.data.train_batch_size, group, num_batch_shards(mesh)
+    )
+    heads_split = math.gcd(model.num_kv_heads, mesh.shape["tensor"])
+    on_a_device = prompts / num_batch_shards(mesh) * cache_bytes(model) / heads_split
+    columns = bucket_length(prompt)
+    longest = columns + config.data.max_response_length - 1
+    return {
+        "cache of the prompts": round(on_a_device * columns),
+        "cache of the completions": round(on_a_device * group * longest),
+    }
 
 
 def shares_parameters(section: RolloutSection) -> bool:
@@ -231,11 +249,7 @@ class LocalEngine:
         ]
 
     def _prompts_per_batch(self, num_prompts: int, num_samples: int) -> int:
-        wanted = min(num_prompts, max(1, self._batch_size // num_samples))
-        shards = num_batch_shards(self._mesh)
-        while wanted * num_samples % shards:
-            wanted += 1
-        return wanted
+        return prompts_per_batch(self._batch_size, num_prompts, num_samples, num_batch_shards(self._mesh))
 
     def _sample(
         self,
@@ -284,6 +298,14 @@ class LocalEngine:
         ]
         size = sampling.num_samples
         return [tuple(completions[i : i + size]) for i in range(0, len(completions), size)]
+
+
+def prompts_per_batch(batch_size: int, num_prompts: int, num_samples: int, shards: int) -> int:
+    """Prompts whose samples are decoded at once: about `batch_size` completions, in whole batch shards."""
+    wanted = min(num_prompts, max(1, batch_size // num_samples))
+    while wanted * num_samples % shards:
+        wanted += 1
+    return wanted
 
 
 class _Deferred:

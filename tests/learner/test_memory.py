@@ -21,8 +21,9 @@ from grpo_jax.model import fused_attention
 from grpo_jax.model.cards import CARDS, find_slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.transformer import num_params
-from grpo_jax.rollout import push_bytes, trainer_share
+from grpo_jax.rollout import push_bytes, sampling_bytes, trainer_share
 from grpo_jax.run.devices import make_room_on_host
+from grpo_jax.run.memory import plan_run
 
 ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,6 +281,25 @@ def test_a_tpu_gives_the_trainer_all_of_its_memory():
     config = gsm8k(**{"rollout.engine": "local"})
     limit = lambda name: plan.make_budget(config, MODEL, name, plan.device_bytes(name), (1, 4, 1)).limit
     assert limit("tpu-v5e") == 15.75 * 2**30 and limit("h100") == 0.75 * 81_559 * 2**20
+
+
+def test_what_the_local_engine_takes_by_hand():
+    """256 completions at once are 64 prompts x 4, on two devices 32 x 4, keys and values of 2 x 16 numbers a layer.
+
+    64 tokens in a prompt, and 31 columns more for completions of 32 tokens, whose last one is never read.
+    """
+    sizes = {"rollout.batch_size": 256, "data.max_prompt_length": 64, "data.max_response_length": 32}
+    config = gsm8k(**ON_DEVICE | sizes | {"rollout.engine": "local"})
+    token = 2 * MODEL.num_layers * K * DH * 2
+    caches = {"cache of the prompts": 32 * 64 * token, "cache of the completions": 128 * (64 + 31) * token}
+    assert sampling_bytes(config, MODEL, abstract_mesh(1, 2, 1)) == caches
+    halves = {name: size // 2 for name, size in caches.items()}
+    assert sampling_bytes(config, MODEL, abstract_mesh(1, 2, 2)) == halves
+    plan = plan_run(config, MODEL, abstract_mesh(1, 2, 1))
+    copied = plan.beside["update"]["parameters to compute with"]
+    expected = {"parameters to compute with": copied, "the head": 2 * 2 * V * D}
+    assert plan.beside["sampling"] == expected | caches
+    assert "sampling" not in plan_run(gsm8k(), MODEL, ONE).phases
 
 
 def test_a_split_head_is_gathered():

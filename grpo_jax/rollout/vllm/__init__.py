@@ -16,7 +16,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
     from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
@@ -79,6 +79,11 @@ def trainer_share(section: RolloutSection) -> float:
 def push_bytes(section: RolloutSection) -> int:
     """See `rollout.push_bytes`."""
     return PUSH_BUCKETS * section.bucket_mb * 2**20
+
+
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """See `rollout.sampling_bytes`. It has a share of the device of its own: `trainer_share`."""
+    return {}
 
 
 def shares_parameters(section: RolloutSection) -> bool:
