@@ -44,7 +44,7 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     axes, fixed = dataclasses.asdict(section), fixed_devices(section)
     if fixed > len(devices) or (-1 in axes.values() and len(devices) % fixed):
-        raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) of this run")
+        raise ConfigError("mesh", axes, f"must fit the {len(devices)} device(s) that there are")
     sizes = mesh_sizes(section, len(devices))
     used = math.prod(sizes)
     if used < len(devices):

@@ -284,7 +284,7 @@ def test_a_tpu_gives_the_trainer_all_of_its_memory():
 
 
 def test_what_the_local_engine_takes_by_hand():
-    """256 completions at once are 64 prompts x 4, on two devices 32 x 4, keys and values of 2 x 16 numbers a layer.
+    """256 completions at once: on each of two devices 32 prompts x 4, keys and values of 2 x 16 numbers a layer.
 
     64 tokens in a prompt, and 31 columns more for completions of 32 tokens, whose last one is never read.
     """
