@@ -6,8 +6,8 @@
 DEVICE is h100, h200, b200, a100, a100-40, l40s, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, a TPU slice by its name (as
 v5e-16, v5p-8, v6e-8), or its memory in GB; without it, the device at hand. Of the model, only config.json is read,
 so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figures and the
-real ones beside them. With --compile, the run's programs are compiled for the slice, which need not be there (it
-takes minutes, and libtpu), and what the compiler says stands beside what is counted.
+real ones beside them. With --compile, the run's programs are compiled for the devices, TPU slices, h100 or h200,
+which need not be there. It takes minutes, and what the compiler says stands beside what is counted.
 """
 
 import math
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--num_devices", default="", help="how many of them; default: 1, or those of the slice"
     )
-    parser.add_argument("--compile", action="store_true", help="for a TPU slice: compile the programs")
+    parser.add_argument("--compile", action="store_true", help="compile the programs, for TPUs, h100 or h200")
     flags = {"device": "--device", "num_devices": "--num_devices", "compile": "--compile"}
     with one_line_errors(flags):
         config, _, args = read_command_line(parser, argv)
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         sizes = mesh_sizes(config, num_devices)
         model = read_model(config, device)
         budget = make_budget(config, model, device, memory, sizes)
-        described = open_slice(device, num_devices) if args.compile else None
+        target = describe_target(device, num_devices) if args.compile else None
         print_plan(budget, memory)
         print_seconds(config, model, device, sizes)
-        if described is not None:
-            print_compiled(budget, described)
+        if target is not None:
+            print_compiled(budget, target)
 
 
 def find_devices(device: str, num_devices: str) -> tuple[str, int]:
@@ -203,27 +203,20 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
     print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
 
 
-def open_slice(device: str, num_devices: int) -> list[Any]:
-    """The devices to compile for, which are only described.
+def describe_target(device: str, num_devices: int) -> Any:
+    """The devices to compile for, which are only described. Raises: ConfigError: as `targets.describe`."""
+    from grpo_jax.run.targets import describe
 
-    Raises: ConfigError: this is no TPU slice, or there is no compiler for it.
-    """
-    from grpo_jax.model.cards import slice_of
-    from grpo_jax.run.ahead import described_devices
-
-    chosen = slice_of(device, num_devices)
-    if chosen is None:
-        rule = "is there for TPU slices: --device=v5e-16, or tpu-v5e with 4, 8, 16, ... devices"
-        raise ConfigError("compile", "True", rule)
-    return described_devices(chosen)
+    return describe(device, num_devices)
 
 
-def print_compiled(budget: Any, devices: list[Any]) -> None:
-    """What the compiler says of the run's programs, beside what the plan counts."""
+def print_compiled(budget: Any, target: Any) -> None:
+    """What the compiler says of the run's programs, beside what the plan counts. Args: target: a `Target`."""
     import jax
 
     from grpo_jax.run.ahead import compile_run
 
+    devices = target.devices
     print(f"Compiling for {len(devices)} x {devices[0].device_kind}: some minutes ...", flush=True)
     try:
         found = compile_run(budget.config, budget.model, devices)
@@ -232,7 +225,7 @@ def print_compiled(budget: Any, devices: list[Any]) -> None:
             raise
         reason = " ".join(str(error).split())[:300]
         sys.exit(f"error: a program does not fit, as the compiler says: {reason}")
-    print(f"Compiled by {found.compiler} in {found.seconds:.0f} s; nothing was run")
+    print(f"Compiled by {target.compiler} in {found.seconds:.0f} s; nothing was run")
     print("The most in each phase, GB a device: compiled, with what waits meanwhile, and as counted above")
     for phase, size in found.phases.items():
         counted = budget.plan.phases.get(phase)

@@ -1,37 +1,34 @@
 """The programs of a run, compiled for devices that are not here; what the compiler says of them.
 
 The real programs, from shapes alone: of scoring, the update and the optimizer by `Learner.compile`, of the local
-engine, and of packing a push. A TPU's compiler is in the package libtpu and needs no TPU. Nothing is run.
+engine, and of packing a push. Nothing is run.
 """
 
 import dataclasses
-import functools
-import importlib.metadata
-import importlib.util
-import os
 import time
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config
 from grpo_jax.learner.compiling import Program, compile_ahead, program_bytes, programs_compiled
 from grpo_jax.learner.hlo import Facts, read_facts
 from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.offload import device_bytes
-from grpo_jax.model.cards import Slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import device_programs
 from grpo_jax.run.devices import set_products
 from grpo_jax.run.metrics import Timers
+from grpo_jax.run.targets import kernels_of
 
 NAMES = {
     "forward_pass": "score",
     "backward": "gradients",
     "apply": "optimizer",
+    "check": "norm of gradients",
+    "_changed": "optimizer",  # of one parameter: the largest
     "cast": "cast",
     "zeros": "empty sums",
     "sample_completions": "sampling",
@@ -40,12 +37,6 @@ NAMES = {
 """Function -> name of its program for people."""
 NUM_STEPS = 100
 """Of the run; no program depends on it but by the schedule of the learning rate."""
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks a cloud's metadata server, for a minute
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or two processes fail at its lock file
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: it only silences a warning
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +53,10 @@ class Compiled:
 class Compilation:
     """All programs of a run."""
 
-    compiler: str
-    """Names and versions."""
     programs: list[Compiled]
     phases: dict[str, int]
     """Phase of the plan -> bytes on one device while its largest program runs, with what waits beside it."""
     seconds: float
-
-
-def described_devices(chosen: Slice) -> list[jax.Device]:
-    """The devices of a TPU slice, to compile for. They can compute nothing.
-
-    Raises: ConfigError: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("compile", "True", "needs libtpu, of the extra tpu (docs/tpu.md); it needs no TPU")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=chosen.topology).devices)
 
 
 def compile_run(config: Config, model: ModelConfig, devices: list[jax.Device]) -> Compilation:
@@ -92,14 +69,15 @@ def compile_run(config: Config, model: ModelConfig, devices: list[jax.Device]) -
     set_products(config.model)
     start = time.perf_counter()
     # Not `jax.set_mesh`: what is computed while a program is traced, as a kernel's tables, is computed here.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), programs_compiled() as programs:
+    within = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with within, kernels_of(devices), programs_compiled() as programs:
         learner = Learner(
             config, Algorithm.of(config.algorithm), model, mesh, num_steps=NUM_STEPS, timer=Timers()
         )
         phases = learner.compile()
         phases |= _compile_engine(config, learner, mesh)
     seconds = time.perf_counter() - start
-    return Compilation(_compiler(), [_described(program) for program in _unique(programs)], phases, seconds)
+    return Compilation([_described(program) for program in _unique(programs)], phases, seconds)
 
 
 def _compile_engine(config: Config, learner: Learner, mesh: Mesh) -> dict[str, int]:
@@ -126,8 +104,3 @@ def _unique(programs: list[Program]) -> list[Program]:
 def _described(program: Program) -> Compiled:
     facts = read_facts(program.compiled.as_text())
     return Compiled(NAMES.get(program.name, program.name), program_bytes(program.compiled), facts)
-
-
-@functools.cache
-def _compiler() -> str:
-    return f"jax {jax.__version__} with libtpu {importlib.metadata.version('libtpu')}"

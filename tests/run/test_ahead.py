@@ -12,14 +12,14 @@ from jax.experimental import topologies
 from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.memory import abstract_mesh, plan_memory
-from grpo_jax.model.cards import find_slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.sharding import abstract_like, make_mesh
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.rollout import device_programs
-from grpo_jax.run.ahead import compile_run, described_devices
+from grpo_jax.run.ahead import compile_run
+from grpo_jax.run.targets import describe
 from grpo_jax.weight_sync.wire import BLOCK_BYTES
 
 pytestmark = pytest.mark.libtpu
@@ -46,7 +46,7 @@ def distance(a, b):
 
 def test_neighbours_on_an_axis_are_neighbours_in_the_slice():
     """All 16 chips along fsdp make a ring of links; with tensor=4, each of its rings is a line of the grid."""
-    devices = described_devices(find_slice("v5e-16"))
+    devices = describe("tpu-v5e", 16).devices
     assert len(devices) == 16 and {d.platform for d in devices} == {"tpu"}
     ring = make_mesh(MeshSection(1, -1, 1), devices).devices.ravel().tolist()
     assert all(distance(a, b) == 1 for a, b in itertools.pairwise([*ring, ring[0]]))
@@ -55,7 +55,7 @@ def test_neighbours_on_an_axis_are_neighbours_in_the_slice():
 
 
 def test_slices_are_joined_along_data():
-    described_devices(find_slice("v5e-4"))  # sets the compiler's environment
+    describe("tpu-v5e", 4)  # sets the compiler's environment
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
     mesh = make_mesh(MeshSection(4, 2, 1), devices)
     slices = [{d.slice_index for d in mesh.devices[i].flat} for i in range(4)]
@@ -65,7 +65,7 @@ def test_slices_are_joined_along_data():
 
 
 def test_the_kernel_is_that_of_the_devices_compiled_for():
-    mesh = make_mesh(MeshSection(1, -1, 1), described_devices(find_slice("v5e-8")))
+    mesh = make_mesh(MeshSection(1, -1, 1), describe("tpu-v5e", 8).devices)
     assert jax.default_backend() != "tpu"
     assert choose_kernel("auto", "bfloat16", 128, mesh_device_kind(mesh)) == "splash"
 
@@ -84,7 +84,7 @@ def products_as_in_a_run():
 
 @pytest.fixture(scope="module")
 def compiled(products_as_in_a_run):
-    return compile_run(CONFIG, MODEL, described_devices(find_slice("v5e-8")))
+    return compile_run(CONFIG, MODEL, describe("tpu-v5e", 8).devices)
 
 
 def test_splash_attention_is_in_the_programs(compiled):
@@ -117,7 +117,7 @@ def test_the_plan_counts_what_the_compiler_takes():
         num_kv_heads=4,
     )  # fmt: skip
     config = gsm8k(**CHANGES | {"actor.logits_chunk_tokens": 1024})
-    found = compile_run(config, wide, described_devices(find_slice("v5e-16")))
+    found = compile_run(config, wide, describe("tpu-v5e", 16).devices)
     plan = plan_memory(config, wide, abstract_mesh(1, 16, 1))
     for phase in ("update", "score", "optimizer"):
         assert found.phases[phase] == pytest.approx(plan.phases[phase], rel=0.1)
@@ -141,7 +141,7 @@ def test_the_embedding_is_not_gathered(compiled):
 
 def test_a_push_is_packed():
     """Each device gets whole buckets of at most 192 MiB, with a checksum for each block."""
-    mesh = make_mesh(MeshSection(1, -1, 1), described_devices(find_slice("v6e-4")))
+    mesh = make_mesh(MeshSection(1, -1, 1), describe("tpu-v6e", 4).devices)
     config = gsm8k(**{"rollout.ray_address": "auto"})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract_params(MODEL)[0])
     params = abstract_like(shapes, param_shardings(MODEL, mesh))
