@@ -229,6 +229,9 @@ def print_compiled(budget: Any, target: Any) -> None:
     print("The most in each phase, GB a device: compiled, with what waits meanwhile, and as counted above")
     for phase, size in found.phases.items():
         counted = budget.plan.phases.get(phase)
+        if phase == "weight sync":
+            print(f"  {phase:<32}{size / GB:>8.2f}   packing alone: counted are the engine's buckets too")
+            continue
         beside = f"{counted / GB:>8.2f}{size / counted - 1:>+8.1%}" if counted else "   not counted"
         print(f"  {phase:<32}{size / GB:>8.2f}{beside}{'' if size <= budget.limit else '   does not fit'}")
     print(

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.learner.compiling import Program, compile_ahead, program_bytes, programs_compiled
 from grpo_jax.learner.hlo import Facts, read_facts
 from grpo_jax.learner.learner import Learner
@@ -63,8 +63,14 @@ def compile_run(config: Config, model: ModelConfig, devices: list[jax.Device]) -
     """Compiles all programs of a run for devices that need not be here.
 
     Args:   model: with the attention kernel of these devices.
-    Raises: ConfigError: the mesh does not fit the devices.
+    Raises: ConfigError: the mesh does not fit the devices, or the description of a GPU lacks what the run needs.
     """
+    reference_on_host = config.uses_reference and config.algorithm.ref_offload
+    if devices[0].platform == "gpu" and (config.optim.offload or reference_on_host):
+        rule = (
+            "needs optim.offload=False and algorithm.ref_offload=False for GPUs: described ones have no host"
+        )
+        raise ConfigError("compile", "True", rule)
     mesh = make_mesh(config.mesh, devices)
     set_products(config.model)
     start = time.perf_counter()
