@@ -77,7 +77,8 @@ def device_bytes(name: str) -> int:
             raise ValueError
         return int(size * GB)
     except ValueError:
-        rule = f"must be a number of GB, a TPU slice as v5e-16, or one of {', '.join(CARDS)}{nearest(name, CARDS)}"
+        names = f"{', '.join(CARDS)}, or a TPU slice as v5e-16"
+        rule = f"must be a number of GB or one of {names}{nearest(name, CARDS)}"
         raise ConfigError("device", name, rule) from None
 
 
