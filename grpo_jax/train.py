@@ -20,6 +20,7 @@ from pathlib import Path
 from grpo_jax.config import Config
 from grpo_jax.config.command_line import one_line_errors, parse_command_line
 from grpo_jax.learner.batching import make_train_batch
+from grpo_jax.run.hosts import ALONE, Hosts, joined
 from grpo_jax.run.run import Run, open_run
 from grpo_jax.types import StepResult, TrainState
 
@@ -37,12 +38,13 @@ def grpo_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, StepR
     return state, result
 
 
-def train(config: Config, path: Path) -> None:
+def train(config: Config, path: Path, hosts: Hosts = ALONE) -> None:
     """Runs the whole training of a configuration in the workdir `path`, or what is left of it.
 
+    Args:   hosts: the processes of the run, of which this is one.
     Raises: as `open_run` and `Run.after_step`.
     """
-    with open_run(config, path) as run:
+    with open_run(config, path, hosts) as run:
         state = run.begin()
         for step in run.steps():
             with run.timers("step"):
@@ -54,7 +56,8 @@ def train(config: Config, path: Path) -> None:
 def main() -> None:
     with one_line_errors():
         config, path = parse_command_line("grpo_jax.train", __doc__)
-        train(config, path)
+        with joined(config, path) as hosts:
+            train(config, path, hosts)
 
 
 if __name__ == "__main__":

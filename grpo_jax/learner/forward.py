@@ -14,13 +14,13 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.packing import Places, pack
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
-from grpo_jax.model.sharding import AXIS_RULES, num_batch_shards
+from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.types import Params, TrainBatch
 
@@ -41,13 +41,12 @@ def to_micro_batches(
 ) -> tuple[list[TrainBatch], Places]:
     """Packs a host batch [B, T] into micro-batches of one shape [R, T] and splits their rows over the mesh."""
     micro_batches, places = pack(batch, *shape)
-    return jax.device_put(micro_batches, NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))), places
+    return place(micro_batches, batch_sharding(mesh)), places
 
 
 def abstract_micro_batches(batch: TrainBatch, shape: tuple[int, int], mesh: Mesh) -> list[TrainBatch]:
     """What `to_micro_batches` would return, as `jax.ShapeDtypeStruct`s: the devices need not be there."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
     return jax.tree.map(abstract, pack(batch, *shape)[0])
 
 
@@ -162,6 +161,6 @@ def score_rows(
     """
     batch = dataclasses.replace(batch, old_logprobs=None, ref_logprobs=None, loss_weights=None)
     micro_batches, places = to_micro_batches(batch, shape, mesh)
-    logprobs = np.concatenate(jax.device_get([forward.score(params, micro) for micro in micro_batches]))
+    logprobs = np.concatenate(fetch([forward.score(params, micro) for micro in micro_batches]))
     unpacked = places.unpack(logprobs, batch.tokens.shape[1])
     return np.where(batch.completion_mask > 0, unpacked, np.float32(0))

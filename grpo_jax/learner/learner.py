@@ -42,7 +42,7 @@ from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import num_words
-from grpo_jax.model.sharding import num_batch_shards
+from grpo_jax.model.sharding import fetch, num_batch_shards
 from grpo_jax.model.transformer import largest_activations
 from grpo_jax.types import (
     Metrics,
@@ -219,7 +219,7 @@ class Learner:
             with self._timer(phase):
                 jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
         with self._timer("update_actor"):
-            metrics, weighing = jax.device_get((metrics, weighing[: len(rows)]))  # the same in every epoch
+            metrics, weighing = fetch((metrics, weighing[: len(rows)]))  # the same in every epoch
         return state, metrics, _token_use(batch, rows, [places for _, places in laid_out], weighing)
 
     def _place(self, minibatch: TrainBatch) -> tuple[list[TrainBatch], Places]:
@@ -253,7 +253,7 @@ class Learner:
         look = jax.jit(largest_activations, static_argnames="config")
         params = self._update.to_compute_dtype(params)
         largest = look(params, self.model, micro.tokens, micro.positions, micro.segment_ids)
-        beyond = np.flatnonzero(~np.isfinite(jax.device_get(largest)))
+        beyond = np.flatnonzero(~np.isfinite(fetch(largest)))
         return int(beyond[0]) if len(beyond) else None
 
     def compile(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import OptimSection
-from grpo_jax.model.sharding import replicated
+from grpo_jax.model.sharding import place, replicated
 from grpo_jax.types import LossScale
 
 LARGEST, SMALLEST = 2.0**24, 1.0
@@ -30,7 +30,7 @@ class LossScaling:
 
     def init(self, mesh: Any) -> LossScale:
         """The scale at step 0, on every device."""
-        return jax.device_put(LossScale(np.float32(self.first), np.int32(0)), replicated(mesh))  # type: ignore[arg-type]
+        return place(LossScale(np.float32(self.first), np.int32(0)), replicated(mesh))  # type: ignore[arg-type]
 
     def abstract(self) -> LossScale:
         """Shapes and dtypes of `init`."""

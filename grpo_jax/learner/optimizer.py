@@ -20,7 +20,7 @@ from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.loss_scale import LossScaling
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.sharding import abstract_like, replicated
+from grpo_jax.model.sharding import abstract_like, place, replicated
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import LossScale, Metrics, Params, TrainState
 
@@ -102,7 +102,7 @@ class Optimizer(abc.ABC):
         """Compiles `apply` for the abstract sum `total`. Returns bytes by phase, as `Learner.compile`."""
 
     def _first_state(self, params: Params, opt_state: Any) -> TrainState:
-        step = jax.device_put(np.int32(0), replicated(self._mesh))
+        step = place(np.int32(0), replicated(self._mesh))
         scale = None if self.loss_scaling is None else self.loss_scaling.init(self._mesh)
         return TrainState(step, params, opt_state, scale)
 

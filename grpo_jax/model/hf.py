@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 
 from grpo_jax.config import ConfigError, ModelSection
 from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_hf_config
+from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.files import replace_folder, temporary_beside
 from grpo_jax.storage.manifest import NAME, damage, has_manifest, write_manifest
@@ -340,12 +341,17 @@ def save_folder(
 ) -> None:
     """Writes a Hugging Face folder. It gets its name only when it is complete.
 
+    Every process of a run calls this; the first one writes, a file at a time.
+
     Args:
         params: as from `load_params`, on any devices or the host.
         files_from: folder whose config.json, tokenizer and generation files are copied.
         dtype: "F32", "BF16" or "F16".
         max_shard_bytes: a larger model is written as several files with an index.
     """
+    if jax.process_index():
+        _write_weights(None, params, config, DTYPES[dtype], max_shard_bytes)
+        return
     temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     try:
@@ -358,9 +364,12 @@ def save_folder(
 
 
 def _write_weights(
-    folder: Path, params: Params, config: ModelConfig, dtype: Any, max_shard_bytes: int
+    folder: Path | None, params: Params, config: ModelConfig, dtype: Any, max_shard_bytes: int
 ) -> None:
-    """Writes the safetensors files of a folder, and their index where they are several."""
+    """Writes the safetensors files of a folder, and their index where they are several.
+
+    Args: folder: None: only takes part in bringing the parameters to the first process.
+    """
     plan = split_state_dict_into_shards_factory(
         stored_bytes(config, dtype),
         get_storage_size=int,
@@ -374,8 +383,10 @@ def _write_weights(
             leaf = _on_device(spec.of(params))
             of_spec = [name for name in names if sources[name][0] == spec]
             tensors |= {name: _to_stored(leaf, *sources[name], dtype) for name in of_spec}
+        if folder is None:
+            continue
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
+    if folder is not None and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
@@ -413,7 +424,7 @@ def _on_device(leaf: Any) -> Any:
 
 
 def _to_stored(leaf: Any, spec: TensorSpec, layer: int | None, dtype: Any) -> np.ndarray:
-    array = np.asarray(leaf if layer is None else leaf[layer])
+    array = fetch(leaf if layer is None else leaf[layer])
     stored = stored_shape(spec, array.shape)
     array = array.reshape(stored[::-1]).T if spec.num_inputs else array.reshape(stored)
     return np.ascontiguousarray(array, dtype=dtype)

@@ -48,6 +48,9 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
     sizes = mesh_sizes(section, len(devices))
     used = math.prod(sizes)
     if used < len(devices):
+        if devices[-1].process_index:
+            rule = f"must use all {len(devices)} devices of the run's processes, not {used}"
+            raise ConfigError("mesh", axes, rule)
         logger.warning("the mesh %s uses %d of %d devices", list(sizes), used, len(devices))
     # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
     return Mesh(_arranged(sizes, devices[:used], len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -147,6 +150,33 @@ def abstract_like(shapes: Any, shardings: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits rows over the batch axes and leaves every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts host arrays on the devices. Every process has all of them, and gives its own devices their parts."""
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(lambda x: put(np.asarray(x)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, in every process, whichever devices hold their parts. All processes call it."""
+    leaves, structure = jax.tree.flatten(tree)
+    far = [i for i, x in enumerate(leaves) if _is_beyond_reach(x)]
+    if far:
+        mesh = leaves[far[0]].sharding.mesh
+        for i, x in zip(far, _replicate([leaves[i] for i in far], replicated(mesh)), strict=True):
+            leaves[i] = x
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_beyond_reach(x: Any) -> bool:
+    """Whether devices of other processes hold parts of an array that are nowhere here."""
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _replicate(leaves: list[jax.Array], sharding: NamedSharding) -> list[jax.Array]:
+    return [jax.lax.with_sharding_constraint(x, sharding) for x in leaves]
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

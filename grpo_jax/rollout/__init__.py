@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
+    from grpo_jax.rollout.shared import Channel
     from grpo_jax.types import Params, Workload
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -167,7 +168,13 @@ def check_devices(section: RolloutSection, mesh: Mesh) -> None:
 
 
 def make_engine(
-    section: RolloutSection, *, folder: ModelFolder, mesh: Mesh, tokenizer: Any, max_model_len: int
+    section: RolloutSection,
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+    tokenizer: Any,
+    max_model_len: int,
+    channel: Channel | None = None,
 ) -> RolloutEngine:
     """Makes the engine. It may still be starting when this returns.
 
@@ -177,9 +184,10 @@ def make_engine(
         mesh: the trainer's.
         tokenizer: decodes completions.
         max_model_len: tokens of the longest prompt and completion together.
+        channel: to the other processes of the run, which share the engine; None: there are none.
     """
     stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
-    return _engine(section).make_engine(
+    make = lambda: _engine(section).make_engine(
         section,
         folder=folder,
         mesh=mesh,
@@ -187,3 +195,6 @@ def make_engine(
         stop_token_ids=tuple(sorted(stops)),
         max_model_len=max_model_len,
     )
+    if channel is None:
+        return make()
+    return _engine(section).share_engine(section, channel, make, folder=folder, mesh=mesh)

@@ -23,7 +23,7 @@ from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import cache_bytes
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import pack_bits, token_logprobs
-from grpo_jax.model.sharding import batch_sharding, num_batch_shards, replicated
+from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place, replicated
 from grpo_jax.model.transformer import (
     Cache,
     bucket_length,
@@ -33,6 +33,7 @@ from grpo_jax.model.transformer import (
     split_layers,
 )
 from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
+from grpo_jax.rollout.shared import Channel
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,18 @@ def make_engine(
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
 
 
+def share_engine(
+    section: RolloutSection,
+    channel: Channel,
+    make: Callable[[], RolloutEngine],
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+) -> RolloutEngine:
+    """The engine of a run with several processes. All sample together, on the mesh of all of them."""
+    return make()
+
+
 class LocalEngine:
     """Samples from the trainer's own parameters, on the trainer's own devices."""
 
@@ -221,8 +234,8 @@ class LocalEngine:
         """
         rows = self._prompts_per_batch(num_prompts, sampling.num_samples)
         even = rows % num_batch_shards(self._mesh) == 0
-        place = (batch_sharding if even else replicated)(self._mesh)
-        of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+        split = (batch_sharding if even else replicated)(self._mesh)
+        of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=split)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self._mesh))
         static = dict(config=self._config, sampling=sampling, stop_token_ids=self._stop_token_ids)
@@ -240,7 +253,7 @@ class LocalEngine:
         score = partial(score_rows_cached, self._params, config=self._config, temperature=temperature)
         with jax.set_mesh(self._mesh):
             parts = [
-                np.asarray(score(jax.device_put(tokens[i : i + size], batch_sharding(self._mesh))))
+                fetch(score(place(tokens[i : i + size], batch_sharding(self._mesh))))
                 for i in range(0, len(tokens), size)
             ]
         return [
@@ -269,18 +282,18 @@ class LocalEngine:
             tokens[row, columns - len(prompt_ids) :] = prompt_ids
             lengths[row], indices[row] = len(prompt_ids), i
         even = per_batch % num_batch_shards(self._mesh) == 0
-        place = partial(jax.device_put, device=(batch_sharding if even else replicated)(self._mesh))
+        put = partial(place, sharding=(batch_sharding if even else replicated)(self._mesh))
         sampled = sample_completions(
             self._params,
-            place(tokens),
-            place(lengths),
-            place(indices),
+            put(tokens),
+            put(lengths),
+            put(indices),
             jax.random.key(seed),
             config=self._config,
             sampling=sampling,
             stop_token_ids=self._stop_token_ids,
         )
-        ids, logprobs, counts, stopped, drawable = jax.device_get(sampled)
+        ids, logprobs, counts, stopped, drawable = fetch(sampled)
         rows = range(len(chosen) * sampling.num_samples)
         texts = self._tokenizer.batch_decode(
             [ids[r, : counts[r]].tolist() for r in rows], skip_special_tokens=True

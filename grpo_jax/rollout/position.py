@@ -47,7 +47,7 @@ class Position:
     def to_json(self, rewarded_by: str) -> dict[str, Any]:
         """As `json.dumps` takes it, to the last bit. Args: rewarded_by: `reward_settings` of the run."""
         common = {"rewarded_by": rewarded_by}
-        surplus = [_group_to_json(s.group) | _rewards_to_json(s.rewards) | common for s in self.surplus]
+        surplus = [_group_to_json(s.group) | rewards_to_json(s.rewards) | common for s in self.surplus]
         return {
             "prompt_iterator": dict(self.prompt_iterator),
             "num_rollout_batches": self.num_rollout_batches,
@@ -77,7 +77,7 @@ class Position:
                 entry = {**entry, "origin": (-1, number)}
             group = _group_from_json(entry, by_key, group_size)
             if group is not None and entry.get("rewarded_by", rewarded_by) == rewarded_by:
-                surplus.append(ScoredGroup(group, _rewards_from_json(entry)))
+                surplus.append(ScoredGroup(group, rewards_from_json(entry)))
             else:
                 lost.append(entry)
         if lost:
@@ -162,7 +162,8 @@ def _completion_from_json(c: Mapping[str, Any]) -> Completion:
     )
 
 
-def _rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
+def rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
+    """As `json.dumps` takes them, to the last bit; without the errors."""
     return {
         "rewards": rewards.rewards.tolist(),
         "unshaped": rewards.unshaped.tolist(),
@@ -171,11 +172,12 @@ def _rewards_to_json(rewards: RewardResult) -> dict[str, Any]:
     }
 
 
-def _rewards_from_json(entry: Mapping[str, Any]) -> RewardResult:
+def rewards_from_json(entry: Mapping[str, Any], errors: Sequence[str] = ()) -> RewardResult:
+    """What `rewards_to_json` returned, which leaves the errors out."""
     # float32 -> float64 -> text -> float32 gives the same bits back.
     values = {name: np.array(entry[name], np.float32) for name in ("rewards", "unshaped", "correctness")}
     parts = {name: np.array(value, np.float32) for name, value in entry["parts"].items()}
-    return RewardResult(**values, parts=parts, errors=())
+    return RewardResult(**values, parts=parts, errors=tuple(errors))
 
 
 def _encode(values: np.ndarray) -> str:

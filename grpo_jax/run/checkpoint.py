@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointSection, ConfigError
 from grpo_jax.learner.compiling import compile_ahead
+from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.retention import (
     MARK,
     best_step,
@@ -106,16 +107,19 @@ class Checkpointer:
         self,
         folder: Path,
         section: CheckpointSection,
+        hosts: Hosts = ALONE,
         *,
         is_offloaded: bool,
         about: Mapping[str, Any] | None = None,
     ):
         """Args:
         section: says which checkpoints stay.
+        hosts: all of which write their parts of the arrays; the first one does the rest.
         is_offloaded: the optimizer's state fills the host's memory, with no room for a copy of it.
         about: JSON that every manifest gets, by which the run is known.
         """
         self._folder, self._section, self._is_offloaded = folder.absolute(), section, is_offloaded
+        self._hosts = hosts
         self._about = dict(about or {})
         self._orbax = ocp.AsyncCheckpointer(_handler(is_offloaded))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -154,12 +158,14 @@ class Checkpointer:
         Raises: CheckpointError: the state is not finite, or there is no space; and what a save before failed with.
         """
         step = progress.global_step
-        if step == self.latest_step or (self._under_way and step == self._under_way.step):
+        under_way = self._under_way.step if self._under_way else None
+        if self._hosts.from_first(lambda: step in (self.latest_step, under_way)):
             return
         self.wait()
-        check_finite(state, step)
+        check_finite(state, step, self._hosts)
         rest = _rest(state)
-        self._check_space((state.params, rest, reference))
+        if self._hosts.is_first:
+            self._check_space((state.params, rest, reference))
         items = {
             "params": ocp.args.PyTreeSave(state.params),
             "optimizer": ocp.args.PyTreeSave(rest),
@@ -170,15 +176,16 @@ class Checkpointer:
         name = self._section.keep_best
         measured = {name: float(metrics[name])} if metrics and name in metrics else {}
         facts = self._about | {"step": step, "epoch": epoch, "metrics": measured}
-        temporary = temporary_beside(self._folder / str(step))
+        temporary = Path(self._hosts.from_first(lambda: str(temporary_beside(self._folder / str(step)))))
         save = _Save(step, temporary, facts, threading.Event(), threading.Event())
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._hosts.is_first:
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._under_way = save  # known before it begins: Ctrl-C may come at any moment
         try:
             self._orbax.save(temporary, args=ocp.args.Composite(**items))
         except BaseException:
             self._under_way = None
-            _remove(temporary)
+            self._remove(temporary)
             raise
         save.future = self._thread.submit(self._finish, save)
         if self._is_offloaded:
@@ -233,13 +240,25 @@ class Checkpointer:
                 self._orbax.wait_until_finished()
             finally:
                 save.is_written.set()
+            if not self._hosts.is_first:
+                return
             write_manifest(save.temporary, save.facts)
             save.is_decided.wait()
             if save.is_wanted:
                 replace_folder(save.temporary, self._folder / str(save.step))
                 rotate(self._folder, self._section)
         finally:
-            _remove(save.temporary)
+            self._remove(save.temporary)
+
+    def _remove(self, temporary: Path) -> None:
+        """Removes what a save has left, also under the name that Orbax gives it while it writes."""
+        for _ in range(20):  # where one file failed, Orbax may still be writing others
+            left = list(temporary.parent.glob(temporary.name + "*")) if self._hosts.is_first else []
+            if not left:
+                return
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
 
     def _check_space(self, arrays: Any) -> None:
         """Raises: CheckpointError: the disk has less left than the last checkpoint took, or the arrays would."""
@@ -263,6 +282,9 @@ class Checkpointer:
 
         Raises: ConfigError: there are checkpoints, and none is whole.
         """
+        return self._hosts.from_first(self._find_good)
+
+    def _find_good(self) -> int | None:
         good, damaged = find_whole(self._folder)
         for step, reason in damaged.items():
             set_aside(self._folder / str(step), reason)
@@ -275,6 +297,9 @@ class Checkpointer:
         Raises:  CheckpointError: as `wait`.
         """
         self.wait()
+        return self._hosts.from_first(lambda: self._go_back(before))
+
+    def _go_back(self, before: int) -> int | None:
         steps = saved_steps(self._folder)
         whole = (
             step for step in reversed(steps) if step < before and not damage_of(self._folder / str(step))
@@ -300,23 +325,24 @@ class Checkpointer:
         }
         if abstract_reference is not None:
             items["reference"] = _restore_like(abstract_reference)
-        folder = self._folder / str(self.latest_step)
+        folder = self._folder / str(self._hosts.from_first(lambda: self.latest_step))
         restored = _restore(self._orbax, folder, items, "checkpoint")
         state = TrainState(params=restored.params, **restored.optimizer)
         return state, _progress(restored.progress), restored.get("reference")
 
 
-def check_finite(state: TrainState, step: int) -> None:
+def check_finite(state: TrainState, step: int, hosts: Hosts = ALONE) -> None:
     """Raises: CheckpointError: a number of the parameters or of the optimizer's state is not finite."""
     leaves = _floating_leaves(state)
     on_device = [leaf for _, leaf in leaves if not _is_on_host(leaf)]
     answers = iter(jax.device_get(_are_finite(on_device)) if on_device else [])
-    for name, leaf in leaves:
-        if not (_is_finite_on_host(leaf) if _is_on_host(leaf) else next(answers)):
-            place, _, rest = name.partition("/")
-            what = ("parameters", "optimizer")[int(place)]
-            text = f"{what} {rest} hold a number that is not finite after step {step}; nothing was saved"
-            raise CheckpointError(text)
+    finite = [_is_finite_on_host(leaf) if _is_on_host(leaf) else next(answers) for _, leaf in leaves]
+    if hosts.any_of(not all(finite)):  # each has looked at its own parts
+        bad = [name for (name, _), is_finite in zip(leaves, finite, strict=True) if not is_finite]
+        place, _, rest = bad[0].partition("/") if bad else ("0", "", "of another process")
+        what = ("parameters", "optimizer")[int(place)]
+        text = f"{what} {rest} hold a number that is not finite after step {step}; nothing was saved"
+        raise CheckpointError(text)
 
 
 def compile_check(abstract: TrainState) -> None:
@@ -361,17 +387,6 @@ def _handler(is_offloaded: bool) -> ocp.CompositeCheckpointHandler:
 
 def _is_retrieved(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
-
-
-def _remove(temporary: Path) -> None:
-    """Removes what a save has left, also under the name that Orbax gives it while it writes."""
-    for _ in range(20):  # where one file failed, Orbax may still be writing others
-        left = list(temporary.parent.glob(temporary.name + "*"))
-        if not left:
-            return
-        for path in left:
-            shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.05)
 
 
 def _restore(orbax: Any, folder: Path, items: dict[str, Any], key: str) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -37,7 +38,7 @@ def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSe
     prepare_process(config, model, engine=engine)
     set_products(config.model)
     mesh = open_mesh(config)
-    if engine is not None:
+    if engine is not None and jax.process_index() == 0:  # the others need not have the engine
         check_devices(engine, mesh)
     _keep_compiled_programs(config.trainer)
     return mesh
@@ -56,10 +57,23 @@ def open_mesh(config: Config) -> Mesh:
 
     Raises: ConfigError: it does not fit them, or they cannot compute what is configured.
     """
-    find_devices()
+    check_alike(find_devices())
     mesh = make_mesh(config.mesh)
     check_dtype(config.model.dtype, mesh)
     return mesh
+
+
+def check_alike(devices: Sequence[jax.Device]) -> None:
+    """Raises: ConfigError: the processes of the run have unlike devices."""
+    of_process: dict[int, list[str]] = {}
+    for device in devices:
+        of_process.setdefault(device.process_index, []).append(device.device_kind)
+    first = of_process[min(of_process)]
+    for number, kinds in sorted(of_process.items()):
+        if kinds != first:
+            rule = f"all processes need the same devices: process 0 has {len(first)} x {first[0]}, "
+            rule += f"process {number} has {len(kinds)} x {kinds[0]}"
+            raise ConfigError("JAX_NUM_PROCESSES", len(of_process), rule)
 
 
 def find_devices() -> list[jax.Device]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,9 @@ REPORT_S = 60.0
 SOON_S = 10.0
 """Within which most runs have ended; of others a line says that they are still at it."""
 PY_SPY_S = 20.0
+NOTICE_S, CLOSE_S = 5.0, 15.0
+"""When another process of the run is gone: for the main thread to take notice, and then to close. All are to have
+ended 30 s after that process."""
 
 
 class PhaseTimedOut(BaseException):
@@ -41,9 +44,22 @@ class PhaseTimedOut(BaseException):
     No `Exception`, so that nothing takes it for an error of its own.
     """
 
+    code = 1
+    """To exit with."""
+
     def __init__(self, phase: str, text: str):
         super().__init__(text)
         self.phase = phase
+        self.is_told = False
+        """Whether people have been told."""
+
+
+class PeerLost(PhaseTimedOut):
+    """Another process of the run has died, failed or stands still: this one cannot go on, and not save either."""
+
+    def __init__(self, phase: str, text: str, code: int):
+        super().__init__(phase, text)
+        self.code = code
 
 
 def hang_behind(error: BaseException | None) -> PhaseTimedOut | None:
@@ -56,20 +72,22 @@ def hang_behind(error: BaseException | None) -> PhaseTimedOut | None:
 @contextlib.contextmanager
 def watched(
     timers: Timers, folder: Path | None, limit_s: float, key: str = "trainer.phase_timeout_s"
-) -> Iterator[None]:
+) -> Iterator["HangWatch"]:
     """Looks after what is done within. Args: as `HangWatch`.
 
     Raises: SystemExit: 1, a phase has taken too long; one line on stderr says which.
     """
     watch = HangWatch(timers, folder, limit_s, key)
     try:
-        yield
+        yield watch
     except (Exception, PhaseTimedOut) as error:
         hang = hang_behind(error)
         if hang is None:
             raise
-        print(f"error: phase {hang.phase}: {hang}", file=sys.stderr)
-        raise SystemExit(1) from None
+        if watch.is_heard():
+            print(f"error: phase {hang.phase}: {hang}", file=sys.stderr)
+            hang.is_told = True
+        raise SystemExit(hang.code) from None
     finally:
         watch.close()
 
@@ -90,23 +108,37 @@ class HangWatch:
         key: that sets the limit.
         """
         self._timers, self._folder, self._limit_s, self._key = timers, folder, limit_s, key
-        self._is_closed = threading.Event()
+        self.is_heard: Callable[[], bool] = lambda: True
+        """Whether this process speaks for the run."""
+        self.suffix = ""
+        """Of the file with the stacks, where each process of a run writes one."""
+        self.ask: Callable[[str], None] | None = None
+        """Where the run has several processes: has the one found that holds the others up, and `end` called."""
+        self._is_closed, self._is_ending = threading.Event(), threading.Event()
+        self._is_noticed, self._lock = threading.Event(), threading.Lock()
         faulthandler.cancel_dump_traceback_later()  # of the command's start
-        if not limit_s:
-            return
         main = threading.main_thread().ident
         assert main is not None
         self._main = main
         self._old = signal.signal(signal.SIGALRM, self._on_alarm)
         self._thread = threading.Thread(target=self._look, daemon=True, name="hang watch")
-        self._thread.start()
+        if limit_s:
+            self._thread.start()
 
     def close(self) -> None:
         self._is_closed.set()
         if self._limit_s:
             self._thread.join(LOOK_S + 1)
             faulthandler.cancel_dump_traceback_later()
-            signal.signal(signal.SIGALRM, self._old)
+        signal.signal(signal.SIGALRM, self._old)
+
+    def end(self, error: PhaseTimedOut, *, writes_stacks: bool = False) -> None:
+        """Ends the run, from any thread: the error is raised in the main thread. Only the first call counts."""
+        with self._lock:
+            if self._is_ending.is_set() or self._is_closed.is_set():
+                return
+            self._is_ending.set()
+        threading.Thread(target=self._end, args=(error, writes_stacks), daemon=True).start()
 
     def _look(self) -> None:
         while not self._is_closed.wait(min(LOOK_S, self._limit_s / 4)):
@@ -114,32 +146,49 @@ class HangWatch:
             phase, since = self._timers.running
             taken = time.monotonic() - since
             if taken > self._limit_s:
-                self._end(phase, taken)
+                self._overdue(phase, taken)
                 return
 
-    def _end(self, phase: str, taken: float) -> None:
+    def _overdue(self, phase: str, taken: float) -> None:
         faulthandler.dump_traceback_later(REPORT_S + SOON_S + END_S, exit=True, file=STDERR)
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - taken))
         what = f"has taken {taken:.0f} s, since {since} ({self._key}={self._limit_s:g})"
-        what += f"; it is {place_of(self._main)}"
-        self._error = PhaseTimedOut(phase, f"{what}; {self._report(phase, what)}")
+        if self.ask is not None:
+            self.ask(what)
+            if self._is_ending.wait(SOON_S):
+                return
+        self.end(PhaseTimedOut(phase, f"{what}; it is {place_of(self._main)}"), writes_stacks=True)
+
+    def _end(self, error: PhaseTimedOut, writes_stacks: bool) -> None:
+        self._error = error
+        if writes_stacks:
+            error.args = (f"{error}; {self._report(error.phase, str(error))}",)
         signal.pthread_kill(self._main, signal.SIGALRM)
-        if self._is_closed.wait(SOON_S):
-            return
-        say(f"phase {phase} hangs, and the run is being ended; after {END_S:g} s it is ended in any case")
-        if not self._is_closed.wait(END_S):
-            # The main thread is where no signal reaches it.
-            say(f"error: phase {phase}: {self._error}; it cannot be ended in order")
-            os._exit(1)
+        if isinstance(error, PeerLost):
+            if self._is_noticed.wait(NOTICE_S) and self._is_closed.wait(CLOSE_S):
+                return
+            how = "; the same command goes on"  # nothing was to be saved
+        else:
+            if self._is_closed.wait(SOON_S):
+                return
+            phase = error.phase
+            say(f"phase {phase} hangs, and the run is being ended; after {END_S:g} s it is ended in any case")
+            if self._is_closed.wait(END_S):
+                return
+            how = "; it cannot be ended in order"
+        # The main thread is where no signal reaches it.
+        if self.is_heard() and not error.is_told:
+            say(f"error: phase {error.phase}: {error}{how}")
+        os._exit(error.code)
 
     def _on_alarm(self, number: int, frame: Any) -> None:
+        self._is_noticed.set()
         raise self._error
 
     def _report(self, phase: str, what: str) -> str:
         """Writes down all stacks. Returns: where they are, in words."""
-        path = (
-            None if self._folder is None else self._folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{phase}.txt"
-        )
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{phase}{self.suffix}.txt"
+        path = None if self._folder is None else self._folder / name
         writing = threading.Thread(target=_write, args=(path, f"phase {phase} {what}"), daemon=True)
         writing.start()
         writing.join(REPORT_S)
@@ -154,6 +203,19 @@ class HangWatch:
 def say(line: str) -> None:
     """Writes a line to stderr, past buffers that a thread which hangs may hold."""
     os.write(STDERR, f"{line}\n".encode(errors="replace"))
+
+
+def is_waiting(thread: int) -> bool:
+    """Whether a thread waits for devices or for other processes of the run, as far as its stack tells."""
+    frame = sys._current_frames().get(thread)
+    for _ in range(6):
+        if frame is None:
+            return False
+        file = frame.f_code.co_filename
+        if file.endswith("grpo_jax/run/hosts.py") or "/jax/" in file:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def place_of(thread: int) -> str:

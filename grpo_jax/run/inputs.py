@@ -28,6 +28,7 @@ from grpo_jax.model.config import (
 )
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
+from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
 from grpo_jax.types import Params, Prompt
@@ -75,7 +76,7 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
     return dataclasses.replace(model, attention=kernel)
 
 
-def read_inputs(config: Config, workdir: Workdir) -> Inputs:
+def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Inputs:
     """Reads and checks every file that the run needs.
 
     Raises: ConfigError: the first thing that is wrong.
@@ -84,7 +85,8 @@ def read_inputs(config: Config, workdir: Workdir) -> Inputs:
     folder, tokenizer = _read_model(config, workdir, rows)
     _check_model(config, folder)
     held = workdir.read_beginning(is_forced=config.checkpoint.resume == "force")
-    date = held.date if held else datetime.datetime.now().replace(microsecond=0)
+    now = lambda: datetime.datetime.now().replace(microsecond=0).isoformat()
+    date = held.date if held else datetime.datetime.fromisoformat(hosts.from_first(now))
     prompts = _encode(config, rows, tokenizer, date)
     beginning = Beginning(date, fingerprint(prompts["train"]))
     if held:
@@ -122,10 +124,14 @@ def _encode(
     return prompts
 
 
-def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> ModelFolder:
+def make_model(
+    config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh, hosts: Hosts = ALONE
+) -> ModelFolder:
     """The folder that GRPO starts from: as given, or made at random, and warm-started where configured."""
     # Each of them: an older version may have been killed between two.
-    if not all(path.exists() for path in arithmetic.split_paths(workdir.data, inputs.generated).values()):
+    if hosts.is_first and not all(
+        path.exists() for path in arithmetic.split_paths(workdir.data, inputs.generated).values()
+    ):
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
         return with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
@@ -134,10 +140,12 @@ def make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh) -> 
         random_model.make_random_model(
             workdir.random_model, config.random_model, inputs.tokenizer, seed=config.trainer.seed, mesh=mesh
         )
+        hosts.wait_for_all()  # the first one writes it
         folder = inspect_folder(workdir.random_model, config.model)
     folder = with_kernel(folder, config, mesh)
     if config.sft.num_steps:
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
+        hosts.wait_for_all()
         folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
     return folder
 

@@ -57,7 +57,7 @@ def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> M
 
 def device_stats() -> dict[str, int]:
     """What JAX says of the first device's memory, bytes by name; {} where it does not say any."""
-    return jax.devices()[0].memory_stats() or {}
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 def memory_limit() -> int | None:

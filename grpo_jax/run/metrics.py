@@ -101,7 +101,7 @@ def performance_metrics(
         num_passes: how often the updates of the step went over the sequences.
     """
     metrics = {"perf/throughput": float(lengths.sum()) / timings["timing_s/step"] / num_devices}
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device.device_kind), None)
     if peak:
         flops = num_passes * update_flops(model, lengths)
@@ -120,6 +120,8 @@ class Timers:
     def __init__(self) -> None:
         self.running = ("start", time.monotonic())
         """(the phase that is running, since when on the monotonic clock: its begin or the end of one within it)"""
+        self.entered = 0
+        """How many phases have begun: tells which process of a run has come least far."""
         self._seconds: Metrics = {}
 
     @property
@@ -143,6 +145,7 @@ class Timers:
         """Names the phase that is running, and counts nothing."""
         outer = self.phase
         self.running = (phase, time.monotonic())
+        self.entered += 1
         try:
             yield
         except BaseException:

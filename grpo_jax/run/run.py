@@ -38,11 +38,13 @@ from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
 from grpo_jax.rollout.position import Position, reward_settings
+from grpo_jax.rollout.shared import SharedReward
 from grpo_jax.run import gpus, summary
 from grpo_jax.run.alarm_log import AlarmLog, example
 from grpo_jax.run.checkpoint import Checkpointer, compile_check
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import watched
+from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
 from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
@@ -62,8 +64,10 @@ NUM_RANGE_PROMPTS = 64
 
 
 @contextlib.contextmanager
-def open_run(config: Config, path: Path) -> Iterator["Run"]:
+def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"]:
     """The run of a configuration in the workdir `path`; closes what it has opened.
+
+    Args: hosts: the processes of the run.
 
     Raises:
         ConfigError: something about the configuration or its files is wrong; nothing was written.
@@ -72,28 +76,42 @@ def open_run(config: Config, path: Path) -> Iterator["Run"]:
     workdir, timers = Workdir(path), Timers()
     with contextlib.ExitStack() as resources:
         # Closed last: what closes before it may hang too.
-        resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
+        watch = resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
+        resources.enter_context(hosts.watched(timers, watch))
         with timers.within("read_inputs"):
             workdir.check(config)
-            start_logging()
-            check_engine(config.rollout)
-            inputs = read_inputs(config, workdir)
+            start_logging(console=hosts.is_first)
+            if hosts.is_first:
+                check_engine(config.rollout)
+            inputs = read_inputs(config, workdir, hosts)
             algorithm = load_algorithm(config)
         with timers.within("start_reward"):
-            limit = config.data.max_response_length
-            reward = resources.enter_context(make_reward(config.reward, max_response_length=limit))
+            reward = resources.enter_context(_open_reward(config, hosts))
         with timers.within("open_devices"):
             mesh = open_devices(config, inputs.model_config, engine=config.rollout)
             budget = Budget(config, read_model_config(config), mesh, memory_limit())
             budget.check_plan()
             try_functions(algorithm)
-        resources.enter_context(workdir.hold(config))
-        workdir.open(config, inputs.beginning)
+        hosts.wait_for_all()  # who looks into the workdir after this finds a run there
+        if hosts.is_first:
+            resources.enter_context(workdir.hold(config))
+            workdir.open(config, inputs.beginning)
+        hosts.wait_for_all()
+        if not hosts.is_first:
+            start_logging(workdir.log_of(hosts.rank), console=False)
         resources.enter_context(gpus.hold(gpus.gpus_of(mesh)))
-        run = Run(config, algorithm, workdir, inputs, reward, budget, timers, resources)
-        with reported_failure(timers, run.checkpointer, budget.explain, run.rescue), jax.set_mesh(mesh):
+        run = Run(config, algorithm, workdir, inputs, reward, budget, timers, resources, hosts)
+        with (
+            reported_failure(timers, run.checkpointer, budget.explain, run.rescue, hosts),
+            jax.set_mesh(mesh),
+        ):
             run.start()
             yield run
+
+
+def _open_reward(config: Config, hosts: Hosts) -> Reward:
+    make = lambda: make_reward(config.reward, max_response_length=config.data.max_response_length)
+    return make() if hosts.count == 1 else SharedReward(hosts, make)
 
 
 class Run:
@@ -112,15 +130,17 @@ class Run:
         budget: Budget,
         timers: Timers,
         resources: contextlib.ExitStack,
+        hosts: Hosts,
     ):
         """Args: budget: of the mesh that the run is on; resources: closes, after the run, what the run opens."""
-        self.config, self.timers = config, timers
+        self.config, self.timers, self._hosts = config, timers, hosts
         self._rescue: Callable[[], None] = lambda: None
         self._lost: Sequence[tuple[int, int]] = ()  # groups that a checkpoint held in vain, for the ledger
         self.pad_id = inputs.tokenizer.pad_token_id or 0
         self.checkpointer = Checkpointer(
             workdir.checkpoints,
             config.checkpoint,
+            hosts,
             is_offloaded=optimizer_class(config.optim).is_on_host,
             about={"config": config.to_dict(), "beginning": inputs.beginning.to_json()},
         )
@@ -142,7 +162,7 @@ class Run:
         """Makes the model's folder if there is none yet, starts the engine, and builds what the steps need."""
         config = self.config
         with self.timers.within("make_model"):
-            self.folder = make_model(config, self._inputs, self._workdir, self._mesh)
+            self.folder = make_model(config, self._inputs, self._workdir, self._mesh, self._hosts)
         with self.timers.within("start_engine"):
             self.engine = make_engine(
                 config.rollout,
@@ -150,6 +170,7 @@ class Run:
                 mesh=self._mesh,
                 tokenizer=self._inputs.tokenizer,
                 max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+                channel=None if self._hosts.count == 1 else self._hosts,
             )
             self._close_at_end("the engine", self.engine.close)
             # With rollout.sleep both do not fit side by side: it starts and sleeps before anything is loaded.
@@ -168,12 +189,13 @@ class Run:
             self.checkpointer,
             self.learner,
             self.folder,
+            self._hosts,
             num_steps=self.num_steps,
             steps_per_epoch=self.steps_per_epoch,
         )
         self._rescue = self._saver.rescue
         self.rollouts = self._make_rollouts()
-        card = find_card(jax.devices()[0].device_kind)
+        card = find_card(jax.local_devices()[0].device_kind)
         self._speed = Speed(config, self.folder.config, self._mesh, card)
         self._probe = None if shares_parameters(config.rollout) else self._make_probe()
 
@@ -225,22 +247,27 @@ class Run:
         self._next_step = self.first_step
         with self.timers.within("load_model" if is_new else "restore"):
             state = self._new_state() if is_new else self._restored_state()
-        self._workdir.record(self.config)
-        self._workdir.record_beginning(self._inputs.beginning)
-        stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
-        write_eos_token_ids(self._workdir.model_files, stops)
+        if self._hosts.is_first:
+            self._workdir.record(self.config)
+            self._workdir.record_beginning(self._inputs.beginning)
+            stops = (*self.folder.eos_token_ids, *self.config.rollout.stop_token_ids)
+            write_eos_token_ids(self._workdir.model_files, stops)
         with self.timers.within("compile"):
             self._budget.check_compiled(self.learner.compile())
             compile_check(self.learner.optimizer.abstract_state())
             if is_new and self.config.model.dtype == "float16":
                 self._check_range(state)
         self.give_weights(state, version=self.first_step, is_first=True)
-        self._open_reports(None if is_new else self.first_step)
+        self._watch = RunWatch(self.config, is_new=is_new)
+        if self._hosts.is_first:
+            self._open_reports(None if is_new else self.first_step)
         self._print_plan(is_resumed=not is_new)
         if is_new and self.config.eval.before_training:
             metrics = self._validate(step=0)
             logger.info("Before training: val_accuracy=%.4g", metrics["val/accuracy"])
-            self._writer.write(metrics | self.timers.collect(), step=0, epoch=0)
+            timings = self.timers.collect()
+            if self._hosts.is_first:
+                self._writer.write(metrics | timings, step=0, epoch=0)
         self._saver.restart_clock()
         return state
 
@@ -251,7 +278,6 @@ class Run:
         self._ledger = Ledger(self._workdir.ledger, last_step=last_step or 0)
         num_rollbacks = self._saver.num_rollbacks
         self._alarms = AlarmLog(self._workdir, self.config, self._writer, num_rollbacks=num_rollbacks)
-        self._watch = RunWatch(self.config, is_new=last_step is None)
 
     def _check_range(self, state: TrainState) -> None:
         """Raises: ConfigError: the model does not fit the range of float16."""
@@ -270,8 +296,9 @@ class Run:
             raise ConfigError("model.dtype", "float16", rule)
 
     def _new_state(self) -> TrainState:
-        self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
-        copy_side_files(self.folder.path, self._workdir.model_files)
+        if self._hosts.is_first:
+            self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
+            copy_side_files(self.folder.path, self._workdir.model_files)
         state = self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
         check_weights(self.learner.params(state), self.folder.path)
         return state
@@ -355,21 +382,23 @@ class Run:
         )
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result.updates)
-        metrics |= self._alarms.note(metrics, done, lambda: example(rollouts, self._reward))
-        is_lost = self._watch.is_lost or (self._alarms.may_roll_back and self._alarms.has_diverged)
+        if self._hosts.is_first:
+            metrics |= self._alarms.note(metrics, done, lambda: example(rollouts, self._reward))
+        is_lost, is_sound = self._hosts.from_first(self._judge)
         # Read once: a request that comes while saving is for the next step.
-        is_stopping = self._stop.requested
+        is_stopping = self._hosts.any_of(self._stop.requested)
         # While updates are skipped, the checkpoint from before the trouble is the good one.
         must_save = (is_stopping or done == self.num_steps) and not is_lost
-        is_sound = self._watch.is_healthy and not self._alarms.may_roll_back
         position = dataclasses.replace(self.rollouts.state(), lost=self._lost)
         self._lost = ()
         if is_sound or must_save:
             with self.timers("save_checkpoint"):
                 self._saver.save_what_is_due(state, done, position, metrics, is_stopping=is_stopping)
-        with self.timers("ledger"):
-            self._ledger.append(ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch))
-        self._report(result, metrics | self.timers.collect(), done)
+        if self._hosts.is_first:
+            with self.timers("ledger"):
+                entry = ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch)
+                self._ledger.append(entry)
+            self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
         self._next_step = done
         if is_lost and self.config.trainer.max_rollbacks:
@@ -384,6 +413,12 @@ class Run:
             raise SystemExit(130)
         return state
 
+    def _judge(self) -> tuple[bool, bool]:
+        """(whether the run cannot go on from here, whether this state is worth saving)"""
+        may_roll_back = self._alarms.may_roll_back
+        is_lost = self._watch.is_lost or (may_roll_back and self._alarms.has_diverged)
+        return is_lost, self._watch.is_healthy and not may_roll_back
+
     def _roll_back(self, state: TrainState, done: int) -> TrainState:
         """The state of the last checkpoint from before the trouble; the run goes on from it in another order.
 
@@ -393,11 +428,14 @@ class Run:
         Args:   state: given up, to make room.
         Raises: TrainingStopped: no roll-back is left, or there is no such checkpoint.
         """
-        why, limit = self._alarms.explain_trouble(), self.config.trainer.max_rollbacks
+        limit = self.config.trainer.max_rollbacks
+        why, since = self._hosts.from_first(
+            lambda: (self._alarms.explain_trouble(), self._alarms.trouble_since)
+        )
         if self._saver.num_rollbacks >= limit:
             raise TrainingStopped(f"{why}; trainer.max_rollbacks={limit} is used up")
         with self.timers("roll_back"):
-            good = self.checkpointer.go_back(before=self._alarms.trouble_since - 1)
+            good = self.checkpointer.go_back(before=since - 1)
             if good is None:
                 raise TrainingStopped(f"{why}; there is no checkpoint from before it to go back to")
             self.rollouts.abandon()
@@ -406,9 +444,11 @@ class Run:
             self._saver.num_rollbacks += 1
             number = self._saver.num_rollbacks
             state = self._restore(derive_seed(self.config.trainer.seed, number, "roll-back"))
-            self._writer.close()
-            self._open_reports(good)
-            self._alarms.tell_rollback(why, back_from=done, to=good, number=number)
+            if self._hosts.is_first:
+                self._writer.close()
+                self._open_reports(good)
+                self._alarms.tell_rollback(why, back_from=done, to=good, number=number)
+            self._watch = RunWatch(self.config, is_new=False)
             self._next_step = good
             self._saver.restart_clock()
         self.give_weights(state, version=good)
@@ -424,6 +464,8 @@ class Run:
             self.checkpointer.wait()
         epochs, rest = divmod(self.num_steps, self.steps_per_epoch)
         model = self._workdir.final_model if rest else self._workdir.epoch_model(epochs)
+        if not self._hosts.is_first:
+            return
         with self.timers.within("report"):
             summary.print_report(self.config, self._workdir, model, self._speed, self.first_step)
 
@@ -438,9 +480,10 @@ class Run:
                 seed=derive_seed(config.trainer.seed, step, "validation"),
                 progress="validation",
             )
-        records = result.records()
-        write_jsonl(self._workdir.validation / f"step-{step:06d}.jsonl", records)
-        self._writer.write_text("val/completions", self._samples(records), step=step)
+        if self._hosts.is_first:
+            records = result.records()
+            write_jsonl(self._workdir.validation / f"step-{step:06d}.jsonl", records)
+            self._writer.write_text("val/completions", self._samples(records), step=step)
         for error in result.errors:
             _log_reward_error(error)
         numbers = {name: value for name, value in result.summary().items() if name != "num"}
@@ -479,7 +522,7 @@ class Run:
         per_epoch = self.steps_per_epoch
         rows = [
             ("model", f"{self.folder.path} ({num_params(model):,} parameters)"),
-            ("devices", f"{mesh.size} x {jax.devices()[0].device_kind}"),
+            ("devices", f"{mesh.size} x {jax.local_devices()[0].device_kind}"),
             *summary.batch_table(self.config, num_data_shards=shards, steps_per_epoch=per_epoch),
             ("workdir", str(self._workdir.path)),
         ]

@@ -9,6 +9,7 @@ from grpo_jax.learner.learner import Learner
 from grpo_jax.model.hf import ModelFolder, save_folder
 from grpo_jax.rollout.position import Position, reward_settings
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
+from grpo_jax.run.hosts import Hosts
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.types import Metrics, Params, TrainState
 
@@ -29,13 +30,14 @@ class Saver:
         checkpointer: Checkpointer,
         learner: Learner,
         folder: ModelFolder,
+        hosts: Hosts,
         *,
         num_steps: int,
         steps_per_epoch: int,
     ):
         """Args: folder: of the model; num_steps: of the whole run."""
         self._config, self._workdir, self._checkpointer = config, workdir, checkpointer
-        self._learner, self._folder = learner, folder
+        self._learner, self._folder, self._hosts = learner, folder, hosts
         self._num_steps, self._per_epoch = num_steps, steps_per_epoch
         self.num_rollbacks = 0
         """The run's, for checkpoints."""
@@ -57,7 +59,8 @@ class Saver:
         section, per_epoch, is_last = self._config.checkpoint, self._per_epoch, done == self._num_steps
         epoch = done // per_epoch if done % per_epoch == 0 else None
         is_checked = False  # which reads the whole state, once
-        if is_stopping or is_last or self._is_checkpoint_due(done, epoch, metrics):
+        is_due_now = lambda: self._is_checkpoint_due(done, epoch, metrics)  # by the clock, among others
+        if self._hosts.from_first(lambda: is_stopping or is_last or is_due_now()):
             progress, reference = self._progress(done, position), self._saved_reference()
             self._checkpointer.save(state, progress, reference, epoch=epoch, metrics=metrics)
             self.restart_clock()
@@ -65,7 +68,7 @@ class Saver:
         every = section.hf_every_epochs * per_epoch
         if is_last or (every and done % every == 0):
             if not is_checked:
-                check_finite(state, done)
+                check_finite(state, done, self._hosts)
             save_folder(
                 self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch),
                 self._learner.masters(state),

@@ -13,6 +13,7 @@ from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.config.command_line import hush, was_interrupted
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.hangs import PhaseTimedOut, hang_behind
+from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
 
@@ -134,6 +135,7 @@ def reported_failure(
     checkpointer: Checkpointer,
     explain: Callable[[BaseException, str], str | None],
     rescue: Callable[[], None],
+    hosts: Hosts = ALONE,
 ) -> Iterator[None]:
     """Says which phase failed and which checkpoint is left, and exits with 1.
 
@@ -146,10 +148,11 @@ def reported_failure(
     except ConfigError:
         raise
     except (KeyboardInterrupt, Exception, PhaseTimedOut) as raised:
-        error = hang_behind(raised) or raised
-        if not isinstance(error, KeyboardInterrupt | CheckpointError):
-            quietly("the last whole step could not be saved", rescue)
-        quietly("the last checkpoint", checkpointer.wait)
+        error = hosts.reason_behind(hang_behind(raised) or raised)
+        if hosts.count == 1:  # several could save together only
+            if not isinstance(error, KeyboardInterrupt | CheckpointError):
+                quietly("the last whole step could not be saved", rescue)
+            quietly("the last checkpoint", checkpointer.wait)
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         if isinstance(error, KeyboardInterrupt):
@@ -166,5 +169,10 @@ def reported_failure(
         else:
             phase = timers.phase
             logger.exception("phase %s failed", phase)
-        print(f"error: phase {phase}: {explain(error, phase) or error}; {left}", file=sys.stderr)
-        raise SystemExit(1) from None
+        line = f"phase {phase}: {explain(error, phase) or error}; {left}"
+        if hosts.speaks:
+            print(f"error: {line}", file=sys.stderr)
+        if isinstance(error, PhaseTimedOut):
+            error.is_told = True
+            raise SystemExit(error.code) from None
+        raise SystemExit(1) from error

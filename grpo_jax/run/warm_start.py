@@ -20,7 +20,7 @@ from grpo_jax.learner.forward import make_forward_step, to_micro_batches
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.hf import ModelFolder, param_readers, save_folder
-from grpo_jax.model.sharding import num_batch_shards
+from grpo_jax.model.sharding import fetch, num_batch_shards
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def warm_start(
         loss = float(metrics["actor/loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the warm start's loss is {loss}; lower sft.learning_rate")
-        _check_lost(int(sum(jax.device_get(lost))), section.num_steps, config)
+        _check_lost(int(sum(fetch(lost))), section.num_steps, config)
         save_folder(target, optimizer.masters(state), model, files_from=folder.path, dtype=folder.dtype)
     logger.info("warm-started model: %s", target)
     return loss

@@ -59,6 +59,10 @@ class Workdir:
         self.hangs = path / "hangs"
         self.learning_curve = path / "learning_curve.png"
 
+    def log_of(self, rank: int) -> Path:
+        """The log of a process of the run that is not the first one."""
+        return self.path / f"train-{rank}.log"
+
     def epoch_model(self, epoch: int) -> Path:
         """The Hugging Face folder written after an epoch, counted from 1."""
         return self.path / f"checkpoint-epoch-{epoch}"
@@ -267,6 +271,8 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+    elif file is None:
+        logger.addHandler(logging.NullHandler())  # or Python would print warnings itself
     if file is not None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

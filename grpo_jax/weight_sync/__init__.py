@@ -85,7 +85,7 @@ def make_sender(
         destinations: one for each engine.
         timeout_s: for the engines to open their end, where that waits.
     """
-    devices = list(mesh.devices.flat)
+    devices = mesh.local_devices
     if transport == "ipc":
         from grpo_jax.weight_sync.ipc import IpcSender
 

@@ -64,8 +64,11 @@ def test_what_has_come_back_is_not_sampled_again(models):
 KILLS, SEED = (
     int(os.environ.get(f"GRPO_JAX_TEST_{name}", n)) for name, n in (("KILLS", 20), ("KILL_SEED", 0))
 )
-NUM_STEPS = 10 + 3 * KILLS
-COARSE = "def score(*, solution_str, **kwargs):\n    return float(len(solution_str) % 3 == 0)\n"
+NUM_STEPS = 10 + 12 * KILLS
+COARSE = """import zlib
+def score(*, solution_str, **kwargs):
+    return float(zlib.crc32(solution_str.encode()) % 3 == 0)  # no model learns it and loses its spread
+"""
 ASYNCHRONOUS = VLLM | {
     "model.dtype": "bfloat16" if helpers.IS_GPU else "float32",
     "arithmetic.num_train": 200,
@@ -78,6 +81,7 @@ ASYNCHRONOUS = VLLM | {
     "algorithm.rollout_is": "token",
     "algorithm.dynamic_sampling_rounds": 8,
     "checkpoint.every_steps": 1,
+    "optim.learning_rate": 1e-4,  # the model must not lose its spread
     "trainer.num_steps": NUM_STEPS,
     "trainer.total_epochs": 9,
     "logging.save_rollouts": True,

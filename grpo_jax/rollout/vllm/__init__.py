@@ -13,6 +13,7 @@ without JAX, so everything heavy is imported within a function.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
     from grpo_jax.rollout.base import RolloutEngine
+    from grpo_jax.rollout.shared import Channel
     from grpo_jax.types import Params, Workload
 
 CONTEXT_SHARE = 0.07
@@ -147,3 +149,29 @@ def make_engine(
         stop_token_ids=stop_token_ids,
         max_model_len=max_model_len,
     )
+
+
+def share_engine(
+    section: RolloutSection,
+    channel: Channel,
+    make: Callable[[], RolloutEngine],
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+) -> RolloutEngine:
+    """The engine of a run with several processes: the first one has it, and all take part in pushes."""
+    from grpo_jax.rollout.shared import SharedEngine
+    from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
+
+    plan = make_push_plan(folder.config, section.bucket_mb * 2**20)
+
+    def make_announcing(announce: Callable[[], None]) -> RolloutEngine:
+        engine = make()
+        engine.announce_pushes(announce)  # type: ignore[attr-defined]
+        return engine
+
+    def pack(params: Params) -> None:
+        for _ in pack_buckets(params, plan, mesh):
+            pass
+
+    return SharedEngine(channel, make_announcing, pack)

@@ -6,7 +6,7 @@ what it still owed.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,10 @@ class VllmEngine:
         return RolloutGroup(prompt, completions)
 
     # ---- weights ----
+
+    def announce_pushes(self, announce: Callable[[], None]) -> None:
+        """Has `announce` called before the buckets of each push are packed, in which others take part."""
+        self._pusher.announce = announce
 
     def load_weights(self, params: Params, version: int) -> None:
         """See `RolloutEngine.load_weights`. Waits for rollouts under way, unless weights may change during them.

@@ -1,7 +1,8 @@
 """A push: the trainer's parameters to all engines through one transport, and proof that they arrived."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +41,8 @@ class WeightPusher:
         self._replicas, self._plan, self._mesh = replicas, plan, mesh
         self._transport, self._workers_per_engine = transport, workers_per_engine
         self._timeout_s = timeout_s
+        self.announce: Callable[[], None] | None = None
+        """Tells the other processes of the run to pack the same buckets; None: there are none."""
         self._sender: Sender | None = None
 
     def push(self, params: Params, version: int) -> None:
@@ -61,7 +64,16 @@ class WeightPusher:
         sender.reset(self._replicas.make_check("did not prepare for the weights"))
         calls = [replica.actor.push.remote(version, self._timeout_s) for replica in self._replicas]
         blocks: list[jax.Array] = []
-        sender.send(self._pack(params, blocks), self._replicas.make_check("did not take the weights", calls))
+        if self.announce is not None:
+            self.announce()
+        buckets = pack_buckets(params, self._plan, self._mesh)
+        try:
+            check = self._replicas.make_check("did not take the weights", calls)
+            sender.send(_noting(buckets, blocks), check)
+        finally:
+            if self.announce is not None:
+                for _ in buckets:  # the others pack all of them, whatever has happened here
+                    pass
         layout = self._plan.layout
         sent = [
             piece_checksums(np.asarray(sums), pieces)
@@ -91,14 +103,6 @@ class WeightPusher:
                 )  # fmt: skip
                 self._replicas.kill(replica.number)
         sender.close()
-
-    def _pack(self, params: Params, blocks: list[jax.Array]) -> Iterator[jax.Array]:
-        """Yields the buckets and appends their checksums to `blocks`."""
-        for _, flat, sums in pack_buckets(params, self._plan, self._mesh):
-            sums.copy_to_host_async()
-            blocks.append(sums)
-            yield flat
-            del flat  # before the next one is made
 
     def _connect(self) -> Sender:
         """Opens the transport, unless it is open."""
@@ -133,3 +137,14 @@ class WeightPusher:
             prepare_relay=lambda: actor.prepare_relay.remote(),
             relay=lambda number, bucket: actor.relay.remote(number, bucket, timeout_s),
         )
+
+
+def _noting(
+    buckets: Iterator[tuple[Any, jax.Array, jax.Array]], blocks: list[jax.Array]
+) -> Iterator[jax.Array]:
+    """Yields the buckets and appends their checksums to `blocks`. Args: buckets: as from `pack_buckets`."""
+    for _, flat, sums in buckets:
+        sums.copy_to_host_async()
+        blocks.append(sums)
+        yield flat
+        del flat  # before the next one is made
