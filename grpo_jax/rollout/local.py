@@ -6,7 +6,6 @@ seed, the prompt's place in the call, the sample's number and the token's number
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import cache_bytes
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import pack_bits, token_logprobs
 from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place, replicated
@@ -32,6 +30,7 @@ from grpo_jax.model.transformer import (
     init_cache,
     split_layers,
 )
+from grpo_jax.rollout import local_sizes
 from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
 from grpo_jax.rollout.shared import Channel
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
@@ -76,19 +75,8 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
 
 
 def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """See `rollout.sampling_bytes`: keys and values of one batch, of its prompts and then of all its rows."""
-    section, group, prompt = config.rollout, config.algorithm.group_size, config.data.max_prompt_length
-    prompts = prompts_per_batch(
-        section.batch_size, config.data.train_batch_size, group, num_batch_shards(mesh)
-    )
-    heads_split = math.gcd(model.num_kv_heads, mesh.shape["tensor"])
-    on_a_device = prompts / num_batch_shards(mesh) * cache_bytes(model) / heads_split
-    columns = bucket_length(prompt)
-    longest = columns + config.data.max_response_length - 1
-    return {
-        "cache of the prompts": round(on_a_device * columns),
-        "cache of the completions": round(on_a_device * group * longest),
-    }
+    """See `rollout.sampling_bytes`."""
+    return local_sizes.sampling_bytes(config, model, mesh)
 
 
 def shares_parameters(section: RolloutSection) -> bool:
@@ -262,7 +250,9 @@ class LocalEngine:
         ]
 
     def _prompts_per_batch(self, num_prompts: int, num_samples: int) -> int:
-        return prompts_per_batch(self._batch_size, num_prompts, num_samples, num_batch_shards(self._mesh))
+        return local_sizes.prompts_per_batch(
+            self._batch_size, num_prompts, num_samples, num_batch_shards(self._mesh)
+        )
 
     def _sample(
         self,
@@ -311,14 +301,6 @@ class LocalEngine:
         ]
         size = sampling.num_samples
         return [tuple(completions[i : i + size]) for i in range(0, len(completions), size)]
-
-
-def prompts_per_batch(batch_size: int, num_prompts: int, num_samples: int, shards: int) -> int:
-    """Prompts whose samples are decoded at once: about `batch_size` completions, in whole batch shards."""
-    wanted = min(num_prompts, max(1, batch_size // num_samples))
-    while wanted * num_samples % shards:
-        wanted += 1
-    return wanted
 
 
 class _Deferred:
