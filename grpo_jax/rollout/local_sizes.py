@@ -1,7 +1,5 @@
 """How much the local engine decodes at once, and what its cache takes; no device is needed."""
 
-import math
-
 from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.config import Config
@@ -25,8 +23,9 @@ def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh
     prompts = prompts_per_batch(
         section.batch_size, config.data.train_batch_size, group, num_batch_shards(mesh)
     )
-    heads_split = math.gcd(model.num_kv_heads, mesh.shape["tensor"])
-    on_a_device = prompts / num_batch_shards(mesh) * cache_bytes(model) / heads_split
+    tensor = mesh.shape["tensor"]
+    heads = 1 if model.num_kv_heads % tensor else tensor  # copied where they do not divide
+    on_a_device = prompts / num_batch_shards(mesh) * cache_bytes(model) / heads
     columns = bucket_length(prompt)
     longest = columns + config.data.max_response_length - 1
     return {
