@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import load_config
+from grpo_jax.config import defaults, load_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         return config
     config.model.remat = "full"
-    config.rollout.engine = "local"
+    config.rollout.update(engine="local", gpu_memory_utilization=defaults().rollout.gpu_memory_utilization)
     config.optim.offload = False
     config.algorithm.ref_offload = False
     config.actor.micro_batch_size_per_device = 2
