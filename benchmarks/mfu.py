@@ -138,14 +138,14 @@ def build(args: Any, remat: str, shape: tuple[int, int], chunk: int, batch: Any)
     from grpo_jax.learner import make_optimizer
     from grpo_jax.learner.forward import make_forward_step, to_micro_batches
     from grpo_jax.learner.update import make_update_step
-    from grpo_jax.model.fused_attention import choose_kernel
+    from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
     from grpo_jax.model.transformer import init_params
 
     defaults = common.shipped("gsm8k")
     optim = dataclasses.replace(defaults.optim, offload=args.offload)
     mesh = jax.sharding.get_mesh()
     model = shape_of(args)
-    kernel = choose_kernel(args.attention, args.dtype, model.head_dim)
+    kernel = choose_kernel(args.attention, args.dtype, model.head_dim, mesh_device_kind(mesh))
     model = dataclasses.replace(
         model, param_dtype=jnp.dtype(args.param_dtype), remat=remat, scan_layers=True, attention=kernel
     )

@@ -66,7 +66,7 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
         assert inputs.model is not None  # it would be a random one
         with timers.within("open_devices"):
             mesh = open_devices(config, inputs.model_config, engine=config.rollout)
-        folder, prompts = with_kernel(inputs.model, config), inputs.train_prompts[: args.num]
+        folder, prompts = with_kernel(inputs.model, config, mesh), inputs.train_prompts[: args.num]
         try:
             with timers.within("compare"):
                 return compare(config, folder, inputs.tokenizer, prompts, mesh, float32_head=second)

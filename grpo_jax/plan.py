@@ -1,13 +1,17 @@
 """Prints what a run will take, phase by phase: of each device's memory, and of time; the largest micro-batch too.
 
     python -m grpo_jax.plan --config=FILE.py [--device=h200] [--num_devices=1] [--config.SECTION.KEY=VALUE ...]
+    python -m grpo_jax.plan --config=FILE.py --device=v5e-16 [--compile] [--config.SECTION.KEY=VALUE ...]
 
-DEVICE is h100, h200, b200, a100, a100-40, l40s, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, or its memory in GB; without
-it, the device at hand. Of the model, only config.json is read, so that a plan can be made before anything is
-fetched or rented. `grpo_jax.train` logs the same figures and the real ones beside them.
+DEVICE is h100, h200, b200, a100, a100-40, l40s, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, a TPU slice by its name (as
+v5e-16, v5p-8, v6e-8), or its memory in GB; without it, the device at hand. Of the model, only config.json is read,
+so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figures and the
+real ones beside them. With --compile, the run's programs are compiled for the devices, TPU slices, h100 or h200,
+which need not be there. It takes minutes, and what the compiler says stands beside what is counted.
 """
 
 import math
+import sys
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError, nearest
@@ -17,18 +21,43 @@ GB = 1e9
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1]")
+    parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1] [--compile]")
     parser.add_argument("--device", default="", help="name or GB; default: the device at hand")
-    parser.add_argument("--num_devices", default="1", help="how many of them")
-    with one_line_errors({"device": "--device", "num_devices": "--num_devices"}):
+    parser.add_argument(
+        "--num_devices", default="", help="how many of them; default: 1, or those of the slice"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the programs, for TPUs, h100 or h200")
+    flags = {"device": "--device", "num_devices": "--num_devices", "compile": "--compile"}
+    with one_line_errors(flags):
         config, _, args = read_command_line(parser, argv)
-        if not args.num_devices.isdecimal() or not 1 <= int(args.num_devices[:10]) < 2**31:
-            raise ConfigError("num_devices", args.num_devices, "must be a number of devices, at least 1")
-        memory = device_bytes(args.device)
-        sizes = mesh_sizes(config, int(args.num_devices))
-        model = read_model(config, args.device)
-        print_plan(config, model, memory, sizes)
-        print_seconds(config, model, args.device, sizes)
+        device, num_devices = find_devices(args.device, args.num_devices)
+        memory = device_bytes(device)
+        sizes = mesh_sizes(config, num_devices)
+        model = read_model(config, device)
+        budget = make_budget(config, model, device, memory, sizes)
+        target = describe_target(device, num_devices) if args.compile else None
+        print_plan(budget, memory)
+        print_seconds(config, model, device, sizes)
+        if target is not None:
+            print_compiled(budget, target)
+
+
+def find_devices(device: str, num_devices: str) -> tuple[str, int]:
+    """The name of the device, as `device_bytes` takes it, and how many there are.
+
+    Args:   device: its name, or that of a slice; num_devices: "" for those of a slice, else 1.
+    Raises: ConfigError: it is no number, or not that of the slice.
+    """
+    from grpo_jax.model.cards import find_slice
+
+    if num_devices and (not num_devices.isdecimal() or not 1 <= int(num_devices[:10]) < 2**31):
+        raise ConfigError("num_devices", num_devices, "must be a number of devices, at least 1")
+    named = find_slice(device)
+    if named is None:
+        return device, int(num_devices or 1)
+    if num_devices and int(num_devices) != named.num_devices:
+        raise ConfigError("num_devices", num_devices, f"{device} has {named.num_devices} chips")
+    return named.card, named.num_devices
 
 
 def device_bytes(name: str) -> int:
@@ -48,7 +77,8 @@ def device_bytes(name: str) -> int:
             raise ValueError
         return int(size * GB)
     except ValueError:
-        rule = f"must be a number of GB or one of {', '.join(CARDS)}{nearest(name, CARDS)}"
+        names = f"{', '.join(CARDS)}, or a TPU slice as v5e-16"
+        rule = f"must be a number of GB or one of {names}{nearest(name, CARDS)}"
         raise ConfigError("device", name, rule) from None
 
 
@@ -92,21 +122,34 @@ def read_model(config: Config, device: str) -> Any:
     return read_model_config(config, kind)
 
 
-def print_plan(config: Config, model: Any, memory: int, sizes: tuple[int, int, int]) -> None:
-    from grpo_jax.learner.memory import abstract_mesh, largest_micro_batch
-    from grpo_jax.learner.packing import micro_batch_shape
-    from grpo_jax.rollout import push_bytes, trainer_share
+def make_budget(config: Config, model: Any, device: str, memory: int, sizes: tuple[int, int, int]) -> Any:
+    """The run's `Budget` on a device. Args: as `device_bytes` and `mesh_sizes` take and return them."""
+    from grpo_jax.learner.memory import abstract_mesh
+    from grpo_jax.rollout import trainer_share
     from grpo_jax.run.memory import Budget
 
-    share = trainer_share(config.rollout)
-    limit = share * memory
-    budget = Budget(config, model, abstract_mesh(*sizes), limit)
+    # On a TPU no engine of another process takes a share, and JAX takes all.
+    share = 1.0 if device.startswith("tpu-") else trainer_share(config.rollout)
+    return Budget(config, model, abstract_mesh(*sizes), share * memory)
+
+
+def print_plan(budget: Any, memory: int) -> None:
+    from grpo_jax.learner.memory import largest_micro_batch
+    from grpo_jax.learner.packing import micro_batch_shape
+    from grpo_jax.rollout import push_bytes
+
+    config, limit = budget.config, budget.limit
+    sizes = tuple(budget.mesh.shape.values())
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
-    print(f"Device          {memory / GB:.1f} GB, {share:.0%} of it for the trainer: {limit / GB:.1f} GB")
+    print(
+        f"Device          {memory / GB:.1f} GB, {limit / memory:.0%} of it for the trainer: {limit / GB:.1f} GB"
+    )
     print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
     print_memory(budget)
-    most = largest_micro_batch(config, model, budget.mesh, limit, push_bytes=push_bytes(config.rollout))
+    most = largest_micro_batch(
+        config, budget.model, budget.mesh, limit, push_bytes=push_bytes(config.rollout)
+    )
     advice = (
         f"{most} rows: actor.micro_batch_size_per_device={most}" if most else "none: not even one row fits"
     )
@@ -159,6 +202,49 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
         print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
     is_whole = all(phase in seconds for phase in phases)
     print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
+
+
+def describe_target(device: str, num_devices: int) -> Any:
+    """The devices to compile for, which are only described. Raises: ConfigError: as `targets.describe`."""
+    from grpo_jax.run.targets import describe
+
+    return describe(device, num_devices)
+
+
+def print_compiled(budget: Any, target: Any) -> None:
+    """What the compiler says of the run's programs, beside what the plan counts. Args: target: a `Target`."""
+    import jax
+
+    from grpo_jax.run.ahead import compile_run
+
+    devices = target.devices
+    print(f"Compiling for {len(devices)} x {devices[0].device_kind}: some minutes ...", flush=True)
+    try:
+        found = compile_run(budget.config, budget.model, devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        sys.exit(f"error: a program does not fit, as the compiler says: {reason}")
+    print(f"Compiled by {target.compiler} in {found.seconds:.0f} s; nothing was run")
+    print("The most in each phase, GB a device: compiled, with what waits meanwhile, and as counted above")
+    for phase, size in found.phases.items():
+        counted = budget.plan.phases.get(phase)
+        if phase == "weight sync":
+            print(f"  {phase:<32}{size / GB:>8.2f}   packing alone: counted are the engine's buckets too")
+            continue
+        beside = f"{counted / GB:>8.2f}{size / counted - 1:>+8.1%}" if counted else "   not counted"
+        print(f"  {phase:<32}{size / GB:>8.2f}{beside}{'' if size <= budget.limit else '   does not fit'}")
+    print(
+        "Each program: GB a device with arguments and results, TFLOP of its products a device, what it holds"
+    )
+    for program in found.programs:
+        facts = program.facts
+        held = [f"{count} x {name}" for name, count in facts.kernels.items()]
+        held += [f"{one.count} {name} of {one.num_bytes / GB:.2f} GB" for name, one in facts.traffic.items()]
+        print(
+            f"  {program.name:<16}{program.num_bytes / GB:>8.2f}{facts.flops / 1e12:>10.2f}  {', '.join(held)}"
+        )
 
 
 def local_card(device: str) -> str:

@@ -44,6 +44,12 @@ def to_micro_batches(
     return place(micro_batches, batch_sharding(mesh)), places
 
 
+def abstract_micro_batches(batch: TrainBatch, shape: tuple[int, int], mesh: Mesh) -> list[TrainBatch]:
+    """What `to_micro_batches` would return, as `jax.ShapeDtypeStruct`s: the devices need not be there."""
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
+    return jax.tree.map(abstract, pack(batch, *shape)[0])
+
+
 @flax.struct.dataclass
 class Kept:
     """What a forward pass keeps for its backward pass, beside the parameters."""

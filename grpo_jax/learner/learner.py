@@ -35,7 +35,7 @@ from grpo_jax.learner.batching import (
     split_minibatches,
     take_rows,
 )
-from grpo_jax.learner.forward import make_forward_step, score_rows, to_micro_batches
+from grpo_jax.learner.forward import abstract_micro_batches, make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.packing import Places, micro_batch_shape
 from grpo_jax.learner.reference import Reference
@@ -224,11 +224,13 @@ class Learner:
 
     def _place(self, minibatch: TrainBatch) -> tuple[list[TrainBatch], Places]:
         """The micro-batches of a mini-batch, on the devices, and where its rows went."""
+        return to_micro_batches(self._with_loss_weights(minibatch), self._shape, self.mesh)
+
+    def _with_loss_weights(self, minibatch: TrainBatch) -> TrainBatch:
         algorithm = self._config.algorithm
         if algorithm.old_logprobs == "sampler":
             minibatch = dataclasses.replace(minibatch, old_logprobs=minibatch.sampler_logprobs)
-        minibatch = add_loss_weights(minibatch, algorithm.loss_agg, self._config.loss_norm)
-        return to_micro_batches(minibatch, self._shape, self.mesh)
+        return add_loss_weights(minibatch, algorithm.loss_agg, self._config.loss_norm)
 
     def _add_logprobs(
         self, field: str, state: TrainState, placed: Sequence[Sequence[TrainBatch]]
@@ -257,6 +259,8 @@ class Learner:
     def compile(self) -> dict[str, int]:
         """Compiles all programs of a step from shapes alone: nothing is computed, no parameters are needed.
 
+        Devices of a mesh that is only described need not be there, within `jax.sharding.use_abstract_mesh` of it.
+
         Returns: phase -> bytes in use on one device while its largest program runs. Phases whose programs are many
             and small are left out.
         """
@@ -268,18 +272,20 @@ class Learner:
             shape = (*example.tokens.shape, num_words(self.model.vocab_size))
             example = dataclasses.replace(example, drawable=np.zeros(shape, np.uint32))
         missing = self._missing_logprobs(example)
-        [micro] = self._place(add_token_ages(example, [], 0))[0]
+        example = self._with_loss_weights(add_token_ages(example, [], 0))
+        [micro] = abstract_micro_batches(example, self._shape, self.mesh)
         state = self.optimizer.abstract_state()
         params = self._update.compile_params(state.params)
+        sizes = {}
         if missing:
-            (logprobs, _), _ = self._forward.compile(params, micro)[0]
+            ((logprobs, _), _), sizes["score"] = self._forward.compile(params, micro)
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
-        sizes = self._update.compile(self.optimizer, params, micro)
+        sizes |= self._update.compile(self.optimizer, params, micro)
         # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.
         reference = device_bytes(self.reference.abstract()) if self._config.uses_reference else 0
         copy = 0 if params is state.params else device_bytes(params)
         held = device_bytes(state if copy else state.opt_state)
-        beside = {"update": held + reference, "optimizer": copy + reference}
+        beside = {"score": held + reference, "update": held + reference, "optimizer": copy + reference}
         return {phase: size + beside[phase] for phase, size in sizes.items()}
 
 

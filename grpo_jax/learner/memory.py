@@ -9,6 +9,7 @@ estimated from their largest arrays.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -70,13 +71,19 @@ def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
 
 
 def plan_memory(
-    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, push_bytes: int = 0
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    push_bytes: int = 0,
+    sampling: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """Counts the memory of one device of a mesh.
 
     Args:
         model: with the attention kernel that the run will use.
         push_bytes: what a push of weights to the rollout engine takes on the device; 0: nothing is pushed.
+        sampling: what an engine on the trainer's own arrays takes beside them, by name; None: there is none.
     """
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
     sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
@@ -85,13 +92,10 @@ def plan_memory(
     rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     rows //= num_batch_shards(mesh)
     computed = jnp.dtype(model.dtype).itemsize
-    cast = parameters * computed if held["parameters"] != parameters * computed else 0
+    copy = {COPY: parameters * computed if held["parameters"] != parameters * computed else 0}
     optimizer = optimizer_class(config.optim).step_bytes(config.optim, model, jax.tree.leaves(sizes))
-    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
-    logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
-    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
-    once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
-    copy, kept = {COPY: cast}, kept_for_backward(model, rows, length)
+    kept, head = kept_for_backward(model, rows, length), head_bytes(model, mesh)
+    in_update, in_score = _largest_at_once(config, model, mesh, rows, length)
     beside = {
         "update": copy
         | {
@@ -100,25 +104,46 @@ def plan_memory(
             "kept for the backward pass": kept,
             "which tokens could be drawn": drawable_bytes(config, model, rows, length),
         }
-        | _largest(
-            {
-                "a layer computed again": once,
-                "logits and the head's gradient": logits + logits // 2 + words * model.hidden_size * 4,
-            }
-        ),
+        | in_update,
         "optimizer": copy | {"gradients and what the optimizer adds": optimizer},
     }
     if config.uses_reference or config.needs_old_logprobs:
-        beside["score"] = (
-            copy
-            | {"reference, copied": host.get("reference", 0)}
-            | {"kept, as for a backward pass": kept}  # the one forward pass returns it
-            | _largest({"a layer": once, "logits": logits})
-        )
+        # The one forward pass returns what a backward pass would need.
+        scored = {"reference, copied": host.get("reference", 0), "kept, as for a backward pass": kept}
+        beside["score"] = copy | scored | in_score
+    if sampling:
+        beside["sampling"] = copy | {"the head": 2 * head} | dict(sampling)
     if push_bytes:
         beside["weight sync"] = {"buckets of a push": push_bytes}
     beside = {phase: {name: size for name, size in parts.items() if size} for phase, parts in beside.items()}
     return MemoryPlan(held, beside, {name: size * mesh.size for name, size in host.items()})
+
+
+def head_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Of the output head, which a device gathers for its rows where its width is split over devices; else 0.
+
+    The compiler may lay it out once more.
+    """
+    words = math.ceil(model.vocab_size / mesh.shape["tensor"])
+    is_split = mesh.shape["fsdp"] > 1
+    return words * model.hidden_size * jnp.dtype(model.dtype).itemsize if is_split else 0
+
+
+def _largest_at_once(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, rows: int, length: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The larger of a layer and the output head, which are not at work together: of an update, and of scoring."""
+    words, head = math.ceil(model.vocab_size / mesh.shape["tensor"]), head_bytes(model, mesh)
+    logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
+    layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
+    once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
+    gradient = words * model.hidden_size * 4
+    in_update = {
+        "a layer computed again": once,
+        "logits, the head and its gradient": head + logits + logits // 2 + gradient,
+    }
+    in_score = {"a layer": once, "logits and the head": head + max(head, logits)}
+    return _largest(in_update), _largest(in_score)
 
 
 def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -> int:

@@ -167,5 +167,8 @@ def make_cast(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
     """Returns the function that casts parameters once an update, and not once a micro-batch."""
     if config.dtype == config.param_dtype:
         return lambda params: params
-    cast = lambda params: jax.tree.map(lambda x: x.astype(config.dtype), params)
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(config.dtype), params)
+
     return jax.jit(cast, out_shardings=param_shardings(config, mesh))

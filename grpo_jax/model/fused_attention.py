@@ -17,7 +17,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax.config import ConfigError
 from grpo_jax.model.sharding import partition_spec
@@ -94,20 +94,27 @@ DEVICE_KINDS = {
 
 
 def local_device_kind() -> DeviceKind:
-    """Returns the kind of the devices of this process."""
-    device = jax.devices()[0]
+    """Returns the kind of the devices at hand."""
+    return device_kind(jax.devices()[0])
+
+
+def mesh_device_kind(mesh: Mesh) -> DeviceKind:
+    """Returns the kind of the devices that programs for a mesh are compiled for. They need not be here."""
+    return device_kind(mesh.devices.flat[0])
+
+
+def device_kind(device: jax.Device) -> DeviceKind:
+    """Returns the kind of a device, which may be one of a topology that is only described."""
     if device.platform == "gpu" and "cuda" in device.client.platform_version:
         return DeviceKind("cuda", float(device.compute_capability))
     return DeviceKind(device.platform)
 
 
-def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind | None = None) -> str:
+def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind) -> str:
     """Returns the kernel that `model.attention` stands for on a device: "cudnn", "splash" or "plain".
 
-    Args:   device: None: the local devices.
     Raises: ConfigError: the device has no such kernel or dtype, or the kernel cannot compute this model; says why.
     """
-    device = device or local_device_kind()
     if device.platform == "tpu" and jnp.dtype(dtype) == jnp.float16:
         raise ConfigError("model.dtype", "float16", "needs an NVIDIA GPU: TPUs multiply in bfloat16")
     if wanted == "plain":

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import ConfigError, MeshSection
@@ -23,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # rows of a batch
+    "rows_of_parts": ("data",),  # rows of which a device has a part of the width
     "layers": (),  # N, the scanned dimension
     "vocab": ("tensor",),  # V
     "embed": ("fsdp",),  # D of parameters; activations keep their width whole
@@ -36,8 +38,8 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges devices as the axes data, fsdp, tensor, neighbours in the interconnect side by side.
 
-    Args:   devices: to choose from, the first ones if there are too many. None: all devices.
-    Raises: ConfigError: the sizes do not fit the number of devices.
+    Args:   devices: to choose from, the first ones if there are too many. None: all devices, of all hosts.
+    Raises: ConfigError: the sizes do not fit the number of devices, or of slices.
     """
     devices = jax.devices() if devices is None else devices
     axes, fixed = dataclasses.asdict(section), fixed_devices(section)
@@ -51,7 +53,30 @@ def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None)
             raise ConfigError("mesh", axes, rule)
         logger.warning("the mesh %s uses %d of %d devices", list(sizes), used, len(devices))
     # Auto: the compiler propagates shardings; we state them on parameters, inputs and a few activations.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
+    return Mesh(_arranged(sizes, devices[:used], len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: tuple[int, int, int], devices: Sequence[jax.Device], num_there: int) -> np.ndarray:
+    """Returns the devices as an array of these sizes.
+
+    GPUs and CPUs stand in the order of their numbers, those of a host side by side: the last axes stay within a
+    host where they fit into one, and `data`, over which gradients are summed once, goes across. TPUs of a slice
+    are laid along the links of its torus; several slices, which only a network joins, along `data`.
+    `jax.make_mesh` does all of it but the last, and takes the hosts of GPUs for slices, which it refuses.
+
+    Args: num_there: with fewer `devices` than that, nothing is known of their shape: they stay in order.
+    """
+    if devices[0].platform != "tpu" or len(devices) < num_there:
+        return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = sizes
+    if data % num_slices:
+        rule = f"must be a multiple of the {num_slices} slices: fsdp and tensor stay within one"
+        raise ConfigError("mesh.data", data, rule)
+    within, across = (data // num_slices, fsdp, tensor), (num_slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def fixed_devices(section: MeshSection) -> int:

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
-    from grpo_jax.config import RolloutSection
+    from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
     from grpo_jax.rollout.shared import Channel
-    from grpo_jax.types import Workload
+    from grpo_jax.types import Params, Workload
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A jitted function, its arguments, and its static ones."""
 
 __all__ = [
     "ENGINES",
@@ -31,6 +34,7 @@ __all__ = [
     "SamplingParams",
     "check_devices",
     "check_engine",
+    "device_programs",
     "eval_sampling",
     "expected_seconds",
     "make_engine",
@@ -38,6 +42,7 @@ __all__ = [
     "memory_savers",
     "push_bytes",
     "rollout_sampling",
+    "sampling_bytes",
     "share_devices",
     "shares_parameters",
     "trainer_share",
@@ -109,6 +114,14 @@ def push_bytes(section: RolloutSection) -> int:
     return _engine(section).push_bytes(section)
 
 
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """What sampling takes on each of the trainer's devices beside parameters and output head, by name.
+
+    {} for an engine with memory of its own.
+    """
+    return _engine(config.rollout).sampling_bytes(config, model, mesh)
+
+
 def shares_parameters(section: RolloutSection) -> bool:
     """True where the engine computes with the trainer's own arrays: there is nothing to push or to compare."""
     return _engine(section).shares_parameters(section)
@@ -132,6 +145,14 @@ def expected_seconds(
     Args: card: of the trainer and of the engine; num_devices: the trainer's.
     """
     return _engine(section).expected_seconds(section, model, card, work, num_devices)
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Call]]:
+    """What the engine makes the trainer's devices do, to be compiled: the name of that phase, and its programs.
+
+    Args: params: the trainer's, `jax.ShapeDtypeStruct`s with shardings; the devices of `mesh` need not be there.
+    """
+    return _engine(config.rollout).device_programs(config, model, params, mesh)
 
 
 # On the devices

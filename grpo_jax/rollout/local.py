@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from tqdm import tqdm
 
-from grpo_jax.config import ConfigError, RolloutSection
+from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
@@ -30,7 +30,8 @@ from grpo_jax.model.transformer import (
     init_cache,
     split_layers,
 )
-from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams
+from grpo_jax.rollout import local_sizes
+from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
 from grpo_jax.rollout.shared import Channel
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
@@ -73,6 +74,11 @@ def with_float32_head(section: RolloutSection) -> RolloutSection:
     raise ConfigError("rollout.engine", "local", rule)
 
 
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """See `rollout.sampling_bytes`."""
+    return local_sizes.sampling_bytes(config, model, mesh)
+
+
 def shares_parameters(section: RolloutSection) -> bool:
     """See `rollout.shares_parameters`."""
     return True
@@ -93,6 +99,13 @@ def expected_seconds(
 ) -> dict[str, float]:
     """See `rollout.expected_seconds`. Nothing is predicted."""
     return {}
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Any]]:
+    """See `rollout.device_programs`. Which token ends a completion does not matter to the program."""
+    engine = LocalEngine(model, mesh, None, (0,), config.rollout.batch_size)
+    prompts, columns = config.data.train_batch_size, config.data.max_prompt_length
+    return "sampling", [engine.sampling_program(params, prompts, columns, rollout_sampling(config))]
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:
@@ -200,6 +213,22 @@ class LocalEngine:
                 bar.update(len(chosen) * sampling.num_samples)
         return [groups[i] for i in range(len(prompts))]
 
+    def sampling_program(
+        self, params: Params, num_prompts: int, columns: int, sampling: SamplingParams
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The jitted function of `generate`, its arguments for prompts of up to `columns` tokens, and static ones.
+
+        Args: params: `jax.ShapeDtypeStruct`s with shardings; so are the arguments.
+        """
+        rows = self._prompts_per_batch(num_prompts, sampling.num_samples)
+        even = rows % num_batch_shards(self._mesh) == 0
+        split = (batch_sharding if even else replicated)(self._mesh)
+        of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=split)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self._mesh))
+        static = dict(config=self._config, sampling=sampling, stop_token_ids=self._stop_token_ids)
+        return sample_completions, (params, of(rows, bucket_length(columns)), of(rows), of(rows), key), static
+
     def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`. With the cache of sampling, which is filled at once."""
         pairs = [(group.prompt.token_ids, c.token_ids) for group in groups for c in group.completions]
@@ -221,11 +250,9 @@ class LocalEngine:
         ]
 
     def _prompts_per_batch(self, num_prompts: int, num_samples: int) -> int:
-        wanted = min(num_prompts, max(1, self._batch_size // num_samples))
-        shards = num_batch_shards(self._mesh)
-        while wanted * num_samples % shards:
-            wanted += 1
-        return wanted
+        return local_sizes.prompts_per_batch(
+            self._batch_size, num_prompts, num_samples, num_batch_shards(self._mesh)
+        )
 
     def _sample(
         self,

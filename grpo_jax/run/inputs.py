@@ -26,7 +26,7 @@ from grpo_jax.model.config import (
     parse_hf_config,
     random_model_config,
 )
-from grpo_jax.model.fused_attention import DeviceKind, choose_kernel
+from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
 from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.warm_start import warm_start
@@ -72,7 +72,7 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         model = parse_hf_config(content, config.model)
         limit = max_position(content)
     _check_lengths(config, limit)
-    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
+    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind or local_device_kind())
     return dataclasses.replace(model, attention=kernel)
 
 
@@ -134,7 +134,7 @@ def make_model(
     ):
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
-        return with_kernel(inspect_folder(workdir.sft_model, config.model), config)
+        return with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
     folder = inputs.model
     if folder is None:
         random_model.make_random_model(
@@ -142,11 +142,11 @@ def make_model(
         )
         hosts.wait_for_all()  # the first one writes it
         folder = inspect_folder(workdir.random_model, config.model)
-    folder = with_kernel(folder, config)
+    folder = with_kernel(folder, config, mesh)
     if config.sft.num_steps:
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
         hosts.wait_for_all()
-        folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config)
+        folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
     return folder
 
 
@@ -162,10 +162,12 @@ def check_weights(params: Params, path: Path) -> None:
             )
 
 
-def with_kernel(folder: ModelFolder, config: Config) -> ModelFolder:
-    """The model with the attention kernel that the devices at hand have."""
-    model = folder.config
-    return folder.with_config(attention=choose_kernel(config.model.attention, model.dtype, model.head_dim))
+def with_kernel(folder: ModelFolder, config: Config, mesh: Mesh) -> ModelFolder:
+    """The model with the attention kernel that the devices of the mesh have."""
+    model, kind = folder.config, mesh_device_kind(mesh)
+    return folder.with_config(
+        attention=choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
+    )
 
 
 def load_model_tokenizer(folder: ModelFolder) -> Any:

@@ -19,7 +19,7 @@ from grpo_jax.learner.memory import MemoryPlan, abstract_mesh, plan_memory
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.rollout import memory_savers, push_bytes, trainer_share
+from grpo_jax.rollout import memory_savers, push_bytes, sampling_bytes, trainer_share
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ FEW_LOGITS = 512
 VISIBLE = 5e7
 """Bytes that are not 0.0 GB."""
 PLANNED = {
+    "gen": ("sampling",),
     "update_actor": ("update", "optimizer"),
     "old_log_prob": ("score",),
     "ref": ("score",),
@@ -50,7 +51,8 @@ class DoesNotFit(MemoryError):
 
 def plan_run(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> MemoryPlan:
     """The memory of a run, what its engine's weights take on the way included."""
-    return plan_memory(config, model, mesh, push_bytes=push_bytes(config.rollout))
+    pushed, sampling = push_bytes(config.rollout), sampling_bytes(config, model, mesh)
+    return plan_memory(config, model, mesh, push_bytes=pushed, sampling=sampling)
 
 
 def device_stats() -> dict[str, int]:

@@ -22,7 +22,7 @@ from grpo_jax.learner.forward import ForwardStep, Inputs, make_forward_step, sco
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.learner.update import make_cast
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.fused_attention import choose_kernel
+from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, load_params
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import forward, head_matrix
@@ -176,7 +176,7 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
         wanted = "auto" if is_fused or config.model.attention == "auto" else "plain"
         try:
             check_dtype(dtype, mesh)
-            kernel = choose_kernel(wanted, dtype, model.head_dim)
+            kernel = choose_kernel(wanted, dtype, model.head_dim, mesh_device_kind(mesh))
         except ConfigError:  # the devices do not compute in it
             continue
         other = dataclasses.replace(model, dtype=jnp.dtype(dtype), attention=kernel)

@@ -115,6 +115,19 @@ def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[B
         )
 
 
+def packing_programs(
+    params: Params, plan: PushPlan, mesh: Mesh
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The jitted function of `pack_buckets` with the arguments of each of its programs, and with static ones.
+
+    Args: params: `jax.ShapeDtypeStruct`s with shardings, or arrays.
+    """
+    first = np.int32(0), np.int32(0)
+    static = dict(dtype=plan.dtype, sharding=replicated(mesh))
+    programs = dict.fromkeys(bucket.program for bucket in plan.buckets)
+    return [(_pack_bucket, (params, *first), dict(program=program, **static)) for program in programs]
+
+
 @functools.partial(jax.jit, static_argnames=("program", "dtype", "sharding"))
 def _pack_bucket(
     params: Params,

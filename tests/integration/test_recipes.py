@@ -1,5 +1,6 @@
 """Every file in configs/: it loads, as it is and as its smoke test, and one step of it runs."""
 
+import dataclasses
 import runpy
 
 import integration_helpers as helpers
@@ -8,7 +9,9 @@ import pytest
 from grpo_jax.config.command_line import parse_command_line
 
 FILES = sorted((helpers.ROOT / "configs").glob("*.py"))
-RECIPES = [file for file in FILES if file.stem.startswith("gsm8k_")]
+TPU = helpers.ROOT / "configs" / "gsm8k_tpu.py"
+"""The base's recipe, for other devices."""
+RECIPES = [file for file in FILES if file.stem.startswith("gsm8k_") and file != TPU]
 
 TINY = {  # size alone: whatever belongs to a recipe stays as its file has it
     "model.dtype": "float32",
@@ -56,6 +59,17 @@ def test_one_step(file, tmp_path, reward_file, model_folder):
     (line,) = helpers.read_lines(tmp_path / "run")
     assert line["actor/grad_norm"] > 0 and line["actor/skipped_updates"] == 0
     assert line["reward/score/mean"] > 0
+
+
+def test_the_tpu_s_file_changes_where_things_live_and_nothing_that_is_learned():
+    base, _ = parse_command_line("train", "", [f"--config={TPU.with_name('gsm8k.py')}"])
+    tpu, _ = parse_command_line("train", "", [f"--config={TPU}"])
+    assert (tpu.model.remat, tpu.rollout.engine, tpu.optim.offload) == ("full", "local", False)
+    assert not tpu.algorithm.ref_offload and tpu.data == base.data
+    assert dataclasses.replace(tpu.algorithm, ref_offload=base.algorithm.ref_offload) == base.algorithm
+    assert dataclasses.replace(tpu.optim, offload=base.optim.offload) == base.optim
+    smoke, _ = parse_command_line("train", "", [f"--config={TPU}:smoke"])
+    assert smoke.model.path == "random" and smoke.model.remat == "none"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

@@ -190,6 +190,7 @@ def test_what_compiling_says_of_memory(offload):
     moments = 0 if offload else 2 * parameters
     assert sizes["update"] >= 2 * parameters + moments  # parameters, sums of gradients
     assert sizes["update"] < 2 * parameters + moments + 2**20
-    assert set(sizes) == ({"update"} if offload else {"update", "optimizer"})
+    assert set(sizes) == ({"score", "update"} if offload else {"score", "update", "optimizer"})
+    assert 2 * parameters + moments - 4 * num_params(MODEL) <= sizes["score"] < sizes["update"]  # no sums
     if not offload:
         assert 4 * parameters <= sizes["optimizer"] < 4 * parameters + 2**20

@@ -18,11 +18,12 @@ from grpo_jax.learner.memory import (
     plan_memory,
 )
 from grpo_jax.model import fused_attention
-from grpo_jax.model.cards import CARDS
+from grpo_jax.model.cards import CARDS, find_slice
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.transformer import num_params
-from grpo_jax.rollout import push_bytes, trainer_share
+from grpo_jax.rollout import push_bytes, sampling_bytes, trainer_share
 from grpo_jax.run.devices import make_room_on_host
+from grpo_jax.run.memory import plan_run
 
 ONE = abstract_mesh(1, 1, 1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +247,8 @@ def test_devices_by_name_and_by_size():
     assert plan.device_bytes("h200") == 143_771 * 2**20
     assert plan.device_bytes("80") == 80_000_000_000
     with pytest.raises(
-        ConfigError, match=r"'h20': must be a number of GB or one of h100, h200, .* \(did you mean h200\?\)"
+        ConfigError,
+        match=r"'h20': must be a number of GB or one of h100, .* \(did you mean h200\?\)",
     ):
         plan.device_bytes("h20")
     for size in ("0", "-5", "inf", "nan"):
@@ -254,6 +256,60 @@ def test_devices_by_name_and_by_size():
             plan.device_bytes(size)
     with pytest.raises(ConfigError, match="cpu does not say its memory: name a device"):
         plan.device_bytes("")
+
+
+def test_slices_by_name():
+    """v5e and v6e are named by chips, v4 and v5p by cores, of which a chip has two."""
+    assert plan.find_devices("v5e-16", "") == ("tpu-v5e", 16)
+    assert plan.find_devices("v5p-8", "4") == ("tpu-v5p", 4)
+    assert plan.find_devices("h100", "") == ("h100", 1) and plan.find_devices("80", "2") == ("80", 2)
+    grids = {
+        "v5e-16": "v5e:4x4",
+        "v6e-8": "v6e:2x4",
+        "v5p-8": "v5p:2x2x1",
+        "v5p-128": "v5p:4x4x4",
+        "v4-32": "v4:2x2x4",
+    }
+    assert {name: find_slice(name).topology for name in grids} == grids
+    for name in ("v5e-12", "v5p-7", "v7-8", "h100-8", "v5e-", "v5e-²", "v5e-512"):
+        assert find_slice(name) is None
+    with pytest.raises(ConfigError, match="num_devices='8': v5e-16 has 16 chips"):
+        plan.find_devices("v5e-16", "8")
+
+
+def test_a_tpu_gives_the_trainer_all_of_its_memory():
+    config = gsm8k(**{"rollout.engine": "local"})
+    limit = lambda name: plan.make_budget(config, MODEL, name, plan.device_bytes(name), (1, 4, 1)).limit
+    assert limit("tpu-v5e") == 15.75 * 2**30 and limit("h100") == 0.75 * 81_559 * 2**20
+
+
+def test_what_the_local_engine_takes_by_hand():
+    """256 completions at once: on each of two devices 32 prompts x 4, keys and values of 2 x 16 numbers a layer.
+
+    64 tokens in a prompt, and 31 columns more for completions of 32 tokens, whose last one is never read.
+    """
+    sizes = {"rollout.batch_size": 256, "data.max_prompt_length": 64, "data.max_response_length": 32}
+    config = gsm8k(**ON_DEVICE | sizes | {"rollout.engine": "local"})
+    token = 2 * MODEL.num_layers * K * DH * 2
+    caches = {"cache of the prompts": 32 * 64 * token, "cache of the completions": 128 * (64 + 31) * token}
+    assert sampling_bytes(config, MODEL, abstract_mesh(1, 2, 1)) == caches
+    halves = {name: size // 2 for name, size in caches.items()}
+    assert sampling_bytes(config, MODEL, abstract_mesh(1, 2, 2)) == halves
+    plan = plan_run(config, MODEL, abstract_mesh(1, 2, 1))
+    copied = plan.beside["update"]["parameters to compute with"]
+    expected = {"parameters to compute with": copied, "the head": 2 * 2 * V * D}
+    assert plan.beside["sampling"] == expected | caches
+    assert "sampling" not in plan_run(gsm8k(), MODEL, ONE).phases
+
+
+def test_a_split_head_is_gathered():
+    """Its 512 x 64 numbers of 2 bytes, beside what an update of one device needs; for a score twice."""
+    one, two = (plan_memory(gsm8k(**ON_DEVICE), dataclasses.replace(MODEL, remat="none"), m)
+                for m in (ONE, abstract_mesh(1, 2, 1)))  # fmt: skip
+    name = "logits, the head and its gradient"
+    assert two.beside["update"][name] - one.beside["update"][name] == 2 * V * D
+    logits = one.beside["score"]["logits and the head"]
+    assert two.beside["score"]["logits and the head"] == logits + 2 * V * D
 
 
 def test_the_mesh_is_filled_up():

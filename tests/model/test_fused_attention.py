@@ -12,7 +12,14 @@ from tiny_models import tiny_config
 from grpo_jax.config import ConfigError
 from grpo_jax.model import fused_attention
 from grpo_jax.model.attention import attend, causal_segment_mask
-from grpo_jax.model.fused_attention import DEVICE_KINDS, choose_kernel, find_sequences, max_sequences
+from grpo_jax.model.fused_attention import (
+    DEVICE_KINDS,
+    choose_kernel,
+    find_sequences,
+    local_device_kind,
+    max_sequences,
+    mesh_device_kind,
+)
 from grpo_jax.model.transformer import REMAT_POLICIES, abstract_params, forward
 
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
@@ -129,12 +136,14 @@ def test_cudnn_equals_plain(heads, kv_heads, width, length):
 def test_kernels_that_the_device_lacks_are_refused():
     if jax.default_backend() != "cpu":
         pytest.skip("only where there is no accelerator")
-    assert choose_kernel("auto", "bfloat16", 128) == "plain"
-    assert choose_kernel("plain", "float32", 7) == "plain"
+    here = mesh_device_kind(jax.make_mesh((8,), ("data",)))
+    assert here == local_device_kind()
+    assert choose_kernel("auto", "bfloat16", 128, here) == "plain"
+    assert choose_kernel("plain", "float32", 7, here) == "plain"
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
-        choose_kernel("cudnn", "bfloat16", 128)
+        choose_kernel("cudnn", "bfloat16", 128, here)
     with pytest.raises(ValueError, match="needs a TPU"):
-        choose_kernel("splash", "bfloat16", 128)
+        choose_kernel("splash", "bfloat16", 128, here)
 
 
 @pytest.mark.parametrize(

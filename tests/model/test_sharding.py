@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import math
 
@@ -76,6 +77,28 @@ def test_sizes_that_do_not_fit_are_refused(section):
     assert caught.value.key == "mesh"
     assert caught.value.value == dict(zip(("data", "fsdp", "tensor"), section, strict=True))
     assert "8 device(s)" in caught.value.rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What JAX says of a GPU of several hosts: each host is a slice of its own."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+
+    @property
+    def slice_index(self):
+        return self.process_index
+
+
+def test_gpus_of_two_hosts_stand_side_by_side_with_those_of_their_host():
+    """`jax.make_mesh` refuses them. With fsdp=4 x tensor=2, each half of `data` is a host, in any order given."""
+    gpus = [Gpu(id=number, process_index=number // 8) for number in range(16)]
+    devices = sharding._arranged((2, 4, 2), gpus[::-1], 16)
+    assert devices.shape == (2, 4, 2)
+    assert [{gpu.process_index for gpu in half.flat} for half in devices] == [{0}, {1}]
+    assert [gpu.id for gpu in devices.flat] == list(range(16))
 
 
 # The table of rules

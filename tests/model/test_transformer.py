@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import tiny_config
 
 from grpo_jax.config import MeshSection
 from grpo_jax.model.attention import apply_rope, causal_segment_mask, rope_frequencies
 from grpo_jax.model.config import RopeScaling
-from grpo_jax.model.sharding import make_mesh
+from grpo_jax.model.sharding import batch_sharding, make_mesh, partition_spec
 from grpo_jax.model.transformer import (
     abstract_params,
     bucket_length,
@@ -21,6 +22,7 @@ from grpo_jax.model.transformer import (
     head_matrix,
     init_cache,
     init_params,
+    look_up,
     num_params,
 )
 
@@ -179,6 +181,46 @@ def test_random_parameters_are_the_same_wherever_they_live():
     jax.tree.map(np.testing.assert_array_equal, one, eight)
     assert len(eight["embedding"].sharding.device_set) == 8
     assert np.std(one["embedding"]) == pytest.approx(0.02, rel=0.1)  # 640 draws: a standard error of 3 %
+
+
+# The embedding
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (4, 2, 1), (8, 1, 1), (2, 2, 2)])
+def test_rows_are_looked_up_wherever_their_parts_lie(sizes):
+    """Tokens 0 to 39 twice in rows of 10, and their gradient: one cotangent of each place a token stands at."""
+    mesh = make_mesh(MeshSection(*sizes))
+    table = np.arange(40 * 16, dtype=np.float32).reshape(40, 16)
+    tokens = np.tile(np.arange(40, dtype=np.int32), 2).reshape(8, 10)
+    split = NamedSharding(mesh, partition_spec(("vocab", "embed"), table.shape, mesh))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, split), jax.device_put(tokens, batch_sharding(mesh))
+        found, pull = jax.vjp(lambda table: jax.jit(look_up)(table, placed[1]), placed[0])
+        (gradient,) = pull(found)
+    np.testing.assert_array_equal(found, table[tokens])
+    np.testing.assert_array_equal(gradient, 2 * table)
+
+
+def test_many_tokens_of_one_kind_are_summed_in_float32():
+    """4,096 times 1 is 4,096; a sum in bfloat16 stops at 256, where 1 is half of a step."""
+    mesh = make_mesh(MeshSection(1, 8, 1))
+    tokens = jax.device_put(np.full((8, 512), 3, np.int32), batch_sharding(mesh))
+    table = jax.device_put(jnp.ones((40, 16), jnp.bfloat16), NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda table: look_up(table, tokens).astype(jnp.float32).sum()))(table)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient[3].astype(np.float32), np.full(16, 4096.0))
+
+
+def test_the_table_is_not_gathered():
+    """No device of eight that share its width ever has more than its eighth of 40 x 16 numbers."""
+    mesh = make_mesh(MeshSection(1, 8, 1))
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    table = jax.ShapeDtypeStruct((40, 16), jnp.float32, sharding=split)
+    tokens = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        text = jax.jit(look_up).lower(table, tokens).compile().as_text()
+    assert "f32[40,2]" in text and "[40,16]" not in text
 
 
 # Rotary embeddings

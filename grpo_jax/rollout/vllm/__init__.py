@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
-    from grpo_jax.config import RolloutSection
+    from grpo_jax.config import Config, RolloutSection
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
@@ -83,6 +83,11 @@ def push_bytes(section: RolloutSection) -> int:
     return PUSH_BUCKETS * section.bucket_mb * 2**20
 
 
+def sampling_bytes(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """See `rollout.sampling_bytes`. It has a share of the device of its own: `trainer_share`."""
+    return {}
+
+
 def shares_parameters(section: RolloutSection) -> bool:
     """See `rollout.shares_parameters`. The engine has a copy of its own."""
     return False
@@ -107,6 +112,14 @@ def expected_seconds(
     from grpo_jax.rollout.vllm import speed
 
     return speed.expected_seconds(section, model, card, work, num_devices)
+
+
+def device_programs(config: Config, model: ModelConfig, params: Params, mesh: Mesh) -> tuple[str, list[Any]]:
+    """See `rollout.device_programs`: packing the buckets of a push."""
+    from grpo_jax.weight_sync.buckets import make_push_plan, packing_programs
+
+    plan = make_push_plan(model, config.rollout.bucket_mb * 2**20)
+    return "weight sync", packing_programs(params, plan, mesh)
 
 
 def check_devices(section: RolloutSection, mesh: Mesh) -> None:

@@ -1,0 +1,38 @@
+"""The programs of test_ahead.py compiled for H100s, where JAX has its CUDA plugin; the GPUs need not be there."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from test_ahead import CHANGES, MODEL, gsm8k
+
+from grpo_jax.config import ConfigError
+from grpo_jax.learner.memory import abstract_mesh
+from grpo_jax.model.counts import head_weights, layer_weights
+from grpo_jax.run.ahead import compile_run
+from grpo_jax.run.memory import plan_run
+from grpo_jax.run.targets import describe
+
+pytestmark = pytest.mark.gpu
+
+CUDNN = dataclasses.replace(MODEL, attention="cudnn", dtype=jnp.dtype("bfloat16"))
+
+
+def test_two_hosts_of_eight():
+    """Memory as counted, products as by hand; gathers stay among the eight of `fsdp`."""
+    config = gsm8k(**CHANGES | {"mesh.data": 2})
+    found = compile_run(config, CUDNN, describe("h100", 16).devices)
+    plan = plan_run(config, CUDNN, abstract_mesh(2, 8, 1))
+    assert found.phases["optimizer"] == pytest.approx(plan.phases["optimizer"], rel=0.01)
+    programs = {program.name: program.facts for program in found.programs}
+    products = 2 * 2 * 1024 * (layer_weights(MODEL) + head_weights(MODEL))
+    assert programs["score"].flops == pytest.approx(products, rel=0.01)
+    assert set(programs["score"].kernels) == {"__cudnn$fmhaSoftmax"}
+    assert "reduce-scatter" in programs["gradients"].traffic
+
+
+def test_what_a_described_gpu_lacks():
+    with pytest.raises(ConfigError, match="needs optim"):
+        compile_run(gsm8k(**CHANGES | {"optim.offload": True}), CUDNN, describe("h200", 8).devices)
+    with pytest.raises(ConfigError, match="a multiple of 8"):
+        describe("h100", 12)
