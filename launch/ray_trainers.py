@@ -3,9 +3,9 @@
     python launch/ray_trainers.py run ADDRESS TRAINERS MODULE [FLAG ...]      ADDRESS: of the cluster, or `auto`
     python launch/ray_trainers.py flags ADDRESS MODULE [FLAG ...]
 
-`run`: each process is the child of an actor, which has all GPUs of its node (or GPUS of them) in Ray's accounts, so
-that engines get others. The nodes are those with the resource `trainer` (ray start --resources='{"trainer": 1}');
-if there are none, those with GPUs; else all: this host first, then by address. Nothing is restarted. What the
+`run`: each process is the child of an actor, which has all GPUs of its node (or GPUS of them) in Ray's accounts,
+so that engines get others. The nodes are those with the resource `trainer` (`ray start --resources`); if there are
+none, those with GPUs; else all: this host first, then by address. Nothing is restarted. What the
 first process prints is printed here, its exit code is this one's, and SIGTERM and Ctrl-C go to all. Variables of
 the environment whose names begin as `PASSED` are set for all; others are those that Ray was started with there.
 
@@ -17,6 +17,7 @@ import contextlib
 import ipaddress
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ GRACE_S = 60.0
 """For the others to end by themselves when one has ended: they notice within 30 s."""
 PIPES_S = 10.0
 """For the pipes of a process that has ended to be closed: what it has started may hold them for ever."""
+GATHER_S = 0.02
 LINES = 5
 DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG: a process gets a signal when the thread that started it ends."""
@@ -129,8 +131,14 @@ def _output(process: subprocess.Popen) -> Iterator[tuple[str, bytes]]:
     parts: queue.Queue = queue.Queue()
 
     def read(name: str, pipe) -> None:
-        while data := os.read(pipe.fileno(), 1 << 16):
-            parts.put((name, data))
+        # Each part is an object of Ray's; Python writes a line in pieces.
+        data = b"?"
+        while data:
+            select.select([pipe], [], [])
+            time.sleep(GATHER_S)
+            data = os.read(pipe.fileno(), 1 << 16)
+            if data:
+                parts.put((name, data))
         parts.put(None)
 
     for name, pipe in (("out", process.stdout), ("err", process.stderr)):
