@@ -5,9 +5,9 @@
 
 `run`: each process is the child of an actor, which has all GPUs of its node (or GPUS of them) in Ray's accounts,
 so that engines get others. The nodes are those with the resource `trainer` (`ray start --resources`); if there are
-none, those with GPUs; else all: this host first, then by address. Nothing is restarted. What the
-first process prints is printed here, its exit code is this one's, and SIGTERM and Ctrl-C go to all. Variables of
-the environment whose names begin as `PASSED` are set for all; others are those that Ray was started with there.
+none, those with GPUs; else all: this host first, then by address. Nothing is restarted. What the first process
+prints is printed here, its exit code is this one's, and SIGTERM and Ctrl-C go to all. Variables of the environment
+whose names begin as `PASSED` are set for all; others are those that Ray was started with there.
 
 `flags`: reads the command line as the trainer would, and prints the flags that name the cluster to it, if its
 engines are vLLM's.
@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PASSED = ("JAX_", "XLA_", "TF_CPP_", "NCCL_", "LIBTPU_", "GLOO_", "OMP_", "HF_", "VLLM_", "GRPO_JAX_")
 START_S = 120.0
-"""For Ray to start the actors: their nodes are there, and nothing else takes their GPUs."""
+"""For hosts to join, and then for Ray to start the actors: nothing else may have their GPUs."""
 GRACE_S = 60.0
 """For the others to end by themselves when one has ended: they notice within 30 s."""
 PIPES_S = 10.0
@@ -208,7 +208,7 @@ def run(address: str, count: int, command: list[str]) -> int:
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: signals.append(got))
-    nodes = choose(ray.nodes(), count, ray.get_runtime_context().get_node_id())
+    nodes = _find_nodes(count)
     trainers = [Watched(rank, node, _make_actor(node)) for rank, node in enumerate(nodes)]
     try:
         port = ray.get(trainers[0].actor.free_port.remote(), timeout=START_S)
@@ -226,6 +226,20 @@ def run(address: str, count: int, command: list[str]) -> int:
         trainer.start(str(ROOT), ["-m", *command], variables | own)
     _wait(trainers, signals)
     return _verdict(trainers)
+
+
+def _find_nodes(count: int) -> list[dict]:
+    """As `choose`; gives hosts some time to join."""
+    import ray
+
+    here, end = ray.get_runtime_context().get_node_id(), time.monotonic() + START_S
+    while True:
+        try:
+            return choose(ray.nodes(), count, here)
+        except Failure:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
 
 
 def _make_actor(node: dict):
