@@ -63,7 +63,7 @@ def test_trainers_on_two_hosts_and_an_engine_on_the_second(tmp_path):
         code = first.wait(timeout=900)
     out = first.log.read_text()
     assert code == 0 and "Done: 2 steps." in out, out
-    assert "engine 0 is ready" in out and out.count("nats a token") == 2, out
+    assert "engine 0 is ready" in out and out.count("nats a token") == 3, out
     lines = [line for line in commands.read_lines(tmp_path / "run") if line["step"]]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
