@@ -283,7 +283,7 @@ class TrainerSection:
     compile_cache: str = key("~/.cache/grpo_jax/xla", "keeps programs for accelerators; empty: nowhere", rule="a folder", resume=FREE)
     max_nonfinite_updates: int = key(3, "updates skipped in a row before the run stops", unit="updates", at_least=1)
     phase_timeout_s: float = key(7200.0, "time until a phase counts as hanging; 0: never", unit="seconds", at_least=0, at_most=10**6, resume=FREE)
-    join_timeout_s: float = key(600.0, "time within which all processes of a run on several hosts must come", unit="seconds", above=0, at_most=10**6, resume=FREE)
+    join_timeout_s: float = key(600.0, "for all processes of a run to come (docs/hosts.md)", unit="seconds", above=0, at_most=10**6, resume=FREE)
     flat_reward_steps: int = key(5, "useless steps in a row before the alarm (docs/alarms.md)", unit="steps", at_least=1, resume=FREE)
     max_rollbacks: int = key(0, "times that a run that diverges goes back to a good checkpoint; 0: never", at_least=0, resume=FREE)
 

@@ -116,24 +116,19 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
         "prompt_id": group.prompt.prompt_id,
         "prompt_token_ids": list(group.prompt.token_ids),
         "origin": group.origin,
-        "completions": completions_to_json(group.completions),
+        "completions": [
+            {
+                "token_ids": _encode(np.array(c.token_ids, np.int32)),
+                "sampler_logprobs": _encode(np.array(c.sampler_logprobs, np.float64)),
+                "text": c.text,
+                "finish_reason": c.finish_reason,
+                "policy_version": c.policy_version,
+                "changes": c.changes,
+                "drawable": None if c.drawable is None else _encode(c.drawable),
+            }
+            for c in group.completions
+        ],
     }
-
-
-def completions_to_json(completions: Sequence[Completion]) -> list[dict[str, Any]]:
-    """As `json.dumps` takes them, to the last bit."""
-    return [
-        {
-            "token_ids": _encode(np.array(c.token_ids, np.int32)),
-            "sampler_logprobs": _encode(np.array(c.sampler_logprobs, np.float64)),
-            "text": c.text,
-            "finish_reason": c.finish_reason,
-            "policy_version": c.policy_version,
-            "changes": c.changes,
-            "drawable": None if c.drawable is None else _encode(c.drawable),
-        }
-        for c in completions
-    ]
 
 
 def _group_from_json(
@@ -143,18 +138,14 @@ def _group_from_json(
     prompt = prompts.get((entry["prompt_id"], tuple(entry["prompt_token_ids"])))
     if prompt is None or len(entry["completions"]) != group_size:
         return None
-    return RolloutGroup(prompt, completions_from_json(entry["completions"]), _origin_from_json(entry))
+    completions = tuple(_completion_from_json(c) for c in entry["completions"])
+    return RolloutGroup(prompt, completions, _origin_from_json(entry))
 
 
 def _origin_from_json(entry: Mapping[str, Any]) -> tuple[int, int]:
     """`RolloutGroup.origin`."""
     number, place = entry["origin"]
     return number, place
-
-
-def completions_from_json(held: Sequence[Mapping[str, Any]]) -> tuple[Completion, ...]:
-    """What `completions_to_json` returned."""
-    return tuple(_completion_from_json(c) for c in held)
 
 
 def _completion_from_json(c: Mapping[str, Any]) -> Completion:

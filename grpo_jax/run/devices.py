@@ -38,7 +38,7 @@ def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSe
     prepare_process(config, model, engine=engine)
     set_products(config.model)
     mesh = open_mesh(config)
-    if engine is not None:
+    if engine is not None and jax.process_index() == 0:  # the others need not have the engine
         check_devices(engine, mesh)
     _keep_compiled_programs(config.trainer)
     return mesh

@@ -84,7 +84,7 @@ def watched(
         hang = hang_behind(error)
         if hang is None:
             raise
-        if watch.is_heard:
+        if watch.is_heard():
             print(f"error: phase {hang.phase}: {hang}", file=sys.stderr)
             hang.is_told = True
         raise SystemExit(hang.code) from None
@@ -108,7 +108,7 @@ class HangWatch:
         key: that sets the limit.
         """
         self._timers, self._folder, self._limit_s, self._key = timers, folder, limit_s, key
-        self.is_heard = True
+        self.is_heard: Callable[[], bool] = lambda: True
         """Whether this process speaks for the run."""
         self.suffix = ""
         """Of the file with the stacks, where each process of a run writes one."""
@@ -167,7 +167,7 @@ class HangWatch:
         if isinstance(error, PeerLost):
             if self._is_noticed.wait(NOTICE_S) and self._is_closed.wait(CLOSE_S):
                 return
-            how = ""  # nothing was to be saved
+            how = "; the same command goes on"  # nothing was to be saved
         else:
             if self._is_closed.wait(SOON_S):
                 return
@@ -177,7 +177,7 @@ class HangWatch:
                 return
             how = "; it cannot be ended in order"
         # The main thread is where no signal reaches it.
-        if self.is_heard and not error.is_told:
+        if self.is_heard() and not error.is_told:
             say(f"error: phase {error.phase}: {error}{how}")
         os._exit(error.code)
 

@@ -32,8 +32,8 @@ from typing import Any, TypeVar
 import jax
 
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.run.hangs import HangWatch, PeerLost, PhaseTimedOut, is_waiting, place_of
-from grpo_jax.run.hub import BEAT_S, HANDSHAKE_S, SILENT_S, Message, open_connection, receive
+from grpo_jax.run.hangs import NOTICE_S, HangWatch, PeerLost, PhaseTimedOut, is_waiting, place_of, say
+from grpo_jax.run.hub import BEAT_S, BYTES, HANDSHAKE_S, SILENT_S, Message, open_connection, receive
 from grpo_jax.run.metrics import Timers
 from grpo_jax.storage.files import write_whole
 
@@ -68,11 +68,22 @@ class Hosts:
         """Whether this process talks to engines, rewards and people, and writes what is not an array."""
         return self.rank == 0
 
+    @property
+    def speaks(self) -> bool:
+        """Whether people hear of the run from this process: the first one, or if that is gone, the next."""
+        return self.is_first or (self._link is not None and self._link.is_speaker)
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process: a value that JSON can hold. The others do not call it."""
         if self._link is None:
             return make()
         return self._link.give(make()) if self.is_first else self._link.take()
+
+    def bytes_from_first(self, make: Callable[[], bytes]) -> bytes:
+        """As `from_first`, for much of it."""
+        if self._link is None:
+            return make()
+        return self._link.give_bytes(make()) if self.is_first else self._link.take_bytes()
 
     def any_of(self, vote: bool) -> bool:
         """Whether any process says so."""
@@ -88,7 +99,7 @@ class Hosts:
         if self._link is None:
             yield
             return
-        watch.is_heard, watch.suffix = self.is_first, f"-process-{self.rank}"
+        watch.is_heard, watch.suffix = lambda: self.speaks, f"-process-{self.rank}"
         self._link.watch(timers, watch)
         try:
             yield
@@ -99,7 +110,7 @@ class Hosts:
         """What is to be said of an error: it may come from another process that has gone."""
         if self._link is None or isinstance(error, PhaseTimedOut | ConfigError | KeyboardInterrupt):
             return error
-        return self._link.ended(VERDICT_S) or error
+        return self._link.wait_for_end(VERDICT_S) or error
 
 
 ALONE = Hosts()
@@ -129,13 +140,15 @@ def joined(config: Config, workdir: Path) -> Iterator[Hosts]:
         leaving = _Leaving(link)
         try:
             yield hosts
+            hosts.wait_for_all()
         except BaseException as error:
             leaving.code, text = _code_and_text(error)
             link.fail(text, leaving.code)
-            if rank and not isinstance(error, SystemExit):
+            if isinstance(error, PhaseTimedOut) and hosts.speaks:
+                say(f"error: phase {error.phase}: {error}")
+            if isinstance(error, PhaseTimedOut) or not hosts.is_first:
                 raise SystemExit(leaving.code) from error
             raise
-        hosts.wait_for_all()
         leaving.is_in_order = True
         jax.distributed.shutdown()
         link.close()
@@ -180,9 +193,10 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
     connection.send_bytes(json.dumps(hello).encode())
     answer = receive(connection, timeout_s + HANDSHAKE_S)
     if answer["kind"] == "refused":
-        if rank:
-            raise SystemExit(2)  # the first one says it
-        raise ConfigError(COUNT, count, answer["text"])
+        if rank == answer["speaker"]:
+            raise ConfigError(COUNT, count, answer["text"])
+        raise SystemExit(2)
+    link = _Link(connection, rank)
     jax.distributed.initialize(
         f"{f'[{host}]' if ':' in host else host}:{answer['jax_port']}",
         count,
@@ -192,7 +206,7 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         heartbeat_timeout_seconds=10**7,  # the hub notices sooner, and says who
         coordinator_bind_address="127.0.0.1:0",  # the service in use is the hub's
     )
-    return _Link(connection)
+    return link
 
 
 def _start_hub(workdir: Path, host: str, port: int, count: int, timeout_s: float) -> None:
@@ -264,6 +278,8 @@ def _code_and_text(error: BaseException) -> tuple[int, str]:
         return code, f"ended with exit code {code}" if cause is None else f"{type(cause).__name__}: {cause}"
     if isinstance(error, ConfigError):
         return 2, str(error)
+    if isinstance(error, PhaseTimedOut):
+        return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "was interrupted"
     return 1, f"{type(error).__name__}: {error}"
@@ -290,10 +306,12 @@ class _Leaving:
 class _Link:
     """The connection to the hub. A thread reads it, another one sends the beats."""
 
-    def __init__(self, connection: Connection):
-        self._connection, self._lock = connection, threading.Lock()
+    def __init__(self, connection: Connection, rank: int):
+        self._connection, self._rank, self._lock = connection, rank, threading.Lock()
+        self.is_speaker = False
         self._values: queue.Queue[Message] = queue.Queue()
         self._votes: queue.Queue[Message] = queue.Queue()
+        self._bytes: queue.Queue[Message] = queue.Queue()
         self._num_values = self._num_votes = 0
         self._timers: Timers | None = None
         self._watch: HangWatch | None = None
@@ -313,6 +331,14 @@ class _Link:
         assert message["number"] == self._num_values, "the processes ask for different things"
         return message["value"]
 
+    def give_bytes(self, data: bytes) -> bytes:
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send_bytes(BYTES + data)
+        return data
+
+    def take_bytes(self) -> bytes:
+        return self._wait(self._bytes)["data"][len(BYTES) :]
+
     def vote(self, vote: bool) -> bool:
         self._num_votes += 1
         self._send({"kind": "vote", "number": self._num_votes, "vote": bool(vote)})
@@ -320,8 +346,7 @@ class _Link:
 
     def fail(self, text: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
-        phase = self._timers.phase if self._timers else "start"
-        self._send({"kind": "failed", "phase": phase, "text": text, "code": code})
+        self._send({"kind": "failed", "phase": self._phase(), "text": text, "code": code})
         self.close()
 
     def close(self) -> None:
@@ -337,7 +362,7 @@ class _Link:
     def unwatch(self) -> None:
         self._watch = None
 
-    def ended(self, timeout_s: float) -> PeerLost | None:
+    def wait_for_end(self, timeout_s: float) -> PeerLost | None:
         """Why the run has to end; None: nothing was heard of that within the time."""
         self._has_end.wait(timeout_s)
         return self._end
@@ -357,24 +382,35 @@ class _Link:
             self._connection.send_bytes(json.dumps(message).encode())
 
     def _read(self) -> None:
-        kinds = {"value": self._values, "votes": self._votes}
+        kinds = {"value": self._values, "votes": self._votes, "bytes": self._bytes}
         while not self._is_closed.is_set():
             try:
                 message = receive(self._connection, SILENT_S)
             except (TimeoutError, EOFError, OSError):
-                message = {"kind": "end", "phase": self._timers.phase if self._timers else "start", "code": 1}
-                message |= {
-                    "text": "the first process's host is gone, or the hub on it",
-                    "writes_stacks": False,
-                }
+                message = self._lost_hub()
             if message["kind"] in kinds:
                 kinds[message["kind"]].put(message)
             elif message["kind"] == "end" and not self._is_closed.is_set():
                 self._end = PeerLost(message["phase"], message["text"], message["code"])
+                self.is_speaker = message["speaker"] == self._rank
                 self._has_end.set()
                 if self._watch is not None:
                     self._watch.end(self._end, writes_stacks=message["writes_stacks"])
+                elif not self._is_closed.wait(NOTICE_S):  # the main thread may be within JAX's own start
+                    if self.is_speaker:
+                        say(f"error: phase {self._end.phase}: {self._end}")
+                    os._exit(self._end.code)
                 return
+
+    def _lost_hub(self) -> Message:
+        phase, text = self._phase(), "the first process's host is gone, or the hub on it"
+        return {"kind": "end", "phase": phase, "text": text, "code": 1} | {
+            "writes_stacks": False,
+            "speaker": self._rank,
+        }
+
+    def _phase(self) -> str:
+        return self._timers.phase if self._timers else "start"
 
     def _beat(self) -> None:
         main = threading.main_thread().ident

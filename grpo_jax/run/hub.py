@@ -21,7 +21,9 @@ from typing import Any
 
 Message = dict[str, Any]
 
-SILENT_S = 20.0
+BYTES = b"B"
+"""What a message begins with that is no JSON: the rest is passed on as it is."""
+SILENT_S = 16.0
 """A process that says nothing for so long is lost: its host has no power or no network."""
 BEAT_S = 1.0
 SETTLE_S = 2.0
@@ -36,11 +38,16 @@ def open_connection(own: socket.socket) -> Connection:
     return Connection(own.detach())
 
 
-def receive(connection: Connection, timeout_s: float) -> Message:
-    """The next message. Raises: TimeoutError: none came in time; EOFError, OSError: the other end is gone."""
+def receive(connection: Connection, timeout_s: float | None) -> Message:
+    """The next message.
+
+    Args:   timeout_s: None: waits for ever.
+    Raises: TimeoutError: none came in time; EOFError, OSError: the other end is gone.
+    """
     if not connection.poll(timeout_s):
         raise TimeoutError
-    return json.loads(connection.recv_bytes())
+    data = connection.recv_bytes()
+    return {"kind": "bytes", "data": data} if data[:1] == BYTES else json.loads(data)
 
 
 class Member:
@@ -66,7 +73,7 @@ class Member:
             except OSError:
                 self.is_gone = True
 
-    def read(self, timeout_s: float) -> Message:
+    def read(self, timeout_s: float | None) -> Message:
         return receive(self._connection, timeout_s)
 
 
@@ -79,7 +86,7 @@ class Hub:
         self._votes: dict[int, dict[int, bool]] = {}
         self._lock = threading.Lock()
         self._refusal = ""
-        self._has_ended = False
+        self._is_complete = self._has_ended = False
 
     # ---- joining ----
 
@@ -100,9 +107,11 @@ class Hub:
             except TimeoutError:
                 continue
             threading.Thread(target=self._greet, args=(accepted,), daemon=True).start()
+        self._is_complete = True
         return self._refusal or self._mismatch()
 
     def _greet(self, accepted: socket.socket) -> None:
+        """Takes one member in, and reads what it says until it leaves."""
         connection = open_connection(accepted)
         try:
             # A stranger that connects and says nothing keeps this thread, and nobody else.
@@ -119,6 +128,7 @@ class Hub:
             elif count != self._count:
                 self._refusal = f"{member.name} has JAX_NUM_PROCESSES={count}, process 0 has {self._count}"
             self.members.setdefault(rank, member)
+        self._listen(member)
 
     def _mismatch(self) -> str:
         first = self.members[0].hello
@@ -139,7 +149,6 @@ class Hub:
         """Returns when all members have left, or are gone."""
         for member in self.members.values():
             member.heard = time.monotonic()
-            threading.Thread(target=self._listen, args=(member,), daemon=True).start()
         while not all(member.is_gone for member in self.members.values()):
             time.sleep(BEAT_S / 2)
             self.tell_all({"kind": "beat"})
@@ -150,7 +159,9 @@ class Hub:
                     self._lost(member, f"has said nothing for {silent:.0f} s")
 
     def tell_all(self, message: Message, but: int | None = None) -> None:
-        data = json.dumps(message).encode()
+        self._pass_on(json.dumps(message).encode(), but)
+
+    def _pass_on(self, data: bytes, but: int | None) -> None:
         for member in self.members.values():
             if not member.is_gone and member.rank != but:
                 member.send(data)
@@ -158,15 +169,18 @@ class Hub:
     def _listen(self, member: Member) -> None:
         try:
             while True:
-                message = member.read(10 * SILENT_S)
+                message = member.read(None)
                 member.heard = time.monotonic()
                 if message["kind"] == "bye":
                     break
                 self._handle(member, message)
-        except TimeoutError:
-            return  # `serve` has noticed
         except (EOFError, OSError):
-            if not member.is_gone:
+            if not self._is_complete:
+                self._refusal = (
+                    f"{member.name} (pid {member.hello['pid']}) has died while others were awaited"
+                )
+            elif not member.is_gone:
+                member.is_gone = True
                 self._lost(member, "has died")
         member.is_gone = True
 
@@ -176,6 +190,8 @@ class Hub:
             member.beat = message
         elif kind == "value":
             self.tell_all(message, but=member.rank)
+        elif kind == "bytes":
+            self._pass_on(message["data"], but=member.rank)
         elif kind == "vote":
             self._count_vote(member, message)
         elif kind == "failed":
@@ -195,13 +211,19 @@ class Hub:
 
     # ---- ending ----
 
+    def speaker(self, but: int | None = None) -> int | None:
+        """The first process that is there, which tells people."""
+        there = [member.rank for member in self.members.values() if not member.is_gone and member.rank != but]
+        return min(there, default=None)
+
     def _end(self, message: Message, but: int | None = None) -> None:
         """Tells all to end, once."""
         with self._lock:
             if self._has_ended:
                 return
             self._has_ended = True
-        self.tell_all({"kind": "end", "writes_stacks": False} | message, but=but)
+        end = {"kind": "end", "writes_stacks": False, "speaker": self.speaker(but)}
+        self.tell_all(end | message, but=but)
 
     def _lost(self, member: Member, what: str) -> None:
         pid = member.hello["pid"]
@@ -230,8 +252,8 @@ def main() -> None:
     """Reads {host, port, secret, count, timeout_s} from stdin, and writes {port} to stdout once it listens."""
     settings = json.loads(sys.stdin.readline())
     address = settings["host"]
-    family = socket.getaddrinfo(address, settings["port"], type=socket.SOCK_STREAM)[0][0]
     try:
+        family = socket.getaddrinfo(address, settings["port"], type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((address, settings["port"]), family=family, backlog=settings["count"])
         with socket.create_server((address, 0), family=family) as probe:
             jax_port = probe.getsockname()[1]
@@ -250,8 +272,8 @@ def main() -> None:
     print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     refusal = hub.gather(settings["timeout_s"])
-    welcome = {"kind": "refused", "text": refusal} if refusal else {"kind": "welcome", "jax_port": jax_port}
-    hub.tell_all(welcome)
+    refused = {"kind": "refused", "text": refusal, "speaker": hub.speaker()}
+    hub.tell_all(refused if refusal else {"kind": "welcome", "jax_port": jax_port})
     if not refusal:
         hub.serve()
         service.shutdown()

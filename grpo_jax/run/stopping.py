@@ -13,7 +13,7 @@ from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.config.command_line import hush, was_interrupted
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.hangs import PhaseTimedOut, hang_behind
-from grpo_jax.run.hosts import Hosts
+from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.metrics import Timers
 from grpo_jax.types import Metrics
 
@@ -135,7 +135,7 @@ def reported_failure(
     checkpointer: Checkpointer,
     explain: Callable[[BaseException, str], str | None],
     rescue: Callable[[], None],
-    hosts: Hosts,
+    hosts: Hosts = ALONE,
 ) -> Iterator[None]:
     """Says which phase failed and which checkpoint is left, and exits with 1.
 
@@ -170,7 +170,7 @@ def reported_failure(
             phase = timers.phase
             logger.exception("phase %s failed", phase)
         line = f"phase {phase}: {explain(error, phase) or error}; {left}"
-        if hosts.is_first:
+        if hosts.speaks:
             print(f"error: {line}", file=sys.stderr)
         if isinstance(error, PhaseTimedOut):
             error.is_told = True

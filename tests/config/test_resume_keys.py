@@ -13,7 +13,8 @@ from grpo_jax.run.workdir import Beginning, Workdir
 
 FREE_SECTIONS = {"eval", "checkpoint", "logging"}
 FREE_KEYS = {
-    "trainer.flat_reward_steps", "trainer.max_rollbacks", "trainer.phase_timeout_s", "trainer.compile_cache",
+    "trainer.flat_reward_steps", "trainer.max_rollbacks", "trainer.phase_timeout_s",
+    "trainer.join_timeout_s", "trainer.compile_cache",
     "reward.num_workers", "reward.timeout_s", "algorithm.ref_offload", "model.allow_beyond_max_position",
 }  # fmt: skip
 FIXED_OF_ROLLOUT = {

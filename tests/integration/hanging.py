@@ -23,12 +23,14 @@ from grpo_jax.rollout.local import LocalEngine
 from grpo_jax.run import checkpoint, hangs, run
 
 PLACE = "GRPO_JAX_TEST_HANGS_IN"
+RANK = os.environ.get("GRPO_JAX_TEST_HANGS_RANK", "0")
+"""The process that hangs, where there are several."""
 num_calls = 0
 
 
 def is_here(place, limit_s=0.5):
     """Whether the run is to hang here; if so, phases have a short limit from now on."""
-    if os.environ.get(PLACE) != place:
+    if os.environ.get(PLACE) != place or os.environ.get("JAX_PROCESS_ID", RANK) != RANK:
         return False
     for watch in gc.get_objects():
         if isinstance(watch, hangs.HangWatch):

@@ -36,7 +36,7 @@ def train_and_hang(workdir, place, end_s):
 @pytest.mark.parametrize(
     ("place", "phase", "where", "left"),
     [
-        ("device", "update_actor", "Learner._run_updates (learner.py:", None),  # the default suite's
+        ("device", "update_actor", "fetch (sharding.py:", None),  # the default suite's
         *[
             pytest.param(*case, marks=pytest.mark.slow, id=case[0])
             for case in (

@@ -3,12 +3,22 @@
 Each test starts processes with a part of eight virtual devices each, and compares with one process that has all.
 """
 
+import dataclasses
+import re
+import shutil
+import signal
+import time
+
 import hosts_helpers as hosts
 import integration_helpers as helpers
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from grpo_jax import audit
+from grpo_jax.config import Config, ConfigError, TrainerSection
+from grpo_jax.run.hosts import joined
 
 # As many parts as there are: two updates a step of a batch that does not divide by the devices, a KL in the reward
 # with a reference that is refreshed, dynamic sampling, validation, checkpoints.
@@ -49,9 +59,18 @@ def alone(tmp_path_factory, overrides):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, overrides):
-    """(workdir, results) of the same run by two processes."""
-    workdir = tmp_path_factory.mktemp("together") / "run"
-    return workdir, hosts.train_ok(workdir, overrides, 2)
+    """The same run by two processes, of which one is killed on the way: (workdir, what was seen)."""
+    workdir, seen = tmp_path_factory.mktemp("together") / "run", {}
+    with hosts.started(helpers.train_argv(workdir, overrides), 2) as processes:
+        for line in processes[0].stdout:
+            if line.startswith("Epoch 2/3"):
+                break
+        processes[1].kill()
+        begin = time.monotonic()
+        seen["killed"] = hosts.finish(processes)
+        seen["seconds"] = time.monotonic() - begin
+    seen["last"] = hosts.train_ok(workdir, overrides, 2)
+    return workdir, seen
 
 
 def same_numbers(workdir, expected):
@@ -72,15 +91,14 @@ def same_model(workdir, expected):
         np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_train_as_one(together, alone):
-    workdir, _ = together
-    same_numbers(workdir, alone)
-    same_model(workdir, alone)
+def test_two_processes_train_as_one_and_the_same_command_goes_on(together, alone):
+    same_numbers(together[0], alone)
+    same_model(together[0], alone)
 
 
 def test_the_first_one_speaks_and_the_others_write_a_log(together):
-    workdir, (first, second) = together
-    assert "Step 1/3" in first.out and "Done: 5 steps." in first.out
+    workdir, (first, second) = together[0], together[1]["last"]
+    assert "Going on after step 2 of 5." in first.out and "Done: 5 steps." in first.out
     assert second.out == second.err == ""
     assert "warm" not in (workdir / "train-1.log").read_text()
     assert sorted(path.name for path in workdir.glob("train*.log")) == ["train-1.log", "train.log"]
@@ -88,15 +106,12 @@ def test_the_first_one_speaks_and_the_others_write_a_log(together):
 
 
 def test_every_completion_is_accounted_for(together):
-    from grpo_jax import audit
-
     result = helpers.call(audit.main, [together[0]])
     assert result.code == 0, result.out
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_have_left(together, alone, overrides, tmp_path):
-    import shutil
-
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)
     out = helpers.train_ok(workdir, overrides | {"trainer.num_steps": 7})
@@ -105,3 +120,137 @@ def test_one_process_goes_on_with_what_two_have_left(together, alone, overrides,
     shutil.copytree(alone, reference)
     helpers.train_ok(reference, overrides | {"trainer.num_steps": 7})
     same_numbers(workdir, reference)
+
+
+def test_a_killed_process_ends_all_within_30_s_and_one_line_names_it(together):
+    first, second = together[1]["killed"]
+    assert together[1]["seconds"] < 30
+    assert (first.code, second.code) == (1, -signal.SIGKILL)
+    (line,) = [line for line in first.err.splitlines() if line.startswith("error:")]
+    assert re.match(r"error: phase \w+: process 1 on \S+ \(pid \d+\) has died", line)
+
+
+JOIN = """
+import sys
+from pathlib import Path
+from grpo_jax.config.command_line import one_line_errors, parse_command_line
+from grpo_jax.run.hosts import joined
+
+with one_line_errors():
+    with joined(*parse_command_line("join", "")) as hosts:
+        print(hosts.from_first(lambda: "heard"), hosts.any_of(hosts.rank == 1), hosts.any_of(False))
+"""
+
+
+@pytest.fixture
+def join_file(tmp_path):
+    path = tmp_path / "join.py"
+    path.write_text(JOIN)
+    return path
+
+
+def join(join_file, workdir, count=2, num_started=2, timeout_s=60.0, **env):
+    argv = helpers.train_argv(workdir, {"trainer.join_timeout_s": timeout_s})
+    with hosts.started(argv, count, program=[join_file], **env) as processes:
+        for process in processes[num_started:]:
+            process.kill()
+        return hosts.finish(processes[:num_started])
+
+
+def test_what_the_first_one_says_reaches_all_and_votes_are_counted(join_file, tmp_path):
+    results = join(join_file, tmp_path / "run", count=3, num_started=3)
+    assert [result.out for result in results] == ["heard True False\n"] * 3, results
+    assert not (tmp_path / "run" / "hosts.json").exists()
+
+
+def test_a_process_that_does_not_come_is_named(join_file, tmp_path):
+    (first,) = join(join_file, tmp_path / "run", num_started=1, timeout_s=8.0)
+    assert first.code == 2
+    assert re.fullmatch(
+        r"error: JAX_NUM_PROCESSES=2: 1 of 2 processes had joined after 8 s \(process 0 on \S+\); "
+        r"missing: 1 \(JAX_PROCESS_ID\); trainer.join_timeout_s waits longer\n",
+        first.err,
+    )
+
+
+def test_another_configuration_is_named_by_the_first_alone(join_file, tmp_path):
+    join_file.write_text(
+        "import os, sys\nsys.argv.append('--config.trainer.seed=' + os.environ['JAX_PROCESS_ID'])\n" + JOIN
+    )
+    first, second = join(join_file, tmp_path / "run")
+    assert (first.code, second.code, second.err) == (2, 2, "")
+    assert re.search(r"process 1 on \S+ has another configuration than process 0 on \S+\n$", first.err)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"JAX_PROCESS_ID": ""},
+            "JAX_PROCESS_ID='': must be set, as others of these are: JAX_NUM_PROCESSES, ",
+        ),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: must be below JAX_NUM_PROCESSES=2"),
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID='one': must be a whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS='here': must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "203.0.113.9:7"}, "the first process cannot listen there"),
+        ({"JAX_COORDINATOR_ADDRESS": "nowhere.invalid:7"}, "the first process cannot listen there"),
+    ],
+)
+def test_variables_that_make_no_sense(monkeypatch, tmp_path, env, message):
+    values = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "127.0.0.1:0"} | env
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(message)), joined(Config(), tmp_path):
+        pass
+
+
+def test_a_workdir_that_is_not_shared_and_an_address_that_nobody_answers(monkeypatch, tmp_path):
+    config = dataclasses.replace(Config(), trainer=TrainerSection(join_timeout_s=0.5))
+    values = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    message = r"--workdir=.* saw no file hosts.json .* within 0.5 s"
+    with pytest.raises(ConfigError, match=message), joined(config, tmp_path):
+        pass
+    (tmp_path / "hosts.json").write_text('{"secret": "00"}')
+    message = r"127.0.0.1:9'?: cannot be reached from .*loopback address"
+    with pytest.raises(ConfigError, match=message), joined(config, tmp_path):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "changed"),
+    [
+        (4, {}),
+        (2, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 4}),
+        (2, {"optim.offload": True, "algorithm.ref_offload": True}),
+    ],
+)
+def test_other_layouts_train_as_one_process(overrides, tmp_path, count, changed):
+    overrides = overrides | changed
+    helpers.train_ok(tmp_path / "alone", overrides)
+    hosts.train_ok(tmp_path / "run", overrides, count)
+    same_numbers(tmp_path / "run", tmp_path / "alone")
+    same_model(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_two_times_the_same_bits(together, overrides, tmp_path):
+    hosts.train_ok(tmp_path / "run", overrides, 2)
+    name = "checkpoint-final/model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (together[0] / name).read_bytes()
+    assert helpers.read_checkpoint(tmp_path / "run", 5)[0] == helpers.read_checkpoint(together[0], 5)[0]
+
+
+@pytest.mark.slow
+def test_four_go_on_with_what_two_have_left_and_two_with_that_of_one(together, alone, overrides, tmp_path):
+    longer = overrides | {"trainer.num_steps": 7}
+    for name, source, count in (("four", together[0], 4), ("two", alone, 2), ("one", alone, 1)):
+        shutil.copytree(source, tmp_path / name)
+        if count == 1:
+            helpers.train_ok(tmp_path / name, longer)
+        else:
+            hosts.train_ok(tmp_path / name, longer, count)
+    same_numbers(tmp_path / "four", tmp_path / "one")
+    same_numbers(tmp_path / "two", tmp_path / "one")

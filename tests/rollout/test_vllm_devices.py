@@ -1,13 +1,20 @@
 """What GPUs, and how much of their memory, the engines get. No GPU, no vLLM and no Ray take part."""
 
 import os
+import re
 
 import jax
 import pytest
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout import memory_savers, push_bytes, share_devices, trainer_share
-from grpo_jax.rollout.vllm.devices import ENGINE_GPUS, engine_gpus, num_replicas, split_gpus
+from grpo_jax.rollout.vllm.devices import (
+    ENGINE_GPUS,
+    check_processes,
+    engine_gpus,
+    num_replicas,
+    split_gpus,
+)
 
 MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
@@ -175,3 +182,25 @@ def test_more_engines_than_gpus_are_refused(rollout_section, changes, key):
     with pytest.raises(ConfigError, match="the trainer has 8") as caught:
         num_replicas(rollout_section(**changes), mesh_of_size(8), both_on_gpus=True)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"placement": "colocated"},
+            "rollout.placement='colocated': a run of 2 processes gives its engines GPUs",
+        ),
+        (
+            {"placement": "separate"},
+            "rollout.ray_address='': a run of 2 processes gives its engines GPUs of their",
+        ),
+    ],
+)
+def test_several_processes_need_a_cluster_for_their_engines(rollout_section, changes, message):
+    section = rollout_section(**changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_processes(section, 2, both_on_gpus=True)
+    check_processes(section, 1, both_on_gpus=True)
+    check_processes(section, 2, both_on_gpus=False)
+    check_processes(rollout_section(placement="separate", ray_address="10.0.0.1:6379"), 2, both_on_gpus=True)

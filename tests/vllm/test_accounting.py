@@ -67,7 +67,7 @@ KILLS, SEED = (
 NUM_STEPS = 10 + 12 * KILLS
 COARSE = """import zlib
 def score(*, solution_str, **kwargs):
-    return float(zlib.crc32(solution_str.encode()) % 3 == 0)  # nothing that a model could learn, and lose its spread
+    return float(zlib.crc32(solution_str.encode()) % 3 == 0)  # no model learns it and loses its spread
 """
 ASYNCHRONOUS = VLLM | {
     "model.dtype": "bfloat16" if helpers.IS_GPU else "float32",
@@ -81,6 +81,7 @@ ASYNCHRONOUS = VLLM | {
     "algorithm.rollout_is": "token",
     "algorithm.dynamic_sampling_rounds": 8,
     "checkpoint.every_steps": 1,
+    "optim.learning_rate": 1e-4,  # the model must not lose its spread
     "trainer.num_steps": NUM_STEPS,
     "trainer.total_epochs": 9,
     "logging.save_rollouts": True,

@@ -82,11 +82,24 @@ def plan_engines(section: RolloutSection, mesh: Mesh) -> tuple[str, int]:
     """Returns the transport of the weights and the number of engines, for the devices of this process.
 
     Raises:
-        ConfigError: see `choose_transport` and `num_replicas`.
+        ConfigError: see `choose_transport`, `check_processes` and `num_replicas`.
     """
     trainer, engine_on_gpu = jax.default_backend(), not installed_vllm(section).is_cpu
+    check_processes(section, jax.process_count(), both_on_gpus=engine_on_gpu and trainer == "gpu")
     transport = choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu)
     return transport, num_replicas(section, mesh, both_on_gpus=engine_on_gpu and trainer == "gpu")
+
+
+def check_processes(section: RolloutSection, count: int, *, both_on_gpus: bool) -> None:
+    """Args: count: processes of the run. Raises: ConfigError: its engines would take GPUs of one of them alone."""
+    if count == 1 or not both_on_gpus:
+        return
+    rule = f"a run of {count} processes gives its engines GPUs of their own"
+    if section.placement != "separate":
+        raise ConfigError("rollout.placement", section.placement, f"{rule}: choose separate")
+    if not section.ray_address:
+        rule += ", of a Ray cluster: name it, or all GPUs of one host would not be the trainer's"
+        raise ConfigError("rollout.ray_address", "", rule)
 
 
 def num_replicas(section: RolloutSection, mesh: Mesh, *, both_on_gpus: bool) -> int:

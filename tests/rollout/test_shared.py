@@ -1,0 +1,130 @@
+"""What the first process of a run has, as the others get it."""
+
+import numpy as np
+from group_helpers import make_group
+
+from grpo_jax.rewards.base import Reward
+from grpo_jax.rollout.shared import SharedEngine, SharedReward, pack_groups, unpack_groups
+from grpo_jax.types import Completion, RewardResult, RolloutGroup
+
+WORDS = np.arange(6, dtype=np.uint32).reshape(2, 3) + 2**31
+GROUPS = [
+    (
+        Completion((5, 2**31 - 1), (-0.1, -1e-300), "a\ud83d\nü", "stop", 3, ((1, 4),), WORDS),
+        Completion((7, 8, 9), (-1 / 3, 0.0, float("-inf")), "", "length", 3),
+    ),
+    (Completion((1,), (-2.5,), "x", "stop", 0),),
+]
+
+
+def groups_of(prompts):
+    return [RolloutGroup(prompt, completions) for prompt, completions in zip(prompts, GROUPS, strict=True)]
+
+
+def prompts():
+    return [make_group([1.0]).prompt, make_group([0.0]).prompt]
+
+
+def same(groups, expected):
+    assert [g.prompt for g in groups] == [g.prompt for g in expected]
+    for group, other in zip(groups, expected, strict=True):
+        for c, o in zip(group.completions, other.completions, strict=True):
+            assert (c.token_ids, c.sampler_logprobs, c.text) == (o.token_ids, o.sampler_logprobs, o.text)
+            assert (c.finish_reason, c.policy_version, c.changes) == (
+                o.finish_reason, o.policy_version, o.changes
+            )  # fmt: skip
+            np.testing.assert_array_equal(c.drawable, o.drawable)
+            assert (c.drawable is None) == (o.drawable is None)
+
+
+def test_groups_come_back_to_the_last_bit():
+    expected = groups_of(prompts())
+    same(unpack_groups(pack_groups(expected), prompts()), expected)
+    assert unpack_groups(pack_groups([]), []) == []
+
+
+class Wire:
+    """A channel whose two ends are called one after the other."""
+
+    def __init__(self):
+        self.said = []
+
+    def end(self, *, is_first):
+        return End(self, is_first)
+
+
+class End:
+    def __init__(self, wire, is_first):
+        self._wire, self.is_first = wire, is_first
+
+    def from_first(self, make):
+        if not self.is_first:
+            return self._wire.said.pop(0)
+        value = make()
+        self._wire.said.append(value)
+        return value
+
+    bytes_from_first = from_first
+
+
+class Engine:
+    """Pushes as an engine does that is started again while its rollouts are awaited."""
+
+    def __init__(self, announce, groups):
+        self._announce, self._groups, self.params = announce, groups, None
+
+    def load_weights(self, params, version):
+        self.params = (params, version)
+        self._announce()
+
+    def submit(self, prompts, sampling, *, seed, finished, progress):
+        def wait():
+            self._announce()
+            self._announce()
+            return self._groups
+
+        return wait
+
+
+def test_the_others_pack_as_often_as_the_first_pushes_and_get_its_groups():
+    wire, packed, expected = Wire(), [], groups_of(prompts())
+    first = SharedEngine(wire.end(is_first=True), lambda announce: Engine(announce, expected), packed.append)
+    other = SharedEngine(wire.end(is_first=False), None, packed.append)
+    first.load_weights("weights", version=4)
+    assert packed == []
+    other.load_weights("their part", version=4)
+    assert packed == ["their part"]
+    same(first.generate(prompts(), None, seed=0), expected)
+    same(other.generate(prompts(), None, seed=0), expected)
+    assert packed == ["their part"] * 3 and wire.said == []
+
+
+class Scored(Reward):
+    RESULT = RewardResult(
+        np.array([[1 / 3, 1e-30]], np.float32),
+        np.array([[0.5, 0.25]], np.float32),
+        np.array([[1.0, 0.0]], np.float32),
+        {"part": np.array([[0.1, 0.2]], np.float32)},
+        ("one error",),
+    )
+
+    def score(self, groups):
+        return self.RESULT
+
+    def explain(self, prompt, completion, reward):
+        return "because"
+
+
+def test_rewards_come_to_all_with_their_errors():
+    wire = Wire()
+    first, other = (
+        SharedReward(wire.end(is_first=True), Scored),
+        SharedReward(wire.end(is_first=False), Scored),
+    )
+    for result in (first.score([]), other.score([])):
+        for name in ("rewards", "unshaped", "correctness"):
+            np.testing.assert_array_equal(getattr(result, name), getattr(Scored.RESULT, name))
+            assert getattr(result, name).dtype == np.float32
+        np.testing.assert_array_equal(result.parts["part"], Scored.RESULT.parts["part"])
+        assert result.errors == ("one error",)
+    assert first.explain(None, None, 1.0) == "because" and other.explain(None, None, 1.0) == ""
