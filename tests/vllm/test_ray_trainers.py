@@ -1,4 +1,4 @@
-"""launch/ray_trainers.py in a cluster of three nodes with GPUs that Ray believes in. `timeit` in place of training."""
+"""launch/ray_trainers.py in a cluster of three nodes with GPUs that Ray believes in; `timeit` is what is run."""
 
 import os
 import signal
