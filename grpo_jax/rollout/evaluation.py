@@ -88,6 +88,12 @@ def rollout_records(groups: Sequence[RolloutGroup], rewards: np.ndarray) -> list
     ]
 
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""What JSON allows within a text as it is, and many readers take for the end of a line."""
+
+
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Writes one line of JSON a record, which is one line to every reader."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = [json.dumps(record, ensure_ascii=False).translate(LINE_ENDS) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines))

@@ -201,7 +201,8 @@ def check_progress(entry: Entry, progress: Mapping[str, Any]) -> Iterator[str]:
 def check_rollouts(entry: Entry, file: Path) -> Iterator[str]:
     """The completions that were written are those of the ledger."""
     try:
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        # No `splitlines`: older versions wrote characters that it takes for the end of a line.
+        records = [json.loads(line) for line in file.read_text().split("\n") if line]
         held = [
             (r["prompt_id"], r["num_tokens"], r["policy_version"], np.float32(r["reward"])) for r in records
         ]

@@ -10,6 +10,7 @@ JAX's own coordination service runs here too. In the first process it would take
 one dies, by an abort in C++ that says nothing.
 """
 
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,8 @@ BEAT_S = 1.0
 SETTLE_S = 2.0
 """The first process reports what went wrong. It may be about to say so itself; and beats of all shall be fresh."""
 HANDSHAKE_S = 10.0
+PORT_S = 30.0
+"""In which all processes of a run that was interrupted have ended."""
 
 
 def open_connection(own: socket.socket) -> Connection:
@@ -248,13 +251,25 @@ class Hub:
         self._end({"phase": phase, "text": f"{overdue['text']}; {where}", "code": 1, "writes_stacks": True})
 
 
+def listen(address: str, port: int, family: int) -> socket.socket:
+    """A listening socket. Raises: OSError: there can be none; a hub that is about to end has `PORT_S` to do so."""
+    end = time.monotonic() + PORT_S
+    while True:
+        try:
+            return socket.create_server((address, port), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 def main() -> None:
     """Reads {host, port, secret, count, timeout_s} from stdin, and writes {port} to stdout once it listens."""
     settings = json.loads(sys.stdin.readline())
     address = settings["host"]
     try:
         family = socket.getaddrinfo(address, settings["port"], type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((address, settings["port"]), family=family, backlog=settings["count"])
+        listener = listen(address, settings["port"], family)
         with socket.create_server((address, 0), family=family) as probe:
             jax_port = probe.getsockname()[1]
     except OSError as error:

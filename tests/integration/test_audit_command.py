@@ -112,6 +112,15 @@ def test_what_disagrees_is_named(dynamic_run, tmp_path, damage, said):
     assert "accounted for" not in result.out
 
 
+def test_line_ends_within_completions_are_no_damage(dynamic_run, tmp_path):
+    """Older versions wrote Unicode's line ends as they are."""
+    workdir = tmp_path / "run"
+    shutil.copytree(dynamic_run, workdir)
+    file = workdir / "rollouts" / "step-000002.jsonl"
+    file.write_text(file.read_text().replace('"completion": "', '"completion": "\u2028\x85', 1))
+    assert run_audit(workdir).code == 0
+
+
 def test_masked_tokens_are_counted_one_by_one(tmp_path, reward_file):
     """Of tokens that sampler and trainer find equally likely but for the last bits, about half is masked."""
     overrides = {

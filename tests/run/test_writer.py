@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from grpo_jax.rollout.evaluation import write_jsonl
 from grpo_jax.run.writer import drop_after
 
 KILLED = """
@@ -38,3 +39,12 @@ def test_later_lines_and_torn_ones_are_dropped(tmp_path):
     drop_after(file, -1)
     assert file.read_text() == ""
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_record_is_one_line_to_every_reader(tmp_path):
+    """JSON leaves some of Unicode's line ends as they are, and models write them."""
+    records = [{"completion": "a\x85b\u2028c\u2029d\x0be\x1cf\rg\nh 漢"}, {"completion": ""}]
+    write_jsonl(tmp_path / "records.jsonl", records)
+    text = (tmp_path / "records.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == records
+    assert "漢" in text
