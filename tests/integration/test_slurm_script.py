@@ -6,6 +6,7 @@ import sys
 
 import hosts_helpers as hosts
 import integration_helpers as helpers
+import psutil
 
 SCRIPT = helpers.ROOT / "launch" / "slurm.sh"
 SRUN = f"""#!{sys.executable}
@@ -21,7 +22,8 @@ SCONTROL = """#!/bin/sh
 """
 
 
-def run(tmp_path, *arguments, **variables):
+def prepare(tmp_path, **variables):
+    """The environment of a job, with the two programs on its path."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -31,10 +33,13 @@ def run(tmp_path, *arguments, **variables):
     variables = {"PYTHON": sys.executable, "XLA_FLAGS": devices} | variables
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return clean | {"PATH": path} | variables
+
+
+def run(tmp_path, *arguments, **variables):
     return subprocess.run(
         ["bash", str(SCRIPT), *map(str, arguments)],
-        env=clean | {"PATH": path} | variables,
-        cwd=helpers.ROOT, capture_output=True, text=True, timeout=240,
+        env=prepare(tmp_path, **variables), cwd=helpers.ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
 
@@ -42,11 +47,31 @@ JOB = {"SLURM_SUBMIT_DIR": str(helpers.ROOT), "SLURM_CPUS_ON_NODE": "2", "SLURM_
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 
 
-def test_two_nodes_train_together(tmp_path):
-    overrides = {"mesh.fsdp": 8, "trainer.num_steps": 1}
-    done = run(tmp_path, *helpers.train_argv(tmp_path / "run", overrides), **TWO, PORT=str(hosts.free_port()))
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.count("Done: 1 steps.") == 1
+def test_two_nodes_train_and_the_signal_before_the_time_limit_lets_them_save(tmp_path):
+    """Slurm sends it to all processes of the step, the hub among them."""
+    overrides = {"mesh.fsdp": 8, "trainer.total_epochs": 10**4, "trainer.num_steps": 10**4}
+    command = ["bash", str(SCRIPT), *helpers.train_argv(tmp_path / "run", overrides)]
+    environment = prepare(tmp_path, **TWO, PORT=str(hosts.free_port()), PYTHONUNBUFFERED="1")
+    job = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=helpers.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in job.stdout:
+        if "Step 2/" in line:
+            break
+    srun = psutil.Process(job.pid)  # the script has become it
+    members = srun.children(recursive=True)
+    assert any("grpo_jax.run.hub" in member.cmdline() for member in members)
+    for member in members:
+        member.terminate()
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 130 and "everything is saved" in out, out
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
+    assert int(saved.name) == len(helpers.read_lines(tmp_path / "run"))
     assert (tmp_path / "run" / "train-1.log").exists()
 
 
