@@ -3,6 +3,7 @@
 #
 #   launch/tpu_worker.sh grpo_jax.train --config=... --workdir=...
 #   launch/tpu_worker.sh --stop                                          SIGTERM to what runs here
+#   launch/tpu_worker.sh --dry_run grpo_jax.train [...]                  prints what would be started
 #
 # Which worker this is, and where all are, the slice's metadata server says (GCE_METADATA_IP in place of its name), or
 # on Kubernetes TPU_WORKER_ID and TPU_WORKER_HOSTNAMES. One slice; several joined by Megascale are not known here.
@@ -17,6 +18,8 @@ if [ "${1:-}" = --stop ]; then
   kill -TERM "$pid"
   exit
 fi
+dry_run=''
+[ "${1:-}" != --dry_run ] || { dry_run=1; shift; }
 [ $# -gt 0 ] || fail 2 "usage: launch/tpu_worker.sh grpo_jax.train --config=..."
 need_port PORT "${PORT:=8476}"
 
@@ -37,6 +40,11 @@ IFS=, read -ra workers <<< "$workers"
 [[ $rank =~ ^[0-9]+$ ]] && [ "$rank" -lt "${#workers[@]}" ] || fail 1 "worker '$rank' of ${#workers[@]}: there is no such one"
 first=${workers[0]##*:}  # NAME:ID:ADDRESS, or the address
 export JAX_COORDINATOR_ADDRESS="$first:$PORT" JAX_NUM_PROCESSES="${#workers[@]}" JAX_PROCESS_ID="$rank"
+if [ -n "$dry_run" ]; then
+  for name in JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID; do echo "export $name=${!name}"; done
+  show "${PYTHON:-python3}" -m "$@"
+  exit
+fi
 mkdir -p "$(dirname "$pid_file")"
 echo $$ > "$pid_file"
 exec "${PYTHON:-python3}" -m "$@"

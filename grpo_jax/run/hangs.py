@@ -33,6 +33,8 @@ REPORT_S = 60.0
 SOON_S = 10.0
 """Within which most runs have ended; of others a line says that they are still at it."""
 PY_SPY_S = 20.0
+ASK_S = 10.0
+"""For the processes of a run to find out which of them holds the others up."""
 NOTICE_S, CLOSE_S = 5.0, 15.0
 """When another process of the run is gone: for the main thread to take notice, and then to close. All are to have
 ended 30 s after that process."""
@@ -155,7 +157,7 @@ class HangWatch:
         what = f"has taken {taken:.0f} s, since {since} ({self._key}={self._limit_s:g})"
         if self.ask is not None:
             self.ask(what)
-            if self._is_ending.wait(SOON_S):
+            if self._is_ending.wait(ASK_S):
                 return
         self.end(PhaseTimedOut(phase, f"{what}; it is {place_of(self._main)}"), writes_stacks=True)
 

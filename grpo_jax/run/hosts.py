@@ -85,9 +85,13 @@ class Hosts:
             return make()
         return self._link.give_bytes(make()) if self.is_first else self._link.take_bytes()
 
+    def from_all(self, value: T) -> list[T]:
+        """What each process says, in their order: values that JSON can hold."""
+        return [value] if self._link is None else self._link.gather(value)
+
     def any_of(self, vote: bool) -> bool:
         """Whether any process says so."""
-        return vote if self._link is None else self._link.vote(vote)
+        return any(self.from_all(bool(vote)))
 
     def wait_for_all(self) -> None:
         """Returns when all processes have called it."""
@@ -310,9 +314,9 @@ class _Link:
         self._connection, self._rank, self._lock = connection, rank, threading.Lock()
         self.is_speaker = False
         self._values: queue.Queue[Message] = queue.Queue()
-        self._votes: queue.Queue[Message] = queue.Queue()
+        self._gathered: queue.Queue[Message] = queue.Queue()
         self._bytes: queue.Queue[Message] = queue.Queue()
-        self._num_values = self._num_votes = 0
+        self._num_values = self._num_gathered = 0
         self._timers: Timers | None = None
         self._watch: HangWatch | None = None
         self._end: PeerLost | None = None
@@ -339,10 +343,10 @@ class _Link:
     def take_bytes(self) -> bytes:
         return self._wait(self._bytes)["data"][len(BYTES) :]
 
-    def vote(self, vote: bool) -> bool:
-        self._num_votes += 1
-        self._send({"kind": "vote", "number": self._num_votes, "vote": bool(vote)})
-        return self._wait(self._votes)["any"]
+    def gather(self, value: T) -> list[T]:
+        self._num_gathered += 1
+        self._send({"kind": "one of all", "number": self._num_gathered, "value": value})
+        return self._wait(self._gathered)["values"]
 
     def fail(self, text: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
@@ -382,7 +386,7 @@ class _Link:
             self._connection.send_bytes(json.dumps(message).encode())
 
     def _read(self) -> None:
-        kinds = {"value": self._values, "votes": self._votes, "bytes": self._bytes}
+        kinds = {"value": self._values, "all": self._gathered, "bytes": self._bytes}
         while not self._is_closed.is_set():
             try:
                 message = receive(self._connection, SILENT_S)

@@ -2,9 +2,9 @@
 
     python -m grpo_jax.run.hub        started by `hosts.py`, never by hand
 
-Each process of the run keeps a connection to it. What the first one says is passed on to the others; votes are
-counted; each process tells every second which phase it is in. Where one dies, falls silent, fails or stands still,
-all are told, by rank, host and phase.
+Each process of the run keeps a connection to it. What the first one says is passed on to the others, and what each
+of them says is handed to all; each process tells every second which phase it is in. Where one dies, falls silent,
+fails or stands still, all are told, by rank, host and phase.
 
 JAX's own coordination service runs here too. In the first process it would take all others down with it when that
 one dies, by an abort in C++ that says nothing.
@@ -87,7 +87,7 @@ class Hub:
     def __init__(self, listener: socket.socket, secret: bytes, count: int):
         self._listener, self._secret, self._count = listener, secret, count
         self.members: dict[int, Member] = {}
-        self._votes: dict[int, dict[int, bool]] = {}
+        self._gathered: dict[int, dict[int, Any]] = {}
         self._lock = threading.Lock()
         self._refusal = ""
         self._is_complete = self._has_ended = False
@@ -196,22 +196,22 @@ class Hub:
             self.tell_all(message, but=member.rank)
         elif kind == "bytes":
             self._pass_on(message["data"], but=member.rank)
-        elif kind == "vote":
-            self._count_vote(member, message)
+        elif kind == "one of all":
+            self._gather(member, message)
         elif kind == "failed":
             self._failed(member, message)
         elif kind == "overdue":
             threading.Thread(target=self._find_laggard, args=(message,), daemon=True).start()
 
-    def _count_vote(self, member: Member, message: Message) -> None:
+    def _gather(self, member: Member, message: Message) -> None:
         number = message["number"]
         with self._lock:
-            votes = self._votes.setdefault(number, {})
-            votes[member.rank] = message["vote"]
-            if len(votes) < self._count:
+            values = self._gathered.setdefault(number, {})
+            values[member.rank] = message["value"]
+            if len(values) < self._count:
                 return
-            del self._votes[number]
-        self.tell_all({"kind": "votes", "number": number, "any": any(votes.values())})
+            del self._gathered[number]
+        self.tell_all({"kind": "all", "number": number, "values": [values[r] for r in range(self._count)]})
 
     # ---- ending ----
 
@@ -221,7 +221,7 @@ class Hub:
         return min(there, default=None)
 
     def _end(self, message: Message, but: int | None = None) -> None:
-        """Tells all to end, once."""
+        """Tells all to end, once. Args: but: the process that has died, or ends by itself."""
         with self._lock:
             if self._has_ended:
                 return
@@ -238,7 +238,9 @@ class Hub:
         if member.rank:
             time.sleep(SETTLE_S)  # the first process may have failed by the same thing, and says so itself
         text = f"{member.name}: {message['text']}"
-        self._end({"phase": message["phase"], "text": text, "code": message["code"]}, but=member.rank)
+        end = {"phase": message["phase"], "text": text, "code": message["code"]}
+        # The first process has said itself why it ends, and nobody is to say it again.
+        self._end(end if member.rank else end | {"speaker": None}, but=member.rank)
 
     def _find_laggard(self, overdue: Message) -> None:
         """Says who holds the others up: of those that have come least far, who does not wait."""

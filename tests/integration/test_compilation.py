@@ -34,7 +34,11 @@ def compiled():
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param({}, marks=pytest.mark.slow), {"algorithm.kl_in": "reward"}, {"algorithm.kl_target": 0.1}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"algorithm.kl_in": "reward"}, marks=pytest.mark.slow),
+        {"algorithm.kl_target": 0.1},
+    ],
     ids=str,
 )
 def test_steps_of_any_length_share_one_program(tmp_path, whole_run_overrides, compiled, changes):

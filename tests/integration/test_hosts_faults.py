@@ -111,7 +111,7 @@ def test_a_reward_that_fails_ends_all(tmp_path, overrides):
     assert "no reward" in line and line.startswith("error: phase reward: ")
 
 
-@pytest.mark.parametrize(("place", "phase"), [("advantages", "step"), ("device", "update_actor")])
+@pytest.mark.parametrize(("place", "phase"), [("advantages", "step"), ("generation", "gen")])
 def test_the_process_that_stands_still_is_named(tmp_path, overrides, place, phase):
     overrides = overrides | {
         "algorithm.adv_estimator": f"{HANGING}:estimator",

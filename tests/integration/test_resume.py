@@ -68,6 +68,7 @@ def interrupted(tmp_path_factory, whole_run, whole_run_overrides, reward_file):
     return workdir, seen
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_ctrl_c_stops_after_the_step_and_says_how_to_go_on(interrupted):
     _, seen = interrupted
     assert seen["sigint_code"] == 130, seen["sigint_err"]
@@ -78,6 +79,7 @@ def test_ctrl_c_stops_after_the_step_and_says_how_to_go_on(interrupted):
     assert seen["sigint_checkpoints"] == {"2"}  # none was due before step 4
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_it_goes_on_where_it_stopped(interrupted):
     _, seen = interrupted
     assert "Going on after step 2 of 6." in seen["kill_out"]
@@ -87,6 +89,7 @@ def test_it_goes_on_where_it_stopped(interrupted):
     ]  # fmt: skip
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_what_a_kill_left_beyond_the_checkpoint_is_dropped(interrupted):
     workdir, seen = interrupted
     assert seen["kill_code"] == -signal.SIGKILL
@@ -95,6 +98,7 @@ def test_what_a_kill_left_beyond_the_checkpoint_is_dropped(interrupted):
     assert [line["step"] for line in helpers.read_lines(workdir)] == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_parameters_and_optimizer_end_in_the_same_bits(interrupted, whole_run):
     workdir, _ = interrupted
     whole, _ = whole_run
@@ -110,6 +114,7 @@ def test_parameters_and_optimizer_end_in_the_same_bits(interrupted, whole_run):
         assert helpers.tree_digest(workdir / name) == helpers.tree_digest(whole / name)
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_metrics_and_completions_are_the_same(interrupted, whole_run):
     workdir, _ = interrupted
     whole, _ = whole_run
@@ -122,6 +127,7 @@ def test_metrics_and_completions_are_the_same(interrupted, whole_run):
         assert helpers.tree_digest(workdir / folder) == helpers.tree_digest(whole / folder)
 
 
+@pytest.mark.slow  # by default, test_kills.py
 def test_tensorboard_shows_no_step_twice(interrupted):
     workdir, _ = interrupted
     assert len(list((workdir / "tensorboard").iterdir())) == 3  # one a start

@@ -26,8 +26,7 @@ RAY_PORT = 6391
 def finish(process, timeout=300):
     """Its exit code and all that it printed, but for what JAX's collectives say of themselves."""
     code = process.wait(timeout)
-    lines = process.log.read_text().splitlines()
-    return code, "\n".join(line for line in lines if "[Gloo]" not in line)
+    return code, hosts.plain(process.log.read_text()).rstrip()
 
 
 def both(start, module, argv, port, address=A):

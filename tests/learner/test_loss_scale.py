@@ -90,7 +90,7 @@ def test_gradients_below_float16s_smallest_number_arrive():
     assert metrics["actor/grad_norm"] == pytest.approx(2 * np.linalg.norm(expected), rel=0.02)
 
 
-@pytest.mark.parametrize("is_offloaded", [False, True])
+@pytest.mark.parametrize("is_offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_overflow_skips_the_update_and_halves_the_scale(is_offloaded):
     """An advantage of 1e6 times 2^16 is beyond 65,504; the run is not broken by it."""
     optim = dataclasses.replace(OPTIM, offload=is_offloaded)

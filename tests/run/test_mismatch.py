@@ -113,6 +113,7 @@ def test_in_float32_engine_and_trainer_are_transformers(in_float32):
     np.testing.assert_array_equal(found.logprobs[mismatch.GRADIENTS], found.logprobs[mismatch.TRAINER])
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_farther_from_float32(in_float32, in_bfloat16):
     truth = in_float32[2].logprobs[mismatch.TRUTH]
     of = lambda dtype: mismatch_report.difference(in_float32[2].logprobs[dtype], truth).nats
@@ -160,6 +161,7 @@ def cut_unseen(compared):
         return compared(**{"rollout.top_k": TOP_K})
 
 
+@pytest.mark.slow
 def test_what_top_k_cuts_off_is_a_written_out_softmax(cut_unseen):
     _, groups, found = cut_unseen
     cut, mass = written_out(groups)
