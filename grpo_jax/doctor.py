@@ -1,9 +1,12 @@
 """Checks the installation, and what a configuration would need.
 
     python -m grpo_jax.doctor
-    python -m grpo_jax.doctor --config=FILE.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+    python -m grpo_jax.doctor [--hosts] --config=FILE.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
 
-Writes nothing. Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
+With --hosts, started on every host as training is, it checks what the hosts must have in common (docs/hosts.md).
+Writes nothing that stays.
+
+Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
 """
 
 import importlib.metadata
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, unread_keys, unread_warning
-from grpo_jax.config.command_line import one_line_errors, parse_command_line
+from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
 
 GIB = 1 << 30
 
@@ -123,10 +126,23 @@ def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     return [*rows, ("one checkpoint", f"{checkpoint / 1e9:.1f} GB")]
 
 
+def _parse() -> tuple[Config, Path, Any]:
+    """Raises: ConfigError: as `read_command_line`."""
+    parser = config_parser("grpo_jax.doctor", __doc__, f"[--hosts] {USAGE}")
+    parser.add_argument(
+        "--hosts", action="store_true", help="of all hosts of a run: start it on each of them"
+    )
+    return read_command_line(parser)
+
+
 def main() -> None:
     with one_line_errors():
-        arguments = sys.argv[1:]
-        parsed = parse_command_line("grpo_jax.doctor", __doc__) if arguments else None
+        parsed = _parse() if sys.argv[1:] else None
+        if parsed is not None and parsed[2].hosts:
+            from grpo_jax.run.host_check import check_hosts
+
+            check_hosts(*parsed[:2])
+            return
         problems = check_packages()
         if parsed is not None:
             from grpo_jax.run.devices import prepare_process
@@ -140,7 +156,7 @@ def main() -> None:
             if warning := unread_warning(parsed[0]):
                 print(warning)
             print("What the run would hold")
-            check_config(*parsed)
+            check_config(*parsed[:2])
         if problems:
             raise ConfigError("installation", "; ".join(problems), "run pip install -e . again")
         print("Everything is in order.")

@@ -13,6 +13,7 @@ one dies, by an abort in C++ that says nothing.
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -267,6 +268,8 @@ def listen(address: str, port: int, family: int) -> socket.socket:
 
 def main() -> None:
     """Reads {host, port, secret, count, timeout_s} from stdin, and writes {port} to stdout once it listens."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes of a step
     settings = json.loads(sys.stdin.readline())
     address = settings["host"]
     try:

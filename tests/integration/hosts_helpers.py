@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -52,14 +53,19 @@ def started(argv, count, program=("-m", "grpo_jax.train"), **env):
             process.wait()
 
 
+def plain(text):
+    """Without the lines of Gloo, which several threads write in pieces, into one another."""
+    is_own = lambda line: (
+        "[Gloo]" not in line and "peer ranks" not in line and not re.fullmatch(r"[\d. :]+\n", line)
+    )
+    return "".join(filter(is_own, text.splitlines(keepends=True)))
+
+
 def finish(processes, timeout=240):
     """Waits for all; returns their `Result`s, what JAX's CPU collectives print left out."""
     results = []
     for process in processes:
         out, err = process.communicate(timeout=timeout)
-        plain = lambda text: "".join(
-            line for line in text.splitlines(keepends=True) if "peer ranks" not in line
-        )
         results.append(helpers.Result(process.returncode, plain(out), plain(err)))
     return results
 
