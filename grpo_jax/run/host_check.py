@@ -2,7 +2,6 @@
 
 import contextlib
 import ipaddress
-import json
 import os
 import socket
 import time
@@ -17,7 +16,7 @@ from jax.experimental import multihost_utils
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.run.devices import find_devices, open_mesh, prepare_process
 from grpo_jax.run.hangs import watched
-from grpo_jax.run.hosts import ADDRESS, CHECKED, COUNT, RANK, Hosts, _version, joined
+from grpo_jax.run.hosts import ADDRESS, CHECKED, COUNT, RANK, Hosts, joined, version_of
 from grpo_jax.run.metrics import Timers
 from grpo_jax.weight_sync import choose_transport
 
@@ -29,7 +28,6 @@ CLOCK_S = 1.0
 TRIPS = 5
 FILE_S = 15.0
 """For a file to be seen on another host: network file systems look again after some seconds."""
-ANSWER_S = 30
 
 
 def check_hosts(config: Config, workdir: Path) -> None:
@@ -72,7 +70,7 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
         prepare_process(config, None, engine=config.rollout)
         find_devices()
         about["devices"] = [device.device_kind for device in jax.local_devices()]
-        everyone = _gather(hosts, about)
+        everyone = hosts.from_all(about)
     problems = hosts.from_first(lambda: _report(everyone, config, workdir))
     if problems:
         return problems
@@ -87,23 +85,6 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
         _row("mesh", ", ".join(f"{name} {size}" for name, size in shape.items()))
         print("All is well.")
     return []
-
-
-def _gather(hosts: Hosts, about: About) -> list[About]:
-    """What each process says, in the first one; in the others nothing."""
-    if hosts.count == 1:
-        return [about]
-    from jax._src import (
-        distributed,
-    )  # no public name; the store of JAX's own service, so no device takes part
-
-    store: Any = distributed.global_state.client
-    store.key_value_set(f"grpo_jax/hosts/{hosts.rank}", json.dumps(about))
-    hosts.wait_for_all()
-    if not hosts.is_first:
-        return []
-    keys = [f"grpo_jax/hosts/{rank}" for rank in range(hosts.count)]
-    return [json.loads(store.blocking_key_value_get(key, ANSWER_S * 1000)) for key in keys]
 
 
 # ---- what each process looks at ----
@@ -178,7 +159,7 @@ def _loopback() -> str:
 
 def _report(everyone: Sequence[About], config: Config, workdir: Path) -> list[str]:
     """Prints the table. Returns: what is wrong."""
-    _row("versions", "equal: " + ", ".join(f"{name} {_version(name)}" for name in CHECKED))
+    _row("versions", "equal: " + ", ".join(f"{name} {version_of(name)}" for name in CHECKED))
     _row("address", f"{os.environ[ADDRESS]}, reached by all" + (f"; {_loopback()}" if _loopback() else ""))
     _row("workdir", str(workdir))
     _row("engines", _engines(config))

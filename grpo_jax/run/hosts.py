@@ -191,7 +191,7 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         "count": count,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in CHECKED},
+        "versions": {"python": platform.python_version()} | {n: version_of(n) for n in CHECKED},
         "config": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
     }
     connection.send_bytes(json.dumps(hello).encode())
@@ -267,7 +267,8 @@ def _connect(workdir: Path, host: str, port: int, end: float, timeout_s: float) 
     raise ConfigError(ADDRESS, f"{host}:{port}", rule)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """As it is installed; "none" if it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
