@@ -194,8 +194,12 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         "versions": {"python": platform.python_version()} | {n: version_of(n) for n in CHECKED},
         "config": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
     }
-    connection.send_bytes(json.dumps(hello).encode())
-    answer = receive(connection, timeout_s + HANDSHAKE_S)
+    try:
+        connection.send_bytes(json.dumps(hello).encode())
+        answer = receive(connection, timeout_s + HANDSHAKE_S)
+    except (OSError, EOFError):
+        rule = "the first process, or the hub beside it, has gone while others were awaited"
+        raise ConfigError(ADDRESS, address, rule) from None
     if answer["kind"] == "refused":
         if rank == answer["speaker"]:
             raise ConfigError(COUNT, count, answer["text"])
@@ -251,7 +255,7 @@ def _connect(workdir: Path, host: str, port: int, end: float, timeout_s: float) 
             return connection
         except FileNotFoundError:
             reason = ""
-        except (OSError, EOFError, AuthenticationError) as error:
+        except (OSError, EOFError, AuthenticationError, ValueError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         time.sleep(LOOK_S)
     here = socket.gethostname()
@@ -262,8 +266,9 @@ def _connect(workdir: Path, host: str, port: int, end: float, timeout_s: float) 
         )
         raise ConfigError("--workdir", str(workdir), rule)
     rule = f"cannot be reached from {here} ({reason})"
-    if socket.gethostbyname(host).startswith("127."):
-        rule += "; it is this very host's loopback address: name the first host's on the network"
+    with contextlib.suppress(OSError):
+        if socket.gethostbyname(host).startswith("127."):
+            rule += "; it is this very host's loopback address: name the first host's on the network"
     raise ConfigError(ADDRESS, f"{host}:{port}", rule)
 
 
