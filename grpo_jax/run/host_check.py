@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.rollout import shares_parameters
 from grpo_jax.run.devices import find_devices, open_mesh, prepare_process
 from grpo_jax.run.hangs import watched
 from grpo_jax.run.hosts import ADDRESS, CHECKED, COUNT, RANK, Hosts, joined, version_of
@@ -195,12 +196,12 @@ def _counted(kinds: Sequence[str]) -> str:
 
 def _engines(config: Config) -> str:
     section = config.rollout
-    if section.engine != "vllm":
-        return f"{section.engine}: on the trainer's own devices, nothing to be sent"
+    if shares_parameters(section):
+        return "on the trainer's own devices, nothing to be sent"
     ray = f"Ray at {section.ray_address}" if section.ray_address else "a Ray of the first process's host"
     trainer = jax.default_backend()
     transport = choose_transport(section, trainer=trainer, engine_on_gpu=trainer == "gpu")
-    return f"vllm, {section.placement}, {ray}; weights by {transport} from the first process"
+    return f"{section.placement}, {ray}; weights by {transport} from the first process"
 
 
 def _row(name: str, text: str) -> None:

@@ -207,6 +207,7 @@ def test_plain_prompts_several_files_and_four_updates_a_step(
     assert micro == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_gives_the_metrics_of_one(tmp_path, whole_run, whole_run_overrides):
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     out = helpers.train_ok(tmp_path / "run", whole_run_overrides | mesh | {"trainer.num_steps": 1})

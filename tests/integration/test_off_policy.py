@@ -40,7 +40,7 @@ def final_model(workdir):
     return weights(path.parent)
 
 
-@pytest.mark.parametrize("name", ["sampler", "token"])
+@pytest.mark.parametrize("name", [pytest.param("sampler", marks=pytest.mark.slow), "token"])
 def test_where_sampler_and_trainer_agree_all_settings_train_the_same_model(runs, name, model_folder):
     before, expected, got = weights(model_folder), final_model(runs["trainer"]), final_model(runs[name])
     assert got.keys() == expected.keys()

@@ -31,6 +31,7 @@ def running(tmp_path, reward_file):
         slow.unlink()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_dead(running):
     process, workdir, overrides = running
     others = ("optim.learning_rate", 0.005)

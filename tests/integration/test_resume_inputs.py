@@ -124,6 +124,7 @@ def test_a_new_run_begins_on_its_own_day(overrides, tmp_path, another_day):
     assert json.loads((workdir / "beginning.json").read_text())["date"] == "2101-02-03T04:05:06"
 
 
+@pytest.mark.slow
 def test_edited_data_are_refused_and_can_be_insisted_on(begun, overrides, tmp_path):
     workdir = copy_of(begun, tmp_path)
     held = json.loads((workdir / "config.json").read_text())

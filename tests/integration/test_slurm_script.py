@@ -7,6 +7,7 @@ import sys
 import hosts_helpers as hosts
 import integration_helpers as helpers
 import psutil
+import pytest
 
 SCRIPT = helpers.ROOT / "launch" / "slurm.sh"
 SRUN = f"""#!{sys.executable}
@@ -47,6 +48,7 @@ JOB = {"SLURM_SUBMIT_DIR": str(helpers.ROOT), "SLURM_CPUS_ON_NODE": "2", "SLURM_
 TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_the_signal_before_the_time_limit_lets_them_save(tmp_path):
     """Slurm sends it to all processes of the step, the hub among them."""
     overrides = {"mesh.fsdp": 8, "trainer.total_epochs": 10**4, "trainer.num_steps": 10**4}

@@ -76,6 +76,7 @@ def test_only_float16_needs_one(dtype):
     assert make_loss_scaling(OPTIM, jnp.float16) == LossScaling(65536.0, 100)
 
 
+@pytest.mark.slow
 def test_gradients_below_float16s_smallest_number_arrive():
     """Some 1e-8 each, where 6e-8 is the smallest: without a scale nearly all are 0."""
     tiny = scaled(1e-5)

@@ -98,6 +98,7 @@ def log_softmax_of(logits, ids):
     return logits[np.arange(len(ids)), ids] - np.log(np.exp(logits).sum(axis=1))
 
 
+@pytest.mark.slow
 def test_in_float32_engine_and_trainer_are_transformers(in_float32):
     _, groups, found = in_float32
     expected = np.concatenate(
