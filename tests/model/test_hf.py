@@ -696,4 +696,4 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, fsdp):
     assert result.returncode == 0, result.stderr
     growth, loaded = map(int, result.stdout.split("PEAK")[1].split())
     assert loaded == size
-    assert 0.9 * size < growth <= 1.2 * size, f"{growth / size:.2f} times the model"
+    assert 0.9 * size < growth <= 1.25 * size, f"{growth / size:.2f} times the model"
