@@ -179,7 +179,7 @@ class HangWatch:
                 return
             how = "; it cannot be ended in order"
         # The main thread is where no signal reaches it.
-        if self.is_heard() and not error.is_told:
+        if self.is_heard() and not (isinstance(error, PeerLost) and error.is_told):
             say(f"error: phase {error.phase}: {error}{how}")
         os._exit(error.code)
 

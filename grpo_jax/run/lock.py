@@ -23,7 +23,7 @@ def hold(file: Path) -> Iterator[None]:
     Raises: ConfigError: another process holds it.
     """
     with file.open("a+") as lock:
-        _take(lock.fileno(), file)
+        _take(lock.fileno(), file, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(json.dumps(this_process()) + "\n")
         lock.flush()
@@ -33,12 +33,13 @@ def hold(file: Path) -> Iterator[None]:
 def check_free(file: Path) -> None:
     """Raises: ConfigError: a process holds the lock FILE. Writes nothing."""
     with contextlib.suppress(FileNotFoundError, PermissionError), file.open() as lock:
-        _take(lock.fileno(), file)
+        # Shared: the processes of one run look at the same time, and are not to take one another for a run.
+        _take(lock.fileno(), file, fcntl.LOCK_SH)
 
 
-def _take(descriptor: int, file: Path) -> None:
+def _take(descriptor: int, file: Path, kind: int) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         rule = f"is in use by {holder(file)}; wait for it, or choose another --workdir"
         raise ConfigError("--workdir", str(file.parent), rule) from None

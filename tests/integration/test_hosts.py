@@ -228,7 +228,7 @@ def test_a_workdir_that_is_not_shared_and_an_address_that_nobody_answers(monkeyp
         (4, {}),
         (2, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 4}),
         (2, {"optim.offload": True, "algorithm.ref_offload": True}),
-        (2, {"sft.num_steps": 4, "checkpoint.hf_every_epochs": 1}),
+        (2, {"sft.num_steps": 4, "data.max_response_length": 64, "checkpoint.hf_every_epochs": 1}),
     ],
 )
 def test_other_layouts_train_as_one_process(overrides, tmp_path, count, changed):

@@ -1,10 +1,14 @@
 """A workdir that holds another run is refused, and not a byte of it changes; unless one insists."""
 
+import fcntl
 import json
 import shutil
 
 import integration_helpers as helpers
 import pytest
+
+from grpo_jax.config import ConfigError
+from grpo_jax.run import lock
 
 LONGER = {"checkpoint.resume": "force", "trainer.num_steps": 7, "trainer.total_epochs": 3}
 
@@ -109,3 +113,15 @@ def test_what_is_only_reported_may_change(tmp_path, whole_run, whole_run_overrid
     assert "Going on after step 6 of 8." in out
     steps = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert steps == {"4", "6", "7", "8"}
+
+
+def test_processes_that_look_at_the_same_time_are_no_run(tmp_path):
+    """Those of one run do, each with a file of its own open; who holds the lock refuses all of them."""
+    file = tmp_path / "lock"
+    file.write_text("{}")
+    with file.open() as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # as one that looks
+        lock.check_free(file)
+    with lock.hold(file), pytest.raises(ConfigError, match="is in use by"):
+        lock.check_free(file)
+    lock.check_free(file)
