@@ -69,7 +69,7 @@ def test_a_batch_that_queues_behind_another_is_no_silence(two_engines, monkeypat
     one = time.monotonic() - begin
     limit = max(2.0, 3 * one)
     monkeypatch.setattr(engine, "_section", dataclasses.replace(engine._section, timeout_s=limit))
-    ahead = engine.submit(helpers.prompts([20] * 2 * int(3 * limit / one)), long, seed=0)
+    ahead = engine.submit(helpers.prompts([20] * 2 * int(6 * limit / one)), long, seed=0)
     begin = time.monotonic()
     (group,) = engine.generate(helpers.prompts([9]), GREEDY, seed=0)
     assert time.monotonic() - begin > limit, "the batch ahead was too short for this test"
