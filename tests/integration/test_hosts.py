@@ -90,7 +90,8 @@ def test_two_processes_train_as_one(together, alone):
 def test_the_first_one_speaks_and_the_others_write_a_log(together):
     workdir, (first, second) = together
     assert "Step 1/3" in first.out and "Done: 5 steps." in first.out
-    assert second.out == second.err == ""
+    own = [line for line in second.err.splitlines() if not line.startswith("[transformers]")]
+    assert second.out == "" and own == []
     assert "warm" not in (workdir / "train-1.log").read_text()
     assert sorted(path.name for path in workdir.glob("train*.log")) == ["train-1.log", "train.log"]
     assert not (workdir / "hosts.json").exists()
