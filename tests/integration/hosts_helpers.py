@@ -56,7 +56,7 @@ def started(argv, count, program=("-m", "grpo_jax.train"), **env):
 def plain(text):
     """Without the lines of Gloo, which several threads write in pieces, into one another."""
     is_own = lambda line: (
-        "[Gloo]" not in line and "peer ranks" not in line and not re.fullmatch(r"[\d. :]+\n", line)
+        "[Gloo]" not in line and "peer ranks" not in line and not re.fullmatch(r"[\d. :]*\n?", line)
     )
     return "".join(filter(is_own, text.splitlines(keepends=True)))
 
