@@ -97,3 +97,12 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False).translate(LINE_ENDS) for record in records]
     path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records that `write_jsonl` wrote.
+
+    Raises: ValueError: a line is not JSON.
+    """
+    # No `splitlines`: older versions wrote the characters of `LINE_ENDS` as they are.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]

@@ -15,6 +15,7 @@ import numpy as np
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.evaluation import read_jsonl
 from grpo_jax.run.ledger import FILE, Entry, walk
 from grpo_jax.run.retention import damage_of, saved_steps
 from grpo_jax.run.workdir import Workdir
@@ -201,8 +202,7 @@ def check_progress(entry: Entry, progress: Mapping[str, Any]) -> Iterator[str]:
 def check_rollouts(entry: Entry, file: Path) -> Iterator[str]:
     """The completions that were written are those of the ledger."""
     try:
-        # No `splitlines`: older versions wrote characters that it takes for the end of a line.
-        records = [json.loads(line) for line in file.read_text().split("\n") if line]
+        records = read_jsonl(file)
         held = [
             (r["prompt_id"], r["num_tokens"], r["policy_version"], np.float32(r["reward"])) for r in records
         ]

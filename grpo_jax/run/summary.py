@@ -1,6 +1,5 @@
 """Summaries for a person: batch sizes at the start of a run, report and learning curve at its end."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from grpo_jax.config import Config
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.rollout.base import one_line
+from grpo_jax.rollout.evaluation import read_jsonl
 from grpo_jax.run.speed import Speed, steady
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import read_metrics
@@ -107,7 +107,7 @@ def _print_problems(workdir: Workdir, when: dict[int, str], num_samples: int) ->
 
 def _read_validation(workdir: Workdir, step: int) -> list[dict[str, Any]]:
     path = workdir.validation / f"step-{step:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
 
 
 def _question(prompt: str) -> str:

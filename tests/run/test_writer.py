@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from grpo_jax.rollout.evaluation import write_jsonl
+from grpo_jax.rollout.evaluation import read_jsonl, write_jsonl
 from grpo_jax.run.writer import drop_after
 
 KILLED = """
@@ -48,3 +48,7 @@ def test_a_record_is_one_line_to_every_reader(tmp_path):
     text = (tmp_path / "records.jsonl").read_text()
     assert [json.loads(line) for line in text.splitlines()] == records
     assert "漢" in text
+    # As older versions wrote them, whose runs go on.
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    assert len((tmp_path / "old.jsonl").read_text().splitlines()) > len(records)
+    assert read_jsonl(tmp_path / "old.jsonl") == read_jsonl(tmp_path / "records.jsonl") == records
