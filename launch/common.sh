@@ -23,3 +23,13 @@ show() {
   printf '%q ' "$@" | sed 's/ $//'
   echo
 }
+
+# wait_for PID: ends with its exit code. A trap ends `wait` sooner, and sets `signalled`: what it has told still saves.
+wait_for() {
+  local code
+  while :; do
+    signalled='' code=0
+    wait "$1" || code=$?
+    [ -n "$signalled" ] || return "$code"
+  done
+}

@@ -60,7 +60,7 @@ if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
   (umask 077; "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
 fi
 folder=$(mktemp -d /tmp/grpo_jax-ray-XXXXXX)
-process='' head='' signalled=''
+process='' head=''
 # shellcheck disable=SC2329  # the trap does
 finish() {
   if [ -n "$head" ]; then
@@ -99,9 +99,4 @@ while (found := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
 WAIT
 "${trainer[@]}" &
 process=$!
-while :; do
-  signalled='' code=0
-  wait "$process" || code=$?
-  [ -n "$signalled" ] || break  # else a trap has ended `wait`, and the trainers still save
-done
-exit "$code"
+wait_for "$process"

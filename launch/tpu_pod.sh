@@ -31,14 +31,8 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 command -v gcloud > /dev/null || fail 2 "there is no gcloud here: https://cloud.google.com/sdk/docs/install"
-signalled=''
 trap 'signalled=1; "${stop[@]}" > /dev/null 2>&1 < /dev/null || true' TERM INT
 # A session of its own: Ctrl-C here would cut the connection before the workers have saved.
 setsid "${start[@]}" < /dev/null &
 ssh=$!
-while :; do
-  signalled='' code=0
-  wait "$ssh" || code=$?
-  [ -n "$signalled" ] || break  # else a trap has ended `wait`, and the workers still save
-done
-exit "$code"
+wait_for "$ssh"

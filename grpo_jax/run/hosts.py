@@ -77,13 +77,17 @@ class Hosts:
         """What `make` returns in the first process: a value that JSON can hold. The others do not call it."""
         if self._link is None:
             return make()
-        return self._link.give(make()) if self.is_first else self._link.take()
+        if not self.is_first:
+            return json.loads(self._link.take())
+        value = make()
+        self._link.give(json.dumps(value).encode())
+        return value
 
     def bytes_from_first(self, make: Callable[[], bytes]) -> bytes:
-        """As `from_first`, for much of it."""
+        """As `from_first`, for what is bytes already."""
         if self._link is None:
             return make()
-        return self._link.give_bytes(make()) if self.is_first else self._link.take_bytes()
+        return self._link.give(make()) if self.is_first else self._link.take()
 
     def from_all(self, value: T) -> list[T]:
         """What each process says, in their order: values that JSON can hold."""
@@ -141,7 +145,7 @@ def joined(config: Config, workdir: Path) -> Iterator[Hosts]:
             stack.callback((workdir / "hosts.json").unlink, missing_ok=True)
         link = _join(config, workdir, count, rank, address)
         hosts = Hosts(rank, count, link)
-        leaving = _Leaving(link)
+        leaving = _Leaving()
         try:
             yield hosts
             hosts.wait_for_all()
@@ -206,7 +210,7 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         raise SystemExit(2)
     link = _Link(connection, rank)
     jax.distributed.initialize(
-        f"{f'[{host}]' if ':' in host else host}:{answer['jax_port']}",
+        answer["jax_address"],
         count,
         rank,
         cluster_detection_method="deactivate",
@@ -298,9 +302,8 @@ def _code_and_text(error: BaseException) -> tuple[int, str]:
 class _Leaving:
     """Ends the process at Python's end, unless all have left in order: JAX would wait there for the others."""
 
-    def __init__(self, link: "_Link"):
+    def __init__(self) -> None:
         self.code, self.is_in_order = 1, False
-        self._link = link
         atexit.register(self._leave)  # later than JAX's own, and so called before it
 
     def _leave(self) -> None:
@@ -319,10 +322,9 @@ class _Link:
     def __init__(self, connection: Connection, rank: int):
         self._connection, self._rank, self._lock = connection, rank, threading.Lock()
         self.is_speaker = False
-        self._values: queue.Queue[Message] = queue.Queue()
+        self._given: queue.Queue[Message] = queue.Queue()
         self._gathered: queue.Queue[Message] = queue.Queue()
-        self._bytes: queue.Queue[Message] = queue.Queue()
-        self._num_values = self._num_gathered = 0
+        self._num_given = self._num_gathered = 0
         self._timers: Timers | None = None
         self._watch: HangWatch | None = None
         self._end: PeerLost | None = None
@@ -330,24 +332,19 @@ class _Link:
         for target in (self._read, self._beat):
             threading.Thread(target=target, daemon=True, name=f"hosts{target.__name__}").start()
 
-    def give(self, value: T) -> T:
-        self._num_values += 1
-        self._send({"kind": "value", "number": self._num_values, "value": value})
-        return value
-
-    def take(self) -> Any:
-        self._num_values += 1
-        message = self._wait(self._values)
-        assert message["number"] == self._num_values, "the processes ask for different things"
-        return message["value"]
-
-    def give_bytes(self, data: bytes) -> bytes:
-        with self._lock, contextlib.suppress(OSError):
-            self._connection.send_bytes(BYTES + data)
+    def give(self, data: bytes) -> bytes:
+        self._send_bytes(self._next_head() + data)
         return data
 
-    def take_bytes(self) -> bytes:
-        return self._wait(self._bytes)["data"][len(BYTES) :]
+    def take(self) -> bytes:
+        head, data = self._next_head(), self._wait(self._given)["data"]
+        assert data.startswith(head), "the processes ask for different things"
+        return data[len(head) :]
+
+    def _next_head(self) -> bytes:
+        """What stands before the data that is given next: the same in all processes."""
+        self._num_given += 1
+        return BYTES + self._num_given.to_bytes(8, "big")
 
     def gather(self, value: T) -> list[T]:
         self._num_gathered += 1
@@ -388,11 +385,14 @@ class _Link:
                 raise self._end
 
     def _send(self, message: Message) -> None:
+        self._send_bytes(json.dumps(message).encode())
+
+    def _send_bytes(self, data: bytes) -> None:
         with self._lock, contextlib.suppress(OSError):  # the reader notices
-            self._connection.send_bytes(json.dumps(message).encode())
+            self._connection.send_bytes(data)
 
     def _read(self) -> None:
-        kinds = {"value": self._values, "all": self._gathered, "bytes": self._bytes}
+        kinds = {"bytes": self._given, "all": self._gathered}
         while not self._is_closed.is_set():
             try:
                 message = receive(self._connection, SILENT_S)
@@ -413,11 +413,9 @@ class _Link:
                 return
 
     def _lost_hub(self) -> Message:
-        phase, text = self._phase(), "the first process's host is gone, or the hub on it"
-        return {"kind": "end", "phase": phase, "text": text, "code": 1} | {
-            "writes_stacks": False,
-            "speaker": self._rank,
-        }
+        text = "the first process's host is gone, or the hub on it"
+        end: Message = {"kind": "end", "phase": self._phase(), "text": text, "code": 1}
+        return end | {"writes_stacks": False, "speaker": self._rank}
 
     def _phase(self) -> str:
         return self._timers.phase if self._timers else "start"
@@ -426,9 +424,6 @@ class _Link:
         main = threading.main_thread().ident
         assert main is not None
         while not self._is_closed.wait(BEAT_S):
-            if self._timers is None:
-                beat: Message = {"phase": "start", "for_s": 0.0, "entered": 0}
-            else:
-                phase, since = self._timers.running
-                beat = {"phase": phase, "for_s": time.monotonic() - since, "entered": self._timers.entered}
-            self._send({"kind": "beat", **beat, "place": place_of(main), "waits": is_waiting(main)})
+            entered = self._timers.entered if self._timers else 0
+            beat: Message = {"kind": "beat", "phase": self._phase(), "entered": entered}
+            self._send(beat | {"place": place_of(main), "waits": is_waiting(main)})

@@ -24,7 +24,7 @@ from typing import Any
 Message = dict[str, Any]
 
 BYTES = b"B"
-"""What a message begins with that is no JSON: the rest is passed on as it is."""
+"""What a message begins with that is no JSON, and for the others: it is passed on as it is."""
 SILENT_S = 16.0
 """A process that says nothing for so long is lost: its host has no power or no network."""
 BEAT_S = 1.0
@@ -61,7 +61,7 @@ class Member:
         self._connection, self._lock = connection, threading.Lock()
         self.hello = hello
         self.rank: int = hello["rank"]
-        self.beat: Message = {"phase": "start", "for_s": 0.0, "entered": 0, "place": "", "waits": False}
+        self.beat: Message = {"phase": "start", "entered": 0, "place": "", "waits": False}
         self.heard = time.monotonic()
         self.is_gone = False
 
@@ -77,8 +77,8 @@ class Member:
             except OSError:
                 self.is_gone = True
 
-    def read(self, timeout_s: float | None) -> Message:
-        return receive(self._connection, timeout_s)
+    def read(self) -> Message:
+        return receive(self._connection, None)
 
 
 class Hub:
@@ -173,7 +173,7 @@ class Hub:
     def _listen(self, member: Member) -> None:
         try:
             while True:
-                message = member.read(None)
+                message = member.read()
                 member.heard = time.monotonic()
                 if message["kind"] == "bye":
                     break
@@ -192,8 +192,6 @@ class Hub:
         kind = message["kind"]
         if kind == "beat":
             member.beat = message
-        elif kind == "value":
-            self.tell_all(message, but=member.rank)
         elif kind == "bytes":
             self._pass_on(message["data"], but=member.rank)
         elif kind == "one of all":
@@ -267,7 +265,7 @@ def listen(address: str, port: int, family: int) -> socket.socket:
 
 
 def main() -> None:
-    """Reads {host, port, secret, count, timeout_s} from stdin, and writes {port} to stdout once it listens."""
+    """Reads {host, port, secret, count, timeout_s} from stdin; writes {} to stdout once it listens, or {error}."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Slurm sends them to all processes of a step
     settings = json.loads(sys.stdin.readline())
@@ -282,18 +280,15 @@ def main() -> None:
         return
     from jax._src.lib import _jax  # no public name; jax.distributed starts it in the first process alone
 
+    jax_address = f"{f'[{address}]' if ':' in address else address}:{jax_port}"
     # No heartbeats of JAX's own: they end a process in C++, without a word.
-    service = _jax.get_distributed_runtime_service(
-        f"{f'[{address}]' if ':' in address else address}:{jax_port}",
-        settings["count"],
-        heartbeat_timeout=10**7,
-    )
+    service = _jax.get_distributed_runtime_service(jax_address, settings["count"], heartbeat_timeout=10**7)
     hub = Hub(listener, bytes.fromhex(settings["secret"]), settings["count"])
-    print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
+    print("{}", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     refusal = hub.gather(settings["timeout_s"])
     refused = {"kind": "refused", "text": refusal, "speaker": hub.speaker()}
-    hub.tell_all(refused if refusal else {"kind": "welcome", "jax_port": jax_port})
+    hub.tell_all(refused if refusal else {"kind": "welcome", "jax_address": jax_address})
     if not refusal:
         hub.serve()
         service.shutdown()
