@@ -5,6 +5,7 @@ Whole rows, which may hold several sequences one after the other, go through a f
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -124,6 +125,23 @@ def parameter(module: nn.Module, name: str, dtype: Any, initializer: Any, **axes
     return module.param(name, partitioned, tuple(axes.values()), dtype)  # type: ignore[return-value]
 
 
+def linear(
+    module: nn.Module, name: str, x: jax.Array, inputs: Mapping[str, int], outputs: Mapping[str, int]
+) -> jax.Array:
+    """Declares a kernel of `module`, with the dtype of its `config`, and multiplies by it. All layers' kernels do.
+
+    Args:
+        x: [B, T, ...], its last dimensions those of `inputs`, or these as one.
+        inputs, outputs: size of each dimension of the kernel by its logical axis, in order.
+    Returns: [B, T, *outputs].
+    """
+    config: ModelConfig = module.config
+    kernel = parameter(module, name, config.param_dtype, NORMAL, **inputs, **outputs)
+    rows = x.shape[:2]
+    width = math.prod(inputs.values())
+    return project(x.reshape(*rows, width), kernel.reshape(width, -1)).reshape(*rows, *outputs.values())
+
+
 class Attention(nn.Module):
     """Grouped-query attention; QKV bias (Qwen2) and QK norm (Qwen3) as configured."""
 
@@ -159,17 +177,16 @@ class Attention(nn.Module):
                 )
             assert inputs.mask is not None
             out = checkpoint_name(attend(q, k, v, inputs.mask), KEPT)
-        d, h, dh = c.hidden_size, c.num_heads, c.head_dim
-        kernel = parameter(self, "o", c.param_dtype, NORMAL, heads=h, head_dim=dh, embed=d)
-        return project(out.reshape(*x.shape[:2], -1), kernel.reshape(-1, d)), cache
+        heads, width = dict(heads=c.num_heads, head_dim=c.head_dim), dict(embed=c.hidden_size)
+        return linear(self, "o", out, heads, width), cache
 
     def _project(self, x: jax.Array, name: str, **heads: int) -> jax.Array:
         """Returns x in heads, [B, T, heads, Dh]. Args: heads: their number, by the name of their axis."""
-        c, d, dh = self.config, self.config.hidden_size, self.config.head_dim
-        kernel = parameter(self, name, c.param_dtype, NORMAL, embed=d, **heads, head_dim=dh)
-        y = project(x, kernel.reshape(d, -1)).reshape(x.shape[:2] + kernel.shape[1:])
+        c = self.config
+        outputs = dict(**heads, head_dim=c.head_dim)
+        y = linear(self, name, x, dict(embed=c.hidden_size), outputs)
         if c.qkv_bias:
-            bias = parameter(self, f"{name}_bias", c.param_dtype, ZEROS, **heads, head_dim=dh)
+            bias = parameter(self, f"{name}_bias", c.param_dtype, ZEROS, **outputs)
             y = y + bias.astype(x.dtype)[None, None]
         return y
 

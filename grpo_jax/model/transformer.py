@@ -19,8 +19,8 @@ from grpo_jax.model.attention import (
     KVCache,
     RMSNorm,
     causal_segment_mask,
+    linear,
     parameter,
-    project,
     rope_frequencies,
 )
 from grpo_jax.model.config import ModelConfig
@@ -65,12 +65,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        d, f = c.hidden_size, c.intermediate_size
-        gate = parameter(self, "gate", c.param_dtype, NORMAL, embed=d, mlp=f)
-        up = parameter(self, "up", c.param_dtype, NORMAL, embed=d, mlp=f)
-        down = parameter(self, "down", c.param_dtype, NORMAL, mlp=f, embed=d)
-        h = jax.nn.silu(project(x, gate)) * project(x, up)
-        return project(constrain(h, "batch", None, "mlp"), down)
+        width, hidden = dict(embed=c.hidden_size), dict(mlp=c.intermediate_size)
+        h = jax.nn.silu(linear(self, "gate", x, width, hidden)) * linear(self, "up", x, width, hidden)
+        return linear(self, "down", constrain(h, "batch", None, "mlp"), hidden, width)
 
 
 class Block(nn.Module):
