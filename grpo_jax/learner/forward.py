@@ -20,6 +20,7 @@ from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.packing import Places, pack
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
+from grpo_jax.model.lora import join, split
 from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.types import Params, TrainBatch
@@ -56,7 +57,8 @@ class Kept:
 
     arrays: list[jax.Array]
     pullback: Callable[[list[jax.Array], Params], Any] = flax.struct.field(pytree_node=False)
-    """(arrays, parameters) -> the function from cotangents of the scores to gradients, as of `jax.vjp`."""
+    """(arrays, parameters) -> the function from cotangents of the scores to the gradients of those parameters that are
+    trained, as of `jax.vjp`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,11 @@ def make_forward_step(
         rows = inputs[0].shape[0] // num_batch_shards(mesh)
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
-        def scores(params: Params) -> Scores:
+        frozen, trained = split(params)
+
+        def scores(trained: Params) -> Scores:
             return token_scores(
-                params,
+                join(frozen, trained),
                 model,
                 inputs,
                 temperature=temperature,
@@ -133,7 +137,7 @@ def make_forward_step(
                 head_dtype=head_dtype,
             )
 
-        out, pullback = jax.vjp(scores, params)
+        out, pullback = jax.vjp(scores, trained)
         return out, _without_params(pullback, params)
 
     return ForwardStep(forward_pass)
