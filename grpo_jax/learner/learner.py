@@ -76,8 +76,7 @@ class Learner:
         self.optimizer = make_optimizer(config.optim, model, mesh, num_steps * config.updates_per_step)
         self.reference = Reference(config.algorithm, model, mesh)
         self.frozen = abstract_frozen(model, mesh)
-        """The parameters that are not trained, held once, as policy and reference share them; shapes until `init` or
-        `hold`."""
+        """The parameters that are not trained, which policy and reference share; shapes until `init` or `hold`."""
         self._config, self._algorithm, self._timer = config, algorithm, timer
         self._shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
         self._forward = make_forward_step(
@@ -96,7 +95,7 @@ class Learner:
         )
 
     def init(self, params: Params) -> TrainState:
-        """A train state at step 0; the reference is a copy of it. Args: as `Optimizer.init_state`, all parameters."""
+        """A train state at step 0; the reference is a copy of it. Args: all, as `Optimizer.init_state` takes them."""
         frozen, trained = split(params)
         self.hold(frozen)
         state = self.optimizer.init_state(trained)

@@ -94,7 +94,7 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def masters(self, state: TrainState) -> Params:
-        """The parameters as the optimizer changes them, `ModelConfig.trained_dtype`: on the devices or the host."""
+        """The parameters as the optimizer changes them, in `trained_dtype`: on the devices or the host."""
 
     @abc.abstractmethod
     def make_apply(self, check: GradientCheck) -> Apply:

@@ -1,8 +1,8 @@
 """The reference model and the coefficient of the KL, both of which may change from step to step.
 
 Where they do, they are part of a checkpoint, so that a run goes on with the very same bits. Parameters that are
-frozen anyway are the policy's own: with LoRA, the reference is the adapters of another time, at first adapters that
-add nothing.
+frozen anyway are the policy's own: with LoRA, the reference is adapters of another time, at first some that add
+nothing.
 """
 
 import jax

@@ -78,6 +78,16 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, width) @ kernel.astype(x.dtype)).reshape(batch, length, -1)
 
 
+def _project_again(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same, but what remat "dots" computes again: it keeps no product with a batch dimension, and here is one.
+
+    Kept, what an adapter adds would be as large as what it is added to, for a product of r columns.
+    """
+    batch, length, width = x.shape
+    rows, dimensions = x.reshape(1, -1, width), (((2,), (1,)), ((0,), (0,)))
+    return jax.lax.dot_general(rows, kernel.astype(x.dtype)[None], dimensions).reshape(batch, length, -1)
+
+
 def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     """Returns a mask that is True where key column <= query column and both belong to the same sequence.
 
@@ -120,7 +130,7 @@ NORMAL, ONES, ZEROS = nn.initializers.normal(0.02), nn.initializers.ones, nn.ini
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """What peft begins the first matrix of an adapter with: kaiming_uniform with a=sqrt(5). shape: (inputs..., r)."""
+    """What peft begins A of an adapter with: kaiming_uniform with a=sqrt(5). Args: shape: (inputs..., r)."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -136,8 +146,8 @@ def linear(
 ) -> jax.Array:
     """Declares a kernel of `module`, with the dtype of its `config`, and multiplies by it. All layers' kernels do.
 
-    A kernel among the targets of `config.lora` has an adapter beside it: "NAME_lora_a" (*inputs, r) and "NAME_lora_b"
-    (r, *outputs). Its product is added: x W + scale (x A) B.
+    A kernel among the targets of `config.lora` has an adapter beside it, "NAME_lora_a" (*inputs, r) and
+    "NAME_lora_b" (r, *outputs), whose product is added: x W + scale (x A) B.
 
     Args:
         x: [B, T, ...], its last dimensions those of `inputs`, or these as one.
@@ -155,7 +165,7 @@ def linear(
         rank = {"lora_rank": lora.rank}
         a = parameter(module, f"{name}_lora_a", lora.param_dtype, _uniform, **inputs, **rank)
         b = parameter(module, f"{name}_lora_b", lora.param_dtype, ZEROS, **rank, **outputs)
-        y = y + lora.scale * project(project(x, a.reshape(width, -1)), b.reshape(lora.rank, -1))
+        y = y + lora.scale * _project_again(project(x, a.reshape(width, -1)), b.reshape(lora.rank, -1))
     return y.reshape(*rows, *outputs.values())
 
 

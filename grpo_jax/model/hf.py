@@ -264,7 +264,7 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
 
 
 def load_params(folder: ModelFolder, config: ModelConfig, mesh: Mesh) -> Params:
-    """Reads the weights into sharded arrays of `config.param_dtype`, one tensor at a time. Adapters are no part."""
+    """Reads the weights into sharded arrays of `config.param_dtype`, one tensor at a time; no adapters."""
     return jax.tree.map(lambda read: read(), param_readers(folder, config, mesh))
 
 
@@ -358,7 +358,7 @@ def save_folder(
 ) -> None:
     """Writes a Hugging Face folder. It gets its name only when it is complete.
 
-    Every process of a run calls this; the first one writes, a file at a time. Adapters are merged into their kernels.
+    Every process of a run calls this; the first one writes, a file at a time. Adapters are merged.
 
     Args:
         params: as from `load_params`, on any devices or the host, with or without adapters.

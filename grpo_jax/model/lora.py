@@ -20,7 +20,7 @@ from grpo_jax.model.transformer import abstract_params, init_boxed, param_shardi
 from grpo_jax.types import Params
 
 A, B = "_lora_a", "_lora_b"
-"""What the name of a kernel gets for its adapter's first matrix, (inputs..., r), and its second, (r, outputs...)."""
+"""What the name of a kernel gets for its adapter's two matrices, (inputs..., r) and (r, outputs...)."""
 
 NOTHING: Params = {}
 """The frozen parameters of a model that is trained as a whole."""
@@ -66,7 +66,7 @@ def num_trained(config: ModelConfig) -> int:
 
 
 def init_adapters(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
-    """Creates adapters in their places on the mesh, as peft does: A uniform, B zero, so that nothing is added yet."""
+    """Creates adapters in their places on the mesh, as peft does: A uniform, B zero, which add nothing yet."""
     make = lambda key: split(nn.unbox(init_boxed(config, key)))[1]
     return jax.jit(make, out_shardings=trained_shardings(config, mesh))(key)
 
@@ -79,7 +79,7 @@ def adapter_of(params: Params, path: tuple[str, ...]) -> tuple[Any, Any] | None:
 
 
 def merged(kernel: jax.Array, adapter: tuple[jax.Array, jax.Array] | None, scale: float) -> jax.Array:
-    """Returns a kernel of one layer, (inputs..., outputs...), with its adapter added in float32 and rounded once."""
+    """Returns one layer's kernel, (inputs..., outputs...), its adapter added in float32 and rounded once."""
     if adapter is None:
         return kernel
     a, b = (matrix.astype(jnp.float32) for matrix in adapter)
