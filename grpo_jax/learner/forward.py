@@ -57,7 +57,7 @@ class Kept:
 
     arrays: list[jax.Array]
     pullback: Callable[[list[jax.Array], Params], Any] = flax.struct.field(pytree_node=False)
-    """(arrays, parameters) -> the function from cotangents of the scores to gradients of the trained parameters, as of
+    """(arrays, parameters) -> the function from cotangents of the scores to the trained parameters' gradients, as of
     `jax.vjp`."""
 
 

@@ -95,7 +95,7 @@ class Learner:
         )
 
     def init(self, params: Params) -> TrainState:
-        """A train state at step 0; the reference is a copy of it. Args: all, as `Optimizer.init_state` takes them."""
+        """A train state at step 0; the reference is a copy of it. Args: all, as `Optimizer.init_state` does."""
         frozen, trained = split(params)
         self.hold(frozen)
         state = self.optimizer.init_state(trained)

@@ -1,7 +1,7 @@
 """Adapters by their names outside: which kernels get one, and PEFT folders.
 
-A PEFT folder holds adapter_config.json and adapter_model.safetensors, as `peft` and vLLM read them. Its tensors are
-stored as a model's are: A [r, inputs], B [outputs, r], so that `hf` reads and writes them too.
+A PEFT folder holds adapter_config.json and adapter_model.safetensors, as `peft` and vLLM read them. Its tensors
+are stored as a model's are: A [r, inputs], B [outputs, r], so that `hf` reads and writes them too.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def with_adapters(model: ModelConfig, section: LoraSection) -> ModelConfig:
 def _matches(target: str, kernels: dict[str, TensorSpec]) -> list[str]:
     """The names of the kernels that an entry of `lora.targets` stands for."""
     if target in UNTRAINED:
-        rule = "embedding and output head get no adapter, which tied ones would share: name layers, as 'all-linear'"
+        rule = "embedding and output head get no adapter, which tied ones would share: name others"
         raise ConfigError("lora.targets", target, rule)
     if target in SETS:
         return [name for name, spec in kernels.items() if spec.path[-2] in SETS[target]]
