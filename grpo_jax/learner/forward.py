@@ -57,8 +57,8 @@ class Kept:
 
     arrays: list[jax.Array]
     pullback: Callable[[list[jax.Array], Params], Any] = flax.struct.field(pytree_node=False)
-    """(arrays, parameters) -> the function from cotangents of the scores to the trained parameters' gradients, as of
-    `jax.vjp`."""
+    """(arrays, parameters) -> the function from cotangents of the scores to the trained parameters' gradients, as
+    of `jax.vjp`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,9 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     if not folder.is_dir():
         fetch = f"`hf download OWNER/NAME --local-dir {path}` fetches a model from the hub"
         raise ConfigError(KEY, str(path), f"there is no such folder; {fetch}")
+    if (folder / "adapter_config.json").exists():
+        rule = "holds an adapter: name its model's folder in model.path, and this one in lora.path"
+        raise ConfigError(KEY, str(path), rule)
     hf = read_json(folder / "config.json")
     config = parse_hf_config(hf, section)
     tensors = _read_headers(folder)

@@ -179,6 +179,19 @@ def _check_adapter_config(folder: Path, config: ModelConfig) -> None:
             )
 
 
+def read_section(folder: Path) -> LoraSection:
+    """The `lora` section that an adapter's folder was made with.
+
+    Raises: ConfigError: as `read_adapter_config`, or its target_modules are no list of names.
+    """
+    content = read_adapter_config(folder)
+    targets = content.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise ConfigError(KEY, str(folder), f"target_modules of its {CONFIG} must be names of layers")
+    return LoraSection(int(content["r"]), float(content["lora_alpha"]), tuple(targets), str(folder))
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json, with numbers for rank and alpha.
 
