@@ -1,7 +1,8 @@
 """Accuracy and pass@k on held-out problems, through the same engine and rewards as training.
 
     python -m grpo_jax.evaluate --model=HF_DIR --data=FILE.parquet [--adapter=PEFT_DIR] [--engine=local]
-        [--temperature=0] [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl] [--phase_timeout_s=86400]
+        [--temperature=0] [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl]
+        [--phase_timeout_s=86400]
 
 Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ..., "pass@k": ...}; OUT.jsonl one
 line a completion.

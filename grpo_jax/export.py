@@ -3,7 +3,7 @@
     python -m grpo_jax.export --checkpoint=DIR --output=HF_DIR [--merge]
 
 DIR is a run's workdir, its checkpoints folder (the latest is taken) or one checkpoint in it. With --merge, the
-adapters of a run with LoRA are added to the model that they belong to, and all of it becomes a Hugging Face folder.
+adapters of a run with LoRA are added to the model that they belong to, which becomes a Hugging Face folder.
 """
 
 from pathlib import Path
@@ -41,9 +41,7 @@ def export(checkpoint: Path, output: Path, timers: Timers, *, merge: bool = Fals
     if config is None:
         raise ConfigError("--checkpoint", str(workdir.config), "is missing or empty; an export needs it")
     if merge and not config.lora.rank:
-        raise ConfigError(
-            "--merge", "True", "is for runs with LoRA: this one has no adapters, its export is whole"
-        )
+        raise ConfigError("--merge", "True", "is for runs with LoRA: this one has no adapters")
     model = parse_hf_config(read_json(workdir.model_files / "config.json"), config.model)
     model = with_adapters(model, config.lora)
     # A merge takes the model as it is stored, however it was computed with.

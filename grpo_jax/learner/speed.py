@@ -115,7 +115,7 @@ def update_seconds(
     """Of one update: the gradients of all micro-batches, and the optimizer."""
     again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[model.remat]
     layers, head = layer_weights(model), head_weights(model)
-    # Forward, and backward once for the activations and once for what is trained; the adapters' are too few to count.
+    # Forward, backward for the activations, and for what is trained; adapters' products are too few to count.
     passes_of_weights = 4 if model.lora else 6
     # The head's backward pass computes the logits again.
     products = (passes_of_weights + 2 * again) * layers + (passes_of_weights + 2) * head

@@ -143,7 +143,7 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
         fetch = f"`hf download OWNER/NAME --local-dir {path}` fetches a model from the hub"
         raise ConfigError(KEY, str(path), f"there is no such folder; {fetch}")
     if (folder / "adapter_config.json").exists():
-        rule = "holds an adapter: name its model's folder in model.path, and this one in lora.path"
+        rule = "holds an adapter (adapter_config.json): it is for lora.path, and its model for model.path"
         raise ConfigError(KEY, str(path), rule)
     hf = read_json(folder / "config.json")
     config = parse_hf_config(hf, section)
