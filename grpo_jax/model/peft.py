@@ -180,16 +180,16 @@ def _check_adapter_config(folder: Path, config: ModelConfig) -> None:
 
 
 def read_section(folder: Path) -> LoraSection:
-    """The `lora` section that an adapter's folder was made with.
+    """The `lora` section of an adapter, its targets by the names of its tensors: peft writes them in many ways.
 
-    Raises: ConfigError: as `read_adapter_config`, or its target_modules are no list of names.
+    Raises: ConfigError: as `read_adapter_config`, or there are no such tensors.
     """
     content = read_adapter_config(folder)
-    targets = content.get("target_modules")
-    targets = [targets] if isinstance(targets, str) else targets
-    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-        raise ConfigError(KEY, str(folder), f"target_modules of its {CONFIG} must be names of layers")
-    return LoraSection(int(content["r"]), float(content["lora_alpha"]), tuple(targets), str(folder))
+    modules = (name.rpartition(".lora_A.")[0] for name in read_header(folder / WEIGHTS, KEY))
+    targets = {".".join(module.split(".")[-2:]) for module in modules if module}
+    if not targets:
+        raise ConfigError(KEY, str(folder), f"there is no adapter of LoRA in its {WEIGHTS}")
+    return LoraSection(int(content["r"]), float(content["lora_alpha"]), tuple(sorted(targets)), str(folder))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
