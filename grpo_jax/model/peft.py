@@ -35,7 +35,7 @@ from grpo_jax.model.hf import (
 from grpo_jax.model.lora import A, B, adapter_of
 from grpo_jax.model.transformer import abstract_params
 from grpo_jax.storage.files import replace_folder, temporary_beside
-from grpo_jax.storage.manifest import write_manifest
+from grpo_jax.storage.manifest import NAME, damage, has_manifest, read_facts, write_manifest
 from grpo_jax.types import Params
 
 KEY = "lora.path"
@@ -44,7 +44,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the name of every tensor."""
 BASE = "base_fingerprint"
-"""In the metadata of the weights: which model they belong to. `peft` does not read it."""
+"""Among the facts of the manifest: which model the adapter belongs to."""
 SETS = {"all-linear": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 """Named sets of `lora.targets`, by the modules of their kernels."""
 UNTRAINED = ("embed_tokens", "lm_head", "embedding")
@@ -150,11 +150,20 @@ def inspect_adapter(
             raise ConfigError(KEY, str(path), rule)
     if others := sorted(tensors.keys() - expected.keys()):
         raise ConfigError(KEY, str(path), f"holds {others[0]}, which is of no layer of lora.targets")
-    with safe_open(folder / WEIGHTS, framework="np") as content:
-        known = (content.metadata() or {}).get(BASE)
-    if base is not None and known is not None and known != fingerprint(base):
-        raise ConfigError(KEY, str(path), f"is an adapter of another base than {base.path}")
+    if has_manifest(folder):
+        _check_manifest(folder, base)
     return tensors
+
+
+def _check_manifest(folder: Path, base: ModelFolder | None) -> None:
+    """Of a folder that `save_adapter` wrote; others have none.
+
+    Raises: ConfigError: its weights are damaged, or belong to another model.
+    """
+    if reason := damage(folder, "*.safetensors"):
+        raise ConfigError(KEY, str(folder), f"is damaged: {reason}; changed on purpose, remove its {NAME}")
+    if base is not None and read_facts(folder).get(BASE, fingerprint(base)) != fingerprint(base):
+        raise ConfigError(KEY, str(folder), f"is an adapter of another base than {base.path}")
 
 
 def _check_adapter_config(folder: Path, config: ModelConfig) -> None:
@@ -240,9 +249,9 @@ def save_adapter(target: Path, adapters: Params, config: ModelConfig, base: Mode
     temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     try:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", BASE: fingerprint(base)})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(adapter_config(config, base.path), indent=2) + "\n")
-        write_manifest(temporary, {})
+        write_manifest(temporary, {BASE: fingerprint(base)})
         replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

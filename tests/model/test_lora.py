@@ -357,6 +357,7 @@ def test_adapters_that_do_not_fit(refused, adapted, tmp_path):
     assert "is an adapter of another base than" in refused(base=other)
     cut = lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
     assert "is cut short" in refused(cut)
+    assert "is damaged: adapter_model.safetensors" in refused(lambda folder: flip(folder / WEIGHTS))
     wider = lambda folder: resize(folder, "layers.0.self_attn.k_proj.lora_B")
     assert "is of another model" in refused(wider)
 
@@ -364,6 +365,11 @@ def test_adapters_that_do_not_fit(refused, adapted, tmp_path):
 def drop_tensor(folder, part):
     tensors = {n: t for n, t in load_file(folder / WEIGHTS).items() if part not in n}
     save_file(tensors, folder / WEIGHTS)
+
+
+def flip(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def resize(folder, part):
