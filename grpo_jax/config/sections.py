@@ -56,6 +56,7 @@ NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
 """Of functions: `algorithm.load_algorithm` checks them."""
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
 REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `FILE.py:NAME`"
+TARGETS = "`all-linear`, `attention`, `mlp`, names as `q_proj`, patterns"
 ALL_LEFT = (-1, "all devices that are left")
 
 # What `only` says of several keys.
@@ -94,9 +95,9 @@ class ModelSection:
 class LoraSection:
     """Adapters beside frozen parameters (docs/lora.md)."""
 
-    rank: int = key(0, "r, width of the adapters, at most the model's; 0: none, every parameter is trained", at_least=0, resume=ARRAYS)
+    rank: int = key(0, "r, width of the adapters; 0: none, every parameter is trained", at_least=0, resume=ARRAYS)
     alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", above=0, only=LORA)
-    targets: tuple[str, ...] = key(("all-linear",), "layers that get one: `all-linear`, `attention`, `mlp`, names as `q_proj`, patterns", rule="each matches a layer", resume=ARRAYS, only=LORA)
+    targets: tuple[str, ...] = key(("all-linear",), "layers that get one", rule=TARGETS, resume=ARRAYS, only=LORA)
     path: str = key("", "PEFT folder to begin with; empty: adapters that add nothing yet", rule="a folder of this rank", only=LORA)
 
 

@@ -32,8 +32,7 @@ from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_h
 from grpo_jax.model.lora import adapter_of, merged, scale_of
 from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import abstract_params, param_shardings
-from grpo_jax.storage.files import replace_folder, temporary_beside
-from grpo_jax.storage.manifest import NAME, damage, has_manifest, write_manifest
+from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder
 from grpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -372,15 +371,9 @@ def save_folder(
     if jax.process_index():
         _write_weights(None, params, config, DTYPES[dtype], max_shard_bytes)
         return
-    temporary = temporary_beside(target)
-    temporary.mkdir(parents=True)
-    try:
-        copy_side_files(files_from, temporary)
-        _write_weights(temporary, params, config, DTYPES[dtype], max_shard_bytes)
-        write_manifest(temporary, {})
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target, {}) as folder:
+        copy_side_files(files_from, folder)
+        _write_weights(folder, params, config, DTYPES[dtype], max_shard_bytes)
 
 
 def _write_weights(

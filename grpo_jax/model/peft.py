@@ -8,7 +8,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from grpo_jax.model.hf import (
 )
 from grpo_jax.model.lora import A, B, adapter_of
 from grpo_jax.model.transformer import abstract_params
-from grpo_jax.storage.files import replace_folder, temporary_beside
-from grpo_jax.storage.manifest import NAME, damage, has_manifest, read_facts, write_manifest
+from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder, read_facts
 from grpo_jax.types import Params
 
 KEY = "lora.path"
@@ -246,15 +244,9 @@ def save_adapter(target: Path, adapters: Params, config: ModelConfig, base: Mode
     tensors = stored_tensors(adapters, adapter_specs(config), config, np.dtype(np.float32))
     if jax.process_index():
         return
-    temporary = temporary_beside(target)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(adapter_config(config, base.path), indent=2) + "\n")
-        write_manifest(temporary, {BASE: fingerprint(base)})
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target, {BASE: fingerprint(base)}) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(adapter_config(config, base.path), indent=2) + "\n")
 
 
 def adapter_config(config: ModelConfig, base: Path) -> dict[str, Any]:
