@@ -7,8 +7,8 @@
 
 What differs from configs/gsm8k.py, and why (numbers without a reason are those of verl's example of LoRA):
 
-- adapters of rank 32, alpha 32, on all linear layers are the only parameters that are trained; the model is held
-  once, in bfloat16, for policy and reference (docs/lora.md);
+- adapters of rank 32, with alpha 32 on all linear layers as shipped, are the only parameters that are trained; the
+  model is held once, in bfloat16, for policy and reference (docs/lora.md);
 - Qwen2.5-3B-Instruct; a learning rate of 3e-6, for adapters that begin at 0;
 - 1,024 prompts a step, groups of 5, answers of up to 1,024 tokens, four updates a step, in the order of the file,
   15 epochs, at temperature 1;
@@ -28,7 +28,7 @@ from grpo_jax.config import load_config
 def get_config(variant: str = "") -> ConfigDict:
     """Returns configs/gsm8k.py with LoRA; `variant` is "" or "smoke"."""
     config = load_config(Path(__file__).with_name("gsm8k.py"), variant)
-    config.lora.update(rank=32, alpha=32.0)
+    config.lora.rank = 32
     config.algorithm.update(ref_offload=False)
     config.optim.update(learning_rate=3e-6, offload=False)
     config.logging.experiment_name = config.logging.experiment_name.replace("gsm8k", "gsm8k-lora")
