@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.packing import Places, pack
+from grpo_jax.learner.replicas import AXIS, OWN, ROWS, WHOLE, each
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place
@@ -118,9 +119,10 @@ def make_forward_step(
         head_dtype: of the output product; None: the model's.
     """
 
-    @jax.jit
+    num_row_parts = num_batch_shards(mesh) // mesh.shape[AXIS]
+
     def forward_pass(params: Params, inputs: Inputs) -> tuple[Scores, Kept]:
-        rows = inputs[0].shape[0] // num_batch_shards(mesh)
+        rows = inputs[0].shape[0] // num_row_parts  # within a copy of the parameters
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
         def scores(params: Params) -> Scores:
@@ -136,7 +138,7 @@ def make_forward_step(
         out, pullback = jax.vjp(scores, params)
         return out, _without_params(pullback, params)
 
-    return ForwardStep(forward_pass)
+    return ForwardStep(jax.jit(each(forward_pass, mesh, (WHOLE, ROWS), (ROWS, OWN))))
 
 
 def _without_params(pullback: Any, params: Params) -> Kept:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.sharding import partition_spec
+from grpo_jax.model.sharding import partition_spec, splitting_axes
 
 KEPT = "attention"
 """Name, for `jax.checkpoint`, of attention's output and of what else a kernel's backward pass needs."""
@@ -169,7 +169,7 @@ def fused_attention(
     kernels: dict[str, Kernel] = {"cudnn": _cudnn, "splash": _splash}
     function = kernels[kernel] if isinstance(kernel, str) else kernel
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or not splitting_axes(mesh):
         return function(q, k, v, sequences)
     # The compiler cannot look into kernels, so every device is given its own rows and heads.
     spec = lambda x, head_axis: partition_spec(("batch", None, head_axis, None), x.shape, mesh)
@@ -182,6 +182,7 @@ def fused_attention(
         mesh=mesh,
         in_specs=(heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, sequences)),
         out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )
     return split(q, k, v, sequences)

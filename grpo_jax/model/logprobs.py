@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from grpo_jax.model.sharding import AXIS_RULES, constrain
+from grpo_jax.model.sharding import AXIS_RULES, constrain, splitting_axes
 
 CUT = -1e30
 """The logit of a token that cannot be drawn. Finite: its probability is 0, and 0 * log 0 is 0 without a case."""
@@ -44,12 +44,13 @@ def token_logprobs(
     targets, drawable = jax.tree.map(next_column, (tokens, drawable))
     of_rows = functools.partial(_chosen, temperature, chunks)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and any(mesh.shape[axis] > 1 for axis in AXIS_RULES["batch"]):
+    axes = () if mesh.empty else tuple(a for a in AXIS_RULES["batch"] if a in splitting_axes(mesh))
+    if axes:
         # Each device sums the head's gradient over its own rows, and these sums are added once. Left to the
         # compiler, they would be added after every chunk.
-        rows = PartitionSpec(AXIS_RULES["batch"])
+        rows = PartitionSpec(axes)
         # Some compilers fail if any axis is left to them; axes of one device need not be.
-        names = {axis for axis in mesh.axis_names if axis in AXIS_RULES["batch"] or mesh.shape[axis] == 1}
+        names = {*axes, *(axis for axis, size in mesh.shape.items() if size == 1)} - {*mesh.manual_axes}
         of_rows = jax.shard_map(
             of_rows,
             mesh=mesh,

@@ -125,16 +125,9 @@ def make_engine(
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
 
 
-def share_engine(
-    section: RolloutSection,
-    channel: Channel,
-    make: Callable[[], RolloutEngine],
-    *,
-    folder: ModelFolder,
-    mesh: Mesh,
-) -> RolloutEngine:
+def share_engine(section: RolloutSection, channel: Channel, **arguments: Any) -> RolloutEngine:
     """The engine of a run with several processes. All sample together, on the mesh of all of them."""
-    return make()
+    return make_engine(section, **arguments)
 
 
 class LocalEngine:
