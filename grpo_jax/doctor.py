@@ -108,14 +108,19 @@ def check_config(config: Config, path: Path) -> None:
 
 def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     """What `grpo_jax.plan` says in full."""
-    from grpo_jax.learner.memory import held_bytes
+    from grpo_jax.learner.memory import held_in_all
     from grpo_jax.model.transformer import num_params
     from grpo_jax.run.inputs import read_model_config
     from grpo_jax.run.memory import plan_run
 
     model = read_model_config(config)
-    plan, whole = plan_run(config, model, mesh), held_bytes(config, model, num_params(model))
-    checkpoint = sum(size for part in whole for name, size in part.items() if name != "reference")
+    plan, whole = plan_run(config, model, mesh), held_in_all(config, model)
+    checkpoint = sum(
+        size
+        for part in whole
+        for name, size in part.items()
+        if name not in ("reference", "frozen parameters")
+    )
     rows = [
         ("parameters", f"{num_params(model):,}"),
         ("a device holds between steps", f"{sum(plan.held.values()) / 1e9:.1f} GB ({', '.join(plan.held)})"),

@@ -1,7 +1,8 @@
 """Accuracy and pass@k on held-out problems, through the same engine and rewards as training.
 
-    python -m grpo_jax.evaluate --model=HF_DIR --data=FILE.parquet [--engine=local] [--temperature=0]
-        [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl] [--phase_timeout_s=86400]
+    python -m grpo_jax.evaluate --model=HF_DIR --data=FILE.parquet [--adapter=PEFT_DIR] [--engine=local]
+        [--temperature=0] [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl]
+        [--phase_timeout_s=86400]
 
 Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ..., "pass@k": ...}; OUT.jsonl one
 line a completion.
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import KEYS, Config, ConfigError, check_value
+from grpo_jax.config import KEYS, Config, ConfigError, LoraSection, check_value
 from grpo_jax.config.command_line import make_parser, one_line_errors
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ NUMBERS = {
 def main() -> None:
     parser = make_parser("grpo_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--adapter", default="", help="PEFT folder of an adapter of that model")
     parser.add_argument("--data", required=True, help="Parquet file with verl's columns")
     parser.add_argument("--engine", default="local", choices=KEYS["rollout.engine"].choices)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--generations", default="", help="file for the completions, a JSON line each")
     flags = {
         "model.path": "--model",
+        "lora.path": "--adapter",
         "data.max_prompt_length": "--max_prompt_length",
         "reward.function": "--reward",
     }
@@ -106,6 +109,7 @@ def make_config(args: Any) -> Config:
     return replace(
         base,
         model=replace(base.model, path=args.model, dtype=args.dtype, param_dtype=args.dtype),
+        lora=_lora_section(args.adapter),
         data=replace(base.data, max_response_length=args.max_response_length),
         optim=replace(base.optim, offload=False),
         rollout=replace(
@@ -121,6 +125,13 @@ def make_config(args: Any) -> Config:
     )
 
 
+def _lora_section(path: str) -> LoraSection:
+    """Of the adapter in a PEFT folder; rank 0 without a path. Raises: ConfigError: it is none."""
+    from grpo_jax.model.peft import read_section
+
+    return read_section(Path(path)) if path else LoraSection()
+
+
 def _run_watched(args: Any) -> None:
     from grpo_jax.run.hangs import watched
     from grpo_jax.run.metrics import Timers
@@ -132,6 +143,7 @@ def _run_watched(args: Any) -> None:
 
 def _run(args: Any, timers: Timers) -> None:
     from grpo_jax.model.hf import inspect_folder, verify_weights
+    from grpo_jax.model.peft import inspect_adapter, with_adapters
     from grpo_jax.rewards import make_reward
     from grpo_jax.rollout import check_engine, shares_parameters
     from grpo_jax.run.devices import open_devices
@@ -144,6 +156,9 @@ def _run(args: Any, timers: Timers) -> None:
     with timers.within("read_inputs"):
         check_engine(config.rollout)
         folder = inspect_folder(args.model, config.model)
+        if args.adapter:
+            folder = dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
+            inspect_adapter(args.adapter, folder.config, folder)
         tokenizer = load_model_tokenizer(folder)
         prompts = _read_prompts(args, tokenizer)
         verify_weights(args.model)
@@ -179,10 +194,12 @@ def _longest(prompts: list[Prompt]) -> int:
 def _evaluate(
     args: Any, config: Config, folder: Any, tokenizer: Any, prompts: list[Prompt], reward: Any, mesh: Any
 ) -> Evaluation:
-    from grpo_jax.model.hf import load_params
+    import jax
+
+    from grpo_jax.learner.optimizer import read_leaf
     from grpo_jax.rollout import EngineError, SamplingParams, make_engine
     from grpo_jax.rollout.evaluation import evaluate
-    from grpo_jax.run.inputs import check_weights
+    from grpo_jax.run.inputs import check_weights, first_params
 
     engine = make_engine(
         config.rollout,
@@ -193,7 +210,7 @@ def _evaluate(
     )
     with contextlib.closing(engine):
         try:
-            params = load_params(folder, folder.config, mesh)
+            params = jax.tree.map(read_leaf, first_params(config, folder, folder.config, mesh))
             check_weights(params, folder.path)
             engine.load_weights(params, version=0)
             sampling = SamplingParams(args.num_samples, args.temperature, args.max_response_length)

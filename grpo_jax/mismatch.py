@@ -11,6 +11,7 @@ the numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
 
 
 def _run(config: Config, path: Path, args: Any) -> Comparison:
+    from grpo_jax.model.peft import with_adapters
     from grpo_jax.rollout import EngineError, check_engine, with_float32_head
     from grpo_jax.run.devices import open_devices
     from grpo_jax.run.hangs import watched
@@ -67,6 +69,7 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
         with timers.within("open_devices"):
             mesh = open_devices(config, inputs.model_config, engine=config.rollout)
         folder, prompts = with_kernel(inputs.model, config, mesh), inputs.train_prompts[: args.num]
+        folder = dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
         try:
             with timers.within("compare"):
                 return compare(config, folder, inputs.tokenizer, prompts, mesh, float32_head=second)

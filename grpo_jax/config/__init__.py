@@ -20,6 +20,7 @@ from grpo_jax.config.sections import (
     DataSection,
     EvalSection,
     LoggingSection,
+    LoraSection,
     MeshSection,
     ModelSection,
     OptimSection,

@@ -240,7 +240,18 @@ Rules = Iterator[tuple[bool, str, str]]
 
 def _check_combinations(config: Config) -> None:
     """The rules that look at several keys."""
-    for rules in (_sizes, _kl, _correction, _reward, _rollout, _sleep_and_sync, _data, _rollbacks, _names):
+    for rules in (
+        _sizes,
+        _lora,
+        _kl,
+        _correction,
+        _reward,
+        _rollout,
+        _sleep_and_sync,
+        _data,
+        _rollbacks,
+        _names,
+    ):
         for is_broken, key, rule in rules(config):
             if is_broken:
                 raise ConfigError(key, config.get(key), rule)
@@ -276,6 +287,13 @@ def _sizes(config: Config) -> Rules:
     is_float16 = config.model.dtype == "float16"
     for key in ("model.param_dtype", "optim.accumulator_dtype"):
         yield is_float16 and config.get(key) != "float32", key, rule
+
+
+def _lora(config: Config) -> Rules:
+    has_adapters = config.lora.rank > 0
+    yield has_adapters and not config.lora.targets, "lora.targets", "must name at least one set or layer"
+    rule = "needs lora.rank above 0: that of the folder"
+    yield bool(config.lora.path) and not has_adapters, "lora.path", rule
 
 
 def _kl(config: Config) -> Rules:

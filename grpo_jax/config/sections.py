@@ -56,10 +56,12 @@ NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
 """Of functions: `algorithm.load_algorithm` checks them."""
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
 REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `FILE.py:NAME`"
+TARGETS = "`all-linear`, `attention`, `mlp`, names as `q_proj`, patterns"
 ALL_LEFT = (-1, "all devices that are left")
 
 # What `only` says of several keys.
 RANDOM, FLOAT16, FLOAT32 = "model.path=random", "model.dtype=float16", "model.dtype=float32"
+LORA = "lora.rank>0"
 FILES, GENERATED = "arithmetic.num_train=0", "arithmetic.num_train>0"
 SFT = "sft.num_steps>0"
 CLIP, SAPO = "algorithm.policy_loss=clip", "algorithm.policy_loss=sapo"
@@ -87,6 +89,16 @@ class ModelSection:
     scan_layers: bool = key(True, "True: one compiled layer, quick to compile; False: unrolled, which can run faster")
     allow_beyond_max_position: bool = key(False, "True: sequences may exceed `max_position_embeddings`, as RoPE can extrapolate", resume=FREE)
     attention: str = key("auto", "the trainer's attention kernel; `auto`: what the devices have", choices="auto cudnn splash plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSection:
+    """Adapters beside frozen parameters (docs/lora.md)."""
+
+    rank: int = key(0, "r, width of the adapters; 0: none, every parameter is trained", at_least=0, resume=ARRAYS)
+    alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", above=0, only=LORA)
+    targets: tuple[str, ...] = key(("all-linear",), "layers that get one", rule=TARGETS, resume=ARRAYS, only=LORA)
+    path: str = key("", "PEFT folder to begin with; empty: adapters that add nothing yet", rule="a folder of this rank", only=LORA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +306,7 @@ class Config:
     """The whole configuration. `parse_config` makes one with every rule checked."""
 
     model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
     random_model: RandomModelSection = RandomModelSection()
     data: DataSection = DataSection()
     arithmetic: ArithmeticSection = ArithmeticSection()

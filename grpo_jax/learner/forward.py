@@ -21,6 +21,7 @@ from grpo_jax.learner.packing import Places, pack
 from grpo_jax.learner.replicas import AXIS, OWN, ROWS, WHOLE, each
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
+from grpo_jax.model.lora import join, split
 from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.types import Params, TrainBatch
@@ -57,7 +58,8 @@ class Kept:
 
     arrays: list[jax.Array]
     pullback: Callable[[list[jax.Array], Params], Any] = flax.struct.field(pytree_node=False)
-    """(arrays, parameters) -> the function from cotangents of the scores to gradients, as of `jax.vjp`."""
+    """(arrays, parameters) -> the function from cotangents of the scores to the trained parameters' gradients, as
+    of `jax.vjp`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +127,11 @@ def make_forward_step(
         rows = inputs[0].shape[0] // num_row_parts  # within a copy of the parameters
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
-        def scores(params: Params) -> Scores:
+        frozen, trained = split(params)
+
+        def scores(trained: Params) -> Scores:
             return token_scores(
-                params,
+                join(frozen, trained),
                 model,
                 inputs,
                 temperature=temperature,
@@ -135,7 +139,7 @@ def make_forward_step(
                 head_dtype=head_dtype,
             )
 
-        out, pullback = jax.vjp(scores, params)
+        out, pullback = jax.vjp(scores, trained)
         return out, _without_params(pullback, params)
 
     return ForwardStep(jax.jit(each(forward_pass, mesh, (WHOLE, ROWS), (ROWS, OWN))))

@@ -37,11 +37,13 @@ from grpo_jax.learner.batching import (
 )
 from grpo_jax.learner.forward import abstract_micro_batches, make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
+from grpo_jax.learner.optimizer import read_leaf
 from grpo_jax.learner.packing import Places, micro_batch_shape
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import num_words
+from grpo_jax.model.lora import abstract_frozen, join, split
 from grpo_jax.model.sharding import fetch, num_batch_shards
 from grpo_jax.model.transformer import largest_activations
 from grpo_jax.types import (
@@ -73,6 +75,8 @@ class Learner:
         self.model, self.mesh = model, mesh
         self.optimizer = make_optimizer(config.optim, model, mesh, num_steps * config.updates_per_step)
         self.reference = Reference(config.algorithm, model, mesh)
+        self.frozen = abstract_frozen(model, mesh)
+        """The parameters that are not trained, which policy and reference share; shapes until `init` or `hold`."""
         self._config, self._algorithm, self._timer = config, algorithm, timer
         self._shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
         self._forward = make_forward_step(
@@ -91,18 +95,24 @@ class Learner:
         )
 
     def init(self, params: Params) -> TrainState:
-        """A train state at step 0; the reference is a copy of its parameters. Args: as `Optimizer.init_state`."""
-        state = self.optimizer.init_state(params)
+        """A train state at step 0; the reference is a copy of it. Args: all, as `Optimizer.init_state` does."""
+        frozen, trained = split(params)
+        self.hold(frozen)
+        state = self.optimizer.init_state(trained)
         if self._config.uses_reference:
-            self.reference.copy_from(self.params(state))
+            self.reference.copy_from(state.params)
         return state
+
+    def hold(self, frozen: Params) -> None:
+        """Takes the parameters that are not trained: arrays, or functions that read them."""
+        self.frozen = jax.tree.map(read_leaf, frozen)
 
     def params(self, state: TrainState) -> Params:
         """The policy's parameters as the devices hold them: for engines and the reference."""
-        return state.params
+        return join(self.frozen, state.params)
 
     def masters(self, state: TrainState) -> Params:
-        """The policy's parameters as the optimizer changes them, perhaps on the host: for folders."""
+        """The policy's trained parameters as the optimizer changes them, perhaps on the host: for folders."""
         return self.optimizer.masters(state)
 
     def score(self, params: Params, batch: TrainBatch) -> np.ndarray:
@@ -117,24 +127,24 @@ class Learner:
         Args:    batch: the rollouts as `make_train_batch` lays them out, advantages 0.
         Returns: the new train state, and what the step leaves for the reports.
         """
-        batch = self.with_penalty_logprobs(batch, self.params(state))
+        batch = self.with_penalty_logprobs(batch, state)
         batch, penalty = self.with_advantages(batch, rollouts.rewards.rewards)
         batch = self.with_loss_terms(batch, rollouts)
         state, updates, use = self._run_updates(state, batch, step)
         metrics = merge_updates(updates, self._config.algorithm) | penalty
-        metrics |= self.move_reference(self.params(state), metrics, step + 1)
+        metrics |= self.move_reference(state.params, metrics, step + 1)
         return state, StepResult(rollouts, use, updates, metrics)
 
-    def with_penalty_logprobs(self, batch: TrainBatch, params: Params) -> TrainBatch:
+    def with_penalty_logprobs(self, batch: TrainBatch, state: TrainState) -> TrainBatch:
         """Adds the old and the reference log-probabilities where the rewards hold a KL penalty."""
         if self._config.algorithm.kl_in != "reward":
             return batch
         old: Any = batch.sampler_logprobs
         if self._config.needs_old_logprobs:
             with self._timer("old_log_prob"):
-                old = self.score(self._update.to_compute_dtype(params), batch)
+                old = self.score(self._computed(state.params), batch)
         with self._timer("ref"):
-            ref: Any = self.score(self.reference.on_device(), batch)
+            ref: Any = self.score(join(self.frozen, self.reference.on_device()), batch)
         return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
 
     def with_advantages(self, batch: TrainBatch, rewards: np.ndarray) -> tuple[TrainBatch, Metrics]:
@@ -165,7 +175,11 @@ class Learner:
         coef: Any = np.full(batch.tokens.shape, self.reference.kl_coef, np.float32)
         return dataclasses.replace(batch, kl_coef=coef)
 
-    def move_reference(self, params: Params, metrics: Metrics, steps_done: int) -> Metrics:
+    def _computed(self, trained: Params) -> Params:
+        """All parameters, in the dtype of the computation."""
+        return join(self.frozen, self._update.to_compute_dtype(trained))
+
+    def move_reference(self, trained: Params, metrics: Metrics, steps_done: int) -> Metrics:
         """Adapts the KL's coefficient and refreshes the reference, where configured; returns their metrics."""
         reference = self.reference
         changed: Metrics = {}
@@ -174,7 +188,7 @@ class Learner:
             kl = metrics["kl/reward_penalty"] if "kl/reward_penalty" in metrics else metrics["kl/mean"]
             reference.adapt(kl, self._config.completions_per_step)
         if reference.is_refreshed:
-            changed["kl/is_refreshed"] = int(reference.refresh(params, steps_done))
+            changed["kl/is_refreshed"] = int(reference.refresh(trained, steps_done))
         return changed
 
     # ---- updates ----
@@ -212,7 +226,7 @@ class Learner:
         with self._timer("update_actor"):
             for _ in range(actor.num_epochs):
                 for minibatch in placed:
-                    state, update_metrics, marks = self._update.accounted(state, minibatch)
+                    state, update_metrics, marks = self._update.accounted(state, minibatch, self.frozen)
                     metrics.append(update_metrics)
                     weighing.append(marks)
         for phase, field in missing:
@@ -238,21 +252,22 @@ class Learner:
         """Puts the policy's or the reference's log-probabilities into a field of every micro-batch."""
         # Nothing outside this function holds these parameters: they must not stay in memory during the updates.
         is_old = field == "old_logprobs"
-        params = self._update.to_compute_dtype(self.params(state)) if is_old else self.reference.on_device()
+        params = self._computed(state.params) if is_old else join(self.frozen, self.reference.on_device())
         score = lambda micro: dataclasses.replace(micro, **{field: self._forward.score(params, micro)})
         return [[score(micro) for micro in minibatch] for minibatch in placed]
 
     # ---- before the first step ----
 
-    def overflowing_layer(self, params: Params, batch: TrainBatch) -> int | None:
+    def overflowing_layer(self, state: TrainState, batch: TrainBatch) -> int | None:
         """The first layer, counted from 0, whose results are beyond the range of the dtype; None: all are within.
 
         Args: batch: of the host; as many of its rows are looked at as a micro-batch has.
         """
         micro = to_micro_batches(batch, self._shape, self.mesh)[0][0]
         look = jax.jit(largest_activations, static_argnames="config")
-        params = self._update.to_compute_dtype(params)
-        largest = look(params, self.model, micro.tokens, micro.positions, micro.segment_ids)
+        largest = look(
+            self._computed(state.params), self.model, micro.tokens, micro.positions, micro.segment_ids
+        )
         beyond = np.flatnonzero(~np.isfinite(fetch(largest)))
         return int(beyond[0]) if len(beyond) else None
 
@@ -275,7 +290,8 @@ class Learner:
         example = self._with_loss_weights(add_token_ages(example, [], 0))
         [micro] = abstract_micro_batches(example, self._shape, self.mesh)
         state = self.optimizer.abstract_state()
-        params = self._update.compile_params(state.params)
+        trained = self._update.compile_params(state.params)
+        params = join(self.frozen, trained)
         sizes = {}
         if missing:
             ((logprobs, _), _), sizes["score"] = self._forward.compile(params, micro)
@@ -283,9 +299,10 @@ class Learner:
         sizes |= self._update.compile(self.optimizer, params, micro)
         # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.
         reference = device_bytes(self.reference.abstract()) if self._config.uses_reference else 0
-        copy = 0 if params is state.params else device_bytes(params)
+        copy = 0 if trained is state.params else device_bytes(trained)
         held = device_bytes(state if copy else state.opt_state)
-        beside = {"score": held + reference, "update": held + reference, "optimizer": copy + reference}
+        waiting = copy + device_bytes(self.frozen) + reference
+        beside = {"score": held + reference, "update": held + reference, "optimizer": waiting}
         return {phase: size + beside[phase] for phase, size in sizes.items()}
 
 

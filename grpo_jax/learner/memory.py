@@ -24,8 +24,9 @@ from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.logprobs import num_words
+from grpo_jax.model.lora import join, num_trained, split
 from grpo_jax.model.sharding import MESH_AXES, num_batch_shards
-from grpo_jax.model.transformer import abstract_params, param_shardings
+from grpo_jax.model.transformer import abstract_params, num_params, param_shardings
 
 COPY = "parameters to compute with"
 """A copy in `model.dtype`, where they are held in another."""
@@ -86,9 +87,9 @@ def plan_memory(
         sampling: what an engine on the trainer's own arrays takes beside them, by name; None: there is none.
     """
     on_a_device = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape))
-    sizes = jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0])
-    parameters = sum(jax.tree.leaves(sizes))
-    held, host = held_bytes(config, model, parameters)
+    frozen, sizes = split(jax.tree.map(on_a_device, param_shardings(model, mesh), abstract_params(model)[0]))
+    parameters = sum(jax.tree.leaves(sizes))  # that are trained
+    held, host = held_bytes(config, model, parameters, num_frozen=sum(jax.tree.leaves(frozen)))
     rows, length = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
     rows //= num_batch_shards(mesh)
     computed = jnp.dtype(model.dtype).itemsize
@@ -137,7 +138,7 @@ def _largest_at_once(
     logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
-    gradient = words * model.hidden_size * 4
+    gradient = 0 if model.lora else words * model.hidden_size * 4
     in_update = {
         "a layer computed again": once,
         "logits, the head and its gradient": head + logits + logits // 2 + gradient,
@@ -160,13 +161,26 @@ def _largest(sizes: dict[str, int]) -> dict[str, int]:
     return {name: sizes[name]}
 
 
-def held_bytes(config: Config, model: ModelConfig, num_params: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that so many parameters take from step to step, on the device and on the host, by name."""
+def held_bytes(
+    config: Config, model: ModelConfig, num_params: int, *, num_frozen: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that parameters take from step to step, on the device and on the host, by name.
+
+    Args: num_params: that are trained; num_frozen: that are not, which the reference shares.
+    """
     held, host = optimizer_class(config.optim).held_bytes(config.optim, model, num_params)
+    if num_frozen:
+        held = {"frozen parameters": num_frozen * jnp.dtype(model.param_dtype).itemsize} | held
     if config.uses_reference:
         reference = num_params * jnp.dtype(model.dtype).itemsize
         (host if config.algorithm.ref_offload else held)["reference"] = reference
     return held, host
+
+
+def held_in_all(config: Config, model: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """`held_bytes` of the whole model, as if one device had all of it."""
+    trained = num_trained(model)
+    return held_bytes(config, model, trained, num_frozen=num_params(model) - trained)
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,13 +188,17 @@ def kept_for_backward(model: ModelConfig, rows: int, length: int) -> int:
     """Bytes that the forward pass of one micro-batch [rows, length] keeps, the parameters not counted."""
     if model.attention == "cudnn":
         model = dataclasses.replace(model, attention=kept_by_cudnn)
-    params = abstract_params(dataclasses.replace(model, param_dtype=model.dtype))[0]
+    stored = dataclasses.replace(model, param_dtype=model.dtype).with_trained_dtype(model.dtype)
+    params = abstract_params(stored)[0]
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def pullback(params: Any, tokens: Any) -> Any:
         inputs = (tokens, tokens, tokens, None)
-        score = lambda params: token_scores(params, model, inputs, temperature=1.0, chunk_columns=1)
-        return jax.vjp(score, params)[1]
+        frozen, trained = split(params)
+        options: Any = dict(temperature=1.0, chunk_columns=1)
+        return jax.vjp(
+            lambda trained: token_scores(join(frozen, trained), model, inputs, **options), trained
+        )[1]
 
     # As on one device, whatever mesh the caller is within: the rows are those of one device already.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):

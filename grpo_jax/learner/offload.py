@@ -1,12 +1,11 @@
 """Optimizer state and reference in the host's memory: `optim.offload` and `algorithm.ref_offload`.
 
 With `optim.offload`, a device holds only the parameters from step to step, in the dtype of the computation. The
-parameters in `model.param_dtype` (the masters) and Adam's moments lie in pinned memory of the host. An update
+parameters in `model.trained_dtype` (the masters) and Adam's moments lie in pinned memory of the host. An update
 copies the state of one parameter, all its layers, to the device, changes it there, and copies it back before the
 next one: the device needs room for the largest only, and every byte of the state crosses the bus twice.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -19,8 +18,8 @@ from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer, read_leaf
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.lora import abstract_trained, trained_shardings
 from grpo_jax.model.sharding import abstract_like, replicated
-from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import Metrics, Params, TrainState
 
 HOST = "pinned_host"
@@ -31,7 +30,7 @@ class LeafState:
     """The optimizer's state of one parameter."""
 
     master: Any
-    """The parameter in `ModelConfig.param_dtype`; None where the device holds it in that dtype."""
+    """The parameter in `ModelConfig.trained_dtype`; None where the device holds it in that dtype."""
     inner: Any
     """The optax state of an optimizer of this parameter alone."""
 
@@ -66,16 +65,16 @@ class HostOptimizer(Optimizer):
     @staticmethod
     def stored_model(model: ModelConfig) -> ModelConfig:
         """See `Optimizer`: in the dtype of the computation, if that is narrower."""
-        is_narrower = jnp.dtype(model.dtype).itemsize < jnp.dtype(model.param_dtype).itemsize
-        return dataclasses.replace(model, param_dtype=model.dtype) if is_narrower else model
+        is_narrower = jnp.dtype(model.dtype).itemsize < jnp.dtype(model.trained_dtype).itemsize
+        return model.with_trained_dtype(model.dtype) if is_narrower else model
 
     @staticmethod
     def held_bytes(
         section: OptimSection, model: ModelConfig, num_params: int
     ) -> tuple[dict[str, int], dict[str, int]]:
         """See `Optimizer`."""
-        held = num_params * jnp.dtype(HostOptimizer.stored_model(model).param_dtype).itemsize
-        masters = num_params * jnp.dtype(model.param_dtype).itemsize
+        held = num_params * jnp.dtype(HostOptimizer.stored_model(model).trained_dtype).itemsize
+        masters = num_params * jnp.dtype(model.trained_dtype).itemsize
         moments = 2 * num_params * jnp.dtype(section.moments_dtype).itemsize
         on_the_host = {"master parameters": masters} if masters != held else {}
         return {"parameters": held}, on_the_host | {"Adam's moments": moments}
@@ -91,13 +90,13 @@ class HostOptimizer(Optimizer):
 
     def _init_leaf(self, param: jax.Array) -> LeafState:
         """The state of one parameter at step 0."""
-        param = param.astype(self._model.param_dtype)
+        param = param.astype(self._model.trained_dtype)
         has_master = self.stored_model(self._model) != self._model
         return LeafState(param if has_master else None, self._adamw.init(param))
 
     def _abstract_leaves(self) -> Any:
         """Shape and dtype of every leaf of the state."""
-        params = abstract_params(self._model)[0]
+        params = abstract_trained(self._model)
         return jax.eval_shape(lambda params: jax.tree.map(self._init_leaf, params), params)
 
     def shardings(self) -> TrainState:
@@ -109,18 +108,18 @@ class HostOptimizer(Optimizer):
             )
             return jax.tree.map(place, state)
 
-        params = param_shardings(self._model, self._mesh)
-        moments = jax.tree.map(of_leaf, abstract_params(self._model)[0], self._abstract_leaves(), params)
+        params = trained_shardings(self._model, self._mesh)
+        moments = jax.tree.map(of_leaf, abstract_trained(self._model), self._abstract_leaves(), params)
         return self._state_shardings(params, moments)
 
     def abstract_state(self) -> TrainState:
         """See `Optimizer`."""
-        params = abstract_params(self.stored_model(self._model))[0]
+        params = abstract_trained(self.stored_model(self._model))
         return self._abstract_state(params, self._abstract_leaves())
 
     def init_state(self, params: Params) -> TrainState:
         """See `Optimizer`; read, made and put away a parameter at a time."""
-        dtype, shardings = self.stored_model(self._model).param_dtype, self.shardings()
+        dtype, shardings = self.stored_model(self._model).trained_dtype, self.shardings()
 
         def make(param: Any, sharding: Any, target: LeafState) -> tuple[jax.Array, LeafState]:
             param = read_leaf(param)

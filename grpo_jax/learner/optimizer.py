@@ -20,8 +20,8 @@ from grpo_jax.config import OptimSection
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.loss_scale import LossScaling
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.lora import abstract_trained, trained_shardings
 from grpo_jax.model.sharding import abstract_like, place, replicated
-from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import LossScale, Metrics, Params, TrainState
 
 Schedule = Callable[[Any], Any]
@@ -36,7 +36,7 @@ Apply = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class Optimizer(abc.ABC):
-    """AdamW over the parameters of one model."""
+    """AdamW over the parameters of one model that are trained."""
 
     is_on_host: ClassVar[bool]
     """Whether the state is in the host's memory, with no room for a copy of it there."""
@@ -63,7 +63,10 @@ class Optimizer(abc.ABC):
     def held_bytes(
         section: OptimSection, model: ModelConfig, num_params: int
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes from step to step of parameters and state, by name: on the device, and in the host's memory."""
+        """Bytes from step to step of parameters and state, by name: on the device, and in the host's memory.
+
+        Args: num_params: that are trained.
+        """
 
     @staticmethod
     @abc.abstractmethod
@@ -86,12 +89,12 @@ class Optimizer(abc.ABC):
         """A train state at step 0.
 
         Args: params: arrays, which the first update may donate, or functions that read them (`hf.param_readers`),
-            so that no more are held at once than have to be. In `param_dtype`: what is rounded stays so.
+            so that no more are held at once than have to be. In `trained_dtype`: what is rounded stays so.
         """
 
     @abc.abstractmethod
     def masters(self, state: TrainState) -> Params:
-        """The parameters as the optimizer changes them, `ModelConfig.param_dtype`: on the devices or the host."""
+        """The parameters as the optimizer changes them, in `trained_dtype`: on the devices or the host."""
 
     @abc.abstractmethod
     def make_apply(self, check: GradientCheck) -> Apply:
@@ -179,7 +182,7 @@ class DeviceOptimizer(Optimizer):
     ) -> tuple[dict[str, int], dict[str, int]]:
         """See `Optimizer`."""
         moments = 2 * num_params * jnp.dtype(section.moments_dtype).itemsize
-        parameters = num_params * jnp.dtype(model.param_dtype).itemsize
+        parameters = num_params * jnp.dtype(model.trained_dtype).itemsize
         return {"parameters": parameters, "Adam's moments": moments}, {}
 
     @staticmethod
@@ -189,8 +192,8 @@ class DeviceOptimizer(Optimizer):
 
     def shardings(self) -> TrainState:
         """See `Optimizer`."""
-        params = param_shardings(self._model, self._mesh)
-        abstract = jax.eval_shape(self._adamw.init, abstract_params(self._model)[0])
+        params = trained_shardings(self._model, self._mesh)
+        abstract = jax.eval_shape(self._adamw.init, abstract_trained(self._model))
         opt_state = optax.tree_map_params(
             self._adamw,
             lambda _, s: s,
@@ -202,7 +205,7 @@ class DeviceOptimizer(Optimizer):
 
     def abstract_state(self) -> TrainState:
         """See `Optimizer`."""
-        params = abstract_params(self._model)[0]
+        params = abstract_trained(self._model)
         return self._abstract_state(params, jax.eval_shape(self._adamw.init, params))
 
     def init_state(self, params: Params) -> TrainState:

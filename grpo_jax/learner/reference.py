@@ -1,6 +1,8 @@
 """The reference model and the coefficient of the KL, both of which may change from step to step.
 
-Where they do, they are part of a checkpoint, so that a run goes on with the very same bits.
+Where they do, they are part of a checkpoint, so that a run goes on with the very same bits. Parameters that are
+frozen anyway are the policy's own: with LoRA, the reference is adapters of another time, at first some that add
+nothing.
 """
 
 import jax
@@ -11,8 +13,8 @@ from grpo_jax.algorithm.kl import adapted_kl_coef
 from grpo_jax.config import AlgorithmSection
 from grpo_jax.learner.offload import on_host, to_host
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.lora import abstract_trained, trained_shardings
 from grpo_jax.model.sharding import abstract_like
-from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.types import Params
 
 
@@ -22,9 +24,9 @@ class Reference:
     def __init__(self, section: AlgorithmSection, model: ModelConfig, mesh: Mesh):
         self.kl_coef = section.kl_coef
         self.params: Params = None
-        """None without a KL term."""
+        """Those that are trained; None without a KL term."""
         self._section, self._model = section, model
-        self._shardings = param_shardings(model, mesh)
+        self._shardings = trained_shardings(model, mesh)
 
     @property
     def is_refreshed(self) -> bool:
@@ -37,7 +39,7 @@ class Reference:
         return self._section.kl_target > 0
 
     def copy_from(self, policy: Params) -> None:
-        """Makes a copy of the policy's parameters the reference."""
+        """Makes a copy of the policy's trained parameters the reference."""
         self.params = None  # frees the old ones before the new ones are made
         if self._section.ref_offload:
             self.params = to_host(policy, self._shardings, self._model.dtype)
@@ -49,7 +51,7 @@ class Reference:
     def abstract(self) -> Params:
         """Shape, dtype and sharding of the parameters as they are kept."""
         cast = lambda x: jax.ShapeDtypeStruct(x.shape, self._model.dtype)
-        shapes = jax.tree.map(cast, abstract_params(self._model)[0])
+        shapes = jax.tree.map(cast, abstract_trained(self._model))
         shardings = on_host(self._shardings) if self._section.ref_offload else self._shardings
         return abstract_like(shapes, shardings)
 

@@ -10,12 +10,13 @@ import math
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
-from grpo_jax.learner.memory import held_bytes, kept_for_backward
+from grpo_jax.learner.memory import held_bytes, held_in_all, kept_for_backward
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.model.fused_attention import max_sequences
+from grpo_jax.model.lora import num_trained
 from grpo_jax.model.transformer import num_params
 from grpo_jax.types import Workload
 
@@ -71,7 +72,7 @@ def expected_seconds(
     if config.needs_old_logprobs:
         seconds["old_log_prob"] = score
     if config.uses_reference:
-        reference = held_bytes(config, model, num_params(model))[1].get("reference", 0)
+        reference = held_in_all(config, model)[1].get("reference", 0)
         seconds["ref"] = score + reference / split["fsdp"] / card.bus
     update = updates * update_seconds(config, model, card, shapes, split)
     # The host hands over the update while the device still scores; the wait for these kernels is the update's.
@@ -114,8 +115,10 @@ def update_seconds(
     """Of one update: the gradients of all micro-batches, and the optimizer."""
     again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[model.remat]
     layers, head = layer_weights(model), head_weights(model)
+    # Forward, backward for the activations, and for what is trained; adapters' products are too few to count.
+    passes_of_weights = 4 if model.lora else 6
     # The head's backward pass computes the logits again.
-    products = (6 + 2 * again) * layers + (6 + 2) * head
+    products = (passes_of_weights + 2 * again) * layers + (passes_of_weights + 2) * head
     attention = attention_flops(model, shapes) * (1 + BACKWARD_ATTENTION + (model.remat == "full"))
     passes = 3 + (model.remat != "none")  # forward, backward as two, and what is computed again
     kept = shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -155,23 +158,25 @@ def gradient_bytes(config: Config, model: ModelConfig, again: int) -> int:
     computed = jnp.dtype(model.dtype).itemsize
     sums = jnp.dtype(config.optim.accumulator_dtype).itemsize
     # Parameters forward and backward, the gradients written and read, their sums read and written.
-    return num_params(model) * ((2 + again + 2) * computed + 2 * sums)
+    return num_params(model) * (2 + again) * computed + num_trained(model) * (2 * computed + 2 * sums)
 
 
 def exchanged_bytes(model: ModelConfig, split: dict[str, int]) -> float:
     """Sent by each device for each micro-batch: gradients summed over copies; parameters gathered over splits."""
-    size = _parameter_bytes(model)
-    data, fsdp = split["data"], split["fsdp"]
-    gathered = 3 * size * (1 - 1 / fsdp)  # forward, backward, and the gradients in the other direction
-    return gathered + 2 * size / fsdp * (1 - 1 / data)
+    size, data, fsdp = _parameter_bytes(model), split["data"], split["fsdp"]
+    gradients = num_trained(model) * jnp.dtype(model.dtype).itemsize
+    gathered = (2 * size + gradients) * (
+        1 - 1 / fsdp
+    )  # forward, backward; the gradients in the other direction
+    return gathered + 2 * gradients / fsdp * (1 - 1 / data)
 
 
 def optimizer_seconds(config: Config, model: ModelConfig, card: Card, split: dict[str, int]) -> float:
     """The state read and written, over the bus where it is on the host; the gradients read twice."""
-    held, host = held_bytes(config, model, num_params(model))
+    held, host = held_bytes(config, model, num_trained(model), num_frozen=0)
     on_host = sum(size for name, size in host.items() if name != "reference")
     state = sum(size for name, size in held.items() if name != "reference") + on_host
-    gradients = num_params(model) * jnp.dtype(config.optim.accumulator_dtype).itemsize
+    gradients = num_trained(model) * jnp.dtype(config.optim.accumulator_dtype).itemsize
     moved = 2 * state + 2 * gradients
     return (moved / card.copying + 2 * on_host / card.bus) / split["fsdp"]
 

@@ -25,8 +25,8 @@ from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer
 from grpo_jax.learner.replicas import AXIS, OWN, ROWS, WHOLE, each, has_copies, own_shardings
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.lora import NOTHING, join, split, trained_shardings
 from grpo_jax.model.sharding import replicated
-from grpo_jax.model.transformer import param_shardings
 from grpo_jax.types import Metrics, Params, TrainBatch, TrainState
 
 LossFn = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, LossMetrics]]
@@ -35,7 +35,9 @@ LossFn = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, LossMetri
 
 @dataclasses.dataclass(frozen=True)
 class UpdateStep:
-    """One optimizer step on a mini-batch: `update(state, micro_batches) -> (state, metrics)`.
+    """One optimizer step on a mini-batch: `update(state, micro_batches, frozen) -> (state, metrics)`.
+
+    frozen: the parameters that are not in the state, in the dtype of the computation; see `lora.split`.
 
     Where the loss or a gradient is not finite, parameters and optimizer stay as they were, and the metric
     "actor/skipped_updates" is 1; or "actor/overflows", where only the scale of the loss was too large. The
@@ -43,7 +45,7 @@ class UpdateStep:
     """
 
     to_compute_dtype: Callable[[Params], Params]
-    """Parameters -> those that the micro-batches compute with, in the dtype of the computation."""
+    """Trained parameters -> those that the micro-batches compute with, in the dtype of the computation."""
     forward: ForwardStep
     zeros: Any
     """(params, micro-batch) -> the empty sum of gradients and metrics; reads shapes only."""
@@ -56,15 +58,17 @@ class UpdateStep:
     weigh: Any = None
     """(log-probabilities, micro-batch) -> [R, T] bool, the tokens that weigh in the policy loss; None: all do."""
 
-    def __call__(self, state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, Metrics]:
-        state, metrics, _ = self.accounted(state, micro_batches)
+    def __call__(
+        self, state: TrainState, micro_batches: Sequence[TrainBatch], frozen: Params = NOTHING
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics, _ = self.accounted(state, micro_batches, frozen)
         return state, metrics
 
     def accounted(
-        self, state: TrainState, micro_batches: Sequence[TrainBatch]
+        self, state: TrainState, micro_batches: Sequence[TrainBatch], frozen: Params
     ) -> tuple[TrainState, Metrics, list[jax.Array]]:
         """The update, and the tokens of each micro-batch that weigh in the policy loss; []: all do."""
-        params, weighing = self.to_compute_dtype(state.params), []
+        params, weighing = join(frozen, self.to_compute_dtype(state.params)), []
         total = self.zeros(params, micro_batches[0])
         for micro in micro_batches:
             total, logprobs = self._add_gradients(params, total, micro, state)
@@ -81,14 +85,14 @@ class UpdateStep:
         return self.backward(params, kept, scores, total, micro, state.loss_scale), scores[0]
 
     def compile_params(self, params: Params) -> Params:
-        """Compiles `to_compute_dtype` for abstract parameters, and returns its abstract result."""
+        """Compiles `to_compute_dtype` for abstract trained parameters, and returns its abstract result."""
         is_jitted = hasattr(self.to_compute_dtype, "lower")
         return compile_ahead(self.to_compute_dtype, params)[0] if is_jitted else params
 
     def compile(self, optimizer: Optimizer, params: Params, micro: TrainBatch) -> dict[str, int]:
         """Compiles the other programs. Returns bytes by phase, as `Learner.compile`.
 
-        Args: params: those that `to_compute_dtype` returns; both may be `jax.ShapeDtypeStruct`s with shardings.
+        Args: params: all, as the micro-batches compute with; both may be `jax.ShapeDtypeStruct`s with shardings.
         """
         loss_scale = optimizer.abstract_state().loss_scale
         total, _ = compile_ahead(self.zeros, params, micro)
@@ -116,7 +120,7 @@ def make_update_step(
         scores = jax.ShapeDtypeStruct(micro.tokens.shape, jnp.float32)
         metrics = jax.eval_shape(loss_fn, scores, scores, micro)[1]
         return (
-            jax.tree.map(lambda x: jnp.zeros(x.shape, optim.accumulator_dtype), params),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, optim.accumulator_dtype), split(params)[1]),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics),
         )
 
@@ -132,7 +136,7 @@ def make_update_step(
             add = lambda total, grad: (total.astype(jnp.float32) + grad).astype(total.dtype)
             return jax.tree.map(add, total[0], grads), total[1].merge(metrics)
 
-    sums = (param_shardings(model, mesh), replicated(mesh))
+    sums = (trained_shardings(model, mesh), replicated(mesh))
     own = own_shardings(sums, mesh)
     return UpdateStep(
         to_compute_dtype=make_cast(optimizer.stored_model(model), mesh),
@@ -186,11 +190,11 @@ def make_gradient_check(optim: OptimSection, optimizer: Optimizer) -> GradientCh
 
 
 def make_cast(config: ModelConfig, mesh: Mesh) -> Callable[[Params], Params]:
-    """Returns the function that casts parameters once an update, and not once a micro-batch."""
-    if config.dtype == config.param_dtype:
+    """Returns the function that casts trained parameters once an update, and not once a micro-batch."""
+    if config.dtype == config.trained_dtype:
         return lambda params: params
 
     def cast(params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(config.dtype), params)
 
-    return jax.jit(cast, out_shardings=param_shardings(config, mesh))
+    return jax.jit(cast, out_shardings=trained_shardings(config, mesh))

@@ -78,6 +78,16 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, width) @ kernel.astype(x.dtype)).reshape(batch, length, -1)
 
 
+def _project_again(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same, but what remat "dots" computes again: it keeps no product with a batch dimension, and here is one.
+
+    Kept, what an adapter adds would be as large as what it is added to, for a product of r columns.
+    """
+    batch, length, width = x.shape
+    rows, dimensions = x.reshape(1, -1, width), (((2,), (1,)), ((0,), (0,)))
+    return jax.lax.dot_general(rows, kernel.astype(x.dtype)[None], dimensions).reshape(batch, length, -1)
+
+
 def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     """Returns a mask that is True where key column <= query column and both belong to the same sequence.
 
@@ -119,6 +129,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 NORMAL, ONES, ZEROS = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
 
 
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What peft begins A of an adapter with: kaiming_uniform with a=sqrt(5). Args: shape: (inputs..., r)."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def parameter(module: nn.Module, name: str, dtype: Any, initializer: Any, **axes: int) -> jax.Array:
     """Declares a parameter of `module`. Args: axes: size of each dimension by its logical axis, in order."""
     partitioned = nn.with_logical_partitioning(initializer, tuple(axes))
@@ -130,6 +146,9 @@ def linear(
 ) -> jax.Array:
     """Declares a kernel of `module`, with the dtype of its `config`, and multiplies by it. All layers' kernels do.
 
+    A kernel among the targets of `config.lora` has an adapter beside it, "NAME_lora_a" (*inputs, r) and
+    "NAME_lora_b" (r, *outputs), whose product is added: x W + scale (x A) B.
+
     Args:
         x: [B, T, ...], its last dimensions those of `inputs`, or these as one.
         inputs, outputs: size of each dimension of the kernel by its logical axis, in order.
@@ -139,7 +158,15 @@ def linear(
     kernel = parameter(module, name, config.param_dtype, NORMAL, **inputs, **outputs)
     rows = x.shape[:2]
     width = math.prod(inputs.values())
-    return project(x.reshape(*rows, width), kernel.reshape(width, -1)).reshape(*rows, *outputs.values())
+    x = x.reshape(*rows, width)
+    y = project(x, kernel.reshape(width, -1))
+    lora = config.lora
+    if lora is not None and name in lora.targets:
+        rank = {"lora_rank": lora.rank}
+        a = parameter(module, f"{name}_lora_a", lora.param_dtype, _uniform, **inputs, **rank)
+        b = parameter(module, f"{name}_lora_b", lora.param_dtype, ZEROS, **rank, **outputs)
+        y = y + lora.scale * _project_again(project(x, a.reshape(width, -1)), b.reshape(lora.rank, -1))
+    return y.reshape(*rows, *outputs.values())
 
 
 class Attention(nn.Module):

@@ -41,6 +41,19 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters beside a model's kernels, the only parameters that are trained. arXiv:2106.09685."""
+
+    rank: int
+    scale: float
+    """Of A B, what is added to a kernel: alpha / rank."""
+    targets: tuple[str, ...]
+    """The kernels that have one, by their names in the parameter tree."""
+    param_dtype: Any = jnp.float32
+    """Of the adapters that the optimizer changes."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one model, and how it computes."""
 
@@ -60,11 +73,25 @@ class ModelConfig:
     dtype: Any = jnp.float32
     """Of activations and matrix products."""
     param_dtype: Any = jnp.float32
+    """Of the parameters; with `lora`, of those that are frozen."""
     remat: str = "none"
     """"none", or a key of `transformer.REMAT_POLICIES`."""
     scan_layers: bool = True
     attention: str | Callable[..., Any] = "plain"
     """Kernel for whole rows: as `fused_attention.choose_kernel` returns it, or a function like those kernels."""
+    lora: Lora | None = None
+    """None: every parameter is trained."""
+
+    @property
+    def trained_dtype(self) -> Any:
+        """Of the parameters that the optimizer changes."""
+        return self.param_dtype if self.lora is None else self.lora.param_dtype
+
+    def with_trained_dtype(self, dtype: Any) -> "ModelConfig":
+        """The same model with another `trained_dtype`."""
+        if self.lora is None:
+            return dataclasses.replace(self, param_dtype=dtype)
+        return dataclasses.replace(self, lora=dataclasses.replace(self.lora, param_dtype=dtype))
 
 
 def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> ModelConfig:

@@ -13,7 +13,7 @@ import logging
 import math
 import operator
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from safetensors.numpy import save_file
 
 from grpo_jax.config import ConfigError, ModelSection
 from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_hf_config
+from grpo_jax.model.lora import adapter_of, merged, scale_of
 from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import abstract_params, param_shardings
-from grpo_jax.storage.files import replace_folder, temporary_beside
-from grpo_jax.storage.manifest import NAME, damage, has_manifest, write_manifest
+from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder
 from grpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,9 @@ def inspect_folder(path: str | Path, section: ModelSection | None = None) -> Mod
     if not folder.is_dir():
         fetch = f"`hf download OWNER/NAME --local-dir {path}` fetches a model from the hub"
         raise ConfigError(KEY, str(path), f"there is no such folder; {fetch}")
+    if (folder / "adapter_config.json").exists():
+        rule = "holds an adapter (adapter_config.json): it is for lora.path, and its model for model.path"
+        raise ConfigError(KEY, str(path), rule)
     hf = read_json(folder / "config.json")
     config = parse_hf_config(hf, section)
     tensors = _read_headers(folder)
@@ -161,21 +164,22 @@ def verify_weights(path: str | Path) -> None:
         raise ConfigError(KEY, str(path), f"is damaged: {reason}; changed on purpose, remove its {NAME}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, key: str = KEY) -> dict[str, Any]:
     """Reads a JSON object of a model's folder.
 
+    Args:   key: that errors name.
     Raises: ConfigError: the file is missing or holds something else.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(KEY, str(path), "this file is missing from the model's folder") from None
+        raise ConfigError(key, str(path), "this file is missing from the folder") from None
     except OSError as error:
-        raise ConfigError(KEY, str(path), f"cannot be read ({error.strerror})") from None
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(KEY, str(path), f"is not JSON ({error})") from None
+        raise ConfigError(key, str(path), f"is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ConfigError(KEY, str(path), "is not a JSON object")
+        raise ConfigError(key, str(path), "is not a JSON object")
     return content
 
 
@@ -184,7 +188,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     files = _shards(index) if index.exists() else ["model.safetensors"]
     tensors: dict[str, StoredTensor] = {}
     for name in files:
-        tensors.update(_read_header(folder / name))
+        tensors.update(read_header(folder / name))
     return tensors
 
 
@@ -198,19 +202,23 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """Reads names, shapes and dtypes of one safetensors file. `safe_open` checks that the file is complete."""
+def read_header(file: Path, key: str = KEY) -> dict[str, StoredTensor]:
+    """Reads names, shapes and dtypes of one safetensors file. `safe_open` checks that the file is complete.
+
+    Args:   key: that errors name.
+    Raises: ConfigError: it is missing or damaged.
+    """
     try:
         if not file.exists():
-            raise ConfigError(KEY, str(file), "this weights file is missing; is the download complete?")
+            raise ConfigError(key, str(file), "this weights file is missing; is the download complete?")
         with safe_open(file, framework="np") as content:
             names = content.keys()
             slices = {name: content.get_slice(name) for name in names}
             return {n: StoredTensor(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except OSError as error:
-        raise ConfigError(KEY, str(file), f"cannot be read ({error})") from None
+        raise ConfigError(key, str(file), f"cannot be read ({error})") from None
     except SafetensorError as error:
-        raise ConfigError(KEY, str(file), _what_is_wrong(str(error), file.stat().st_size)) from None
+        raise ConfigError(key, str(file), _what_is_wrong(str(error), file.stat().st_size)) from None
 
 
 def _what_is_wrong(error: str, size: int) -> str:
@@ -258,32 +266,39 @@ def _eos_token_ids(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
 
 
 def load_params(folder: ModelFolder, config: ModelConfig, mesh: Mesh) -> Params:
-    """Reads the weights into sharded arrays of `config.param_dtype`, one tensor at a time."""
+    """Reads the weights into sharded arrays of `config.param_dtype`, one tensor at a time; no adapters."""
     return jax.tree.map(lambda read: read(), param_readers(folder, config, mesh))
 
 
 def param_readers(folder: ModelFolder, config: ModelConfig, mesh: Mesh) -> Params:
     """A tree like the parameters, with a function in the place of each that reads it as `load_params` does."""
+    return tensor_readers(tensor_specs(config), folder.tensors, config, mesh)
+
+
+def tensor_readers(
+    specs: Iterable[TensorSpec], tensors: dict[str, StoredTensor], config: ModelConfig, mesh: Mesh
+) -> Params:
+    """The same of some parameters, from the files of their tensors."""
     shapes, shardings = abstract_params(config)[0], param_shardings(config, mesh)
     readers: dict[tuple[str, ...], Any] = {}
-    for spec in tensor_specs(config):
+    for spec in specs:
         leaf, sharding = spec.of(shapes), spec.of(shardings)
         if spec.is_stacked:
-            readers[spec.path] = functools.partial(_read_stacked, folder, spec, leaf, sharding)
+            readers[spec.path] = functools.partial(_read_stacked, tensors, spec, leaf, sharding)
         else:
-            readers[spec.path] = functools.partial(_read_tensor, folder, spec.name, spec, leaf, sharding)
+            readers[spec.path] = functools.partial(_read_tensor, tensors, spec.name, spec, leaf, sharding)
     return unflatten_dict(readers)
 
 
 def _read_stacked(
-    folder: ModelFolder, spec: TensorSpec, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+    tensors: dict[str, StoredTensor], spec: TensorSpec, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.Array:
     """Fills a parameter that is stacked over layers in place, so that only one layer is ever held twice."""
     stacked = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     one_layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for i in range(leaf.shape[0]):
-        layer = _read_tensor(folder, spec.name.format(i), spec, one_layer, layer_sharding)
+        layer = _read_tensor(tensors, spec.name.format(i), spec, one_layer, layer_sharding)
         # Waiting keeps the host from reading ahead: dispatched but unfinished copies would fill its memory.
         stacked = jax.block_until_ready(_insert(stacked, layer, i, sharding=sharding))
     return stacked
@@ -296,10 +311,14 @@ def _insert(stacked: jax.Array, layer: jax.Array, i: int, *, sharding: NamedShar
 
 
 def _read_tensor(
-    folder: ModelFolder, name: str, spec: TensorSpec, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+    tensors: dict[str, StoredTensor],
+    name: str,
+    spec: TensorSpec,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: NamedSharding,
 ) -> jax.Array:
     # Opened anew for each tensor: an open file stays mapped, and its pages would count as the host's memory.
-    with safe_open(folder.tensors[name].file, framework="np") as file:
+    with safe_open(tensors[name].file, framework="np") as file:
         stored = file.get_slice(name)
 
         def read(index: Any) -> np.ndarray:
@@ -341,10 +360,10 @@ def save_folder(
 ) -> None:
     """Writes a Hugging Face folder. It gets its name only when it is complete.
 
-    Every process of a run calls this; the first one writes, a file at a time.
+    Every process of a run calls this; the first one writes, a file at a time. Adapters are merged.
 
     Args:
-        params: as from `load_params`, on any devices or the host.
+        params: as from `load_params`, on any devices or the host, with or without adapters.
         files_from: folder whose config.json, tokenizer and generation files are copied.
         dtype: "F32", "BF16" or "F16".
         max_shard_bytes: a larger model is written as several files with an index.
@@ -352,15 +371,9 @@ def save_folder(
     if jax.process_index():
         _write_weights(None, params, config, DTYPES[dtype], max_shard_bytes)
         return
-    temporary = temporary_beside(target)
-    temporary.mkdir(parents=True)
-    try:
-        copy_side_files(files_from, temporary)
-        _write_weights(temporary, params, config, DTYPES[dtype], max_shard_bytes)
-        write_manifest(temporary, {})
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target, {}) as folder:
+        copy_side_files(files_from, folder)
+        _write_weights(folder, params, config, DTYPES[dtype], max_shard_bytes)
 
 
 def _write_weights(
@@ -376,13 +389,9 @@ def _write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    sources = {name: (spec, layer) for spec, name, layer, _ in each_tensor(config)}
+    specs = tensor_specs(config)
     for file, names in plan.filename_to_tensors.items():
-        tensors: dict[str, np.ndarray] = {}
-        for spec in {sources[name][0]: None for name in names}:
-            leaf = _on_device(spec.of(params))
-            of_spec = [name for name in names if sources[name][0] == spec]
-            tensors |= {name: _to_stored(leaf, *sources[name], dtype) for name in of_spec}
+        tensors = stored_tensors(params, specs, config, dtype, frozenset(names))
         if folder is None:
             continue
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
@@ -423,8 +432,35 @@ def _on_device(leaf: Any) -> Any:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if is_on_host else leaf
 
 
-def _to_stored(leaf: Any, spec: TensorSpec, layer: int | None, dtype: Any) -> np.ndarray:
-    array = fetch(leaf if layer is None else leaf[layer])
+def stored_tensors(
+    params: Params,
+    specs: Iterable[TensorSpec],
+    config: ModelConfig,
+    dtype: Any,
+    names: Container[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns tensors on the host as they are stored, by name. All processes call it.
+
+    Args:
+        params: a tree with the parameters of `specs`; adapters in it are merged into their kernels.
+        names: of the tensors; None: all.
+    """
+    layers: dict[TensorSpec, dict[str, int | None]] = {}
+    for spec, name, layer, _ in each_tensor(config, specs):
+        if names is None or name in names:
+            layers.setdefault(spec, {})[name] = layer
+    scale, tensors = scale_of(config), {}
+    for spec, of_spec in layers.items():
+        leaf, adapter = jax.tree.map(_on_device, (spec.of(params), adapter_of(params, spec.path)))
+        for name, layer in of_spec.items():
+            take = lambda x, layer=layer: x if layer is None else x[layer]
+            kernel, of_layer = jax.tree.map(take, (leaf, adapter))
+            tensors[name] = _to_stored(merged(kernel, of_layer, scale), spec, dtype)
+    return tensors
+
+
+def _to_stored(leaf: jax.Array, spec: TensorSpec, dtype: Any) -> np.ndarray:
+    array = fetch(leaf)
     stored = stored_shape(spec, array.shape)
     array = array.reshape(stored[::-1]).T if spec.num_inputs else array.reshape(stored)
     return np.ascontiguousarray(array, dtype=dtype)
@@ -433,10 +469,15 @@ def _to_stored(leaf: Any, spec: TensorSpec, layer: int | None, dtype: Any) -> np
 # ---- both ways ----
 
 
-def each_tensor(config: ModelConfig) -> Iterator[tuple[TensorSpec, str, int | None, tuple[int, ...]]]:
-    """Yields (spec, Hugging Face name, layer, shape of that parameter) of every tensor, layer by layer."""
+def each_tensor(
+    config: ModelConfig, specs: Iterable[TensorSpec] | None = None
+) -> Iterator[tuple[TensorSpec, str, int | None, tuple[int, ...]]]:
+    """Yields (spec, Hugging Face name, layer, shape of that parameter) of every tensor, layer by layer.
+
+    Args: specs: of the parameters; None: those of `tensor_specs`.
+    """
     shapes = abstract_params(config)[0]
-    specs = tensor_specs(config)
+    specs = list(tensor_specs(config) if specs is None else specs)
     stacked = [spec for spec in specs if spec.is_stacked]
     for spec in specs:
         if not spec.is_stacked:

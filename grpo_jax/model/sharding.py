@@ -32,6 +32,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),  # H
     "kv_heads": ("tensor",),  # K
     "head_dim": (),  # Dh
+    "lora_rank": (),  # of an adapter: both of its matrices are split as the kernel beside them
 }
 
 

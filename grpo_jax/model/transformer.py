@@ -241,7 +241,7 @@ def split_layers(params: Params, cache: Cache) -> tuple[Params, tuple[KVCache, .
 @functools.lru_cache(maxsize=16)  # traced once: a dozen places ask for it before the first step
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
     """Returns shape (`jax.ShapeDtypeStruct`) and logical axes (`PartitionSpec` of names) of every parameter."""
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_boxed(config, jax.random.key(0)))
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
@@ -253,9 +253,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
     """Creates random parameters in their places on the mesh."""
-    make = jax.jit(
-        lambda key: nn.unbox(_init_boxed(config, key)), out_shardings=param_shardings(config, mesh)
-    )
+    make = jax.jit(lambda key: nn.unbox(init_boxed(config, key)), out_shardings=param_shardings(config, mesh))
     return make(key)
 
 
@@ -264,7 +262,8 @@ def num_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)[0]))
 
 
-def _init_boxed(config: ModelConfig, key: jax.Array) -> Params:
+def init_boxed(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters with the names of their axes around them."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     cos, sin = _rope_tables(config, tokens)
     inputs = AttentionInputs(cos, sin, jnp.ones((1, 1, 1, 1), bool))

@@ -92,7 +92,7 @@ def _compile_engine(config: Config, learner: Learner, mesh: Mesh) -> dict[str, i
     state = learner.optimizer.abstract_state()
     params = learner.params(state)
     reference = device_bytes(learner.reference.abstract()) if config.uses_reference else 0
-    waiting = device_bytes(state) - device_bytes(params) + reference
+    waiting = device_bytes(state) - device_bytes(state.params) + reference
     phase, programs = device_programs(config, learner.model, params, mesh)
     sizes = [compile_ahead(step, *args, **static)[1] for step, args, static in programs]
     return {phase: max(sizes) + waiting}

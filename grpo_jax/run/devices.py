@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config import Config, ConfigError, ModelSection, RolloutSection, TrainerSection
-from grpo_jax.learner.memory import held_bytes
+from grpo_jax.learner.memory import held_in_all
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.peft import with_adapters
 from grpo_jax.model.sharding import make_mesh
-from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout import check_devices, share_devices
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
 
     Args: model: None: a random one, which is small.
     """
-    copy_bytes = 0 if model is None else sum(held_bytes(config, model, num_params(model))[1].values())
+    if model is not None and not config.sft.num_steps:  # a warm start trains all parameters
+        model = with_adapters(model, config.lora)
+    copy_bytes = 0 if model is None else sum(held_in_all(config, model)[1].values())
     if not copy_bytes:
         return
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -27,7 +27,9 @@ from grpo_jax.model.config import (
     random_model_config,
 )
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
-from grpo_jax.model.hf import ModelFolder, inspect_folder, read_json
+from grpo_jax.model.hf import ModelFolder, inspect_folder, param_readers, read_json
+from grpo_jax.model.lora import init_adapters, join
+from grpo_jax.model.peft import adapter_readers, inspect_adapter, with_adapters
 from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
@@ -73,7 +75,7 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         limit = max_position(content)
     _check_lengths(config, limit)
     kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind or local_device_kind())
-    return dataclasses.replace(model, attention=kernel)
+    return with_adapters(dataclasses.replace(model, attention=kernel), config.lora)
 
 
 def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Inputs:
@@ -127,7 +129,16 @@ def _encode(
 def make_model(
     config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh, hosts: Hosts = ALONE
 ) -> ModelFolder:
-    """The folder that GRPO starts from: as given, or made at random, and warm-started where configured."""
+    """The folder that GRPO starts from: as given, or made at random, and warm-started where configured.
+
+    Its configuration has the run's adapters; a warm start trains all parameters, without any.
+    """
+    folder = _make_model(config, inputs, workdir, mesh, hosts)
+    return dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
+
+
+def _make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh, hosts: Hosts) -> ModelFolder:
+    """See `make_model`; without adapters."""
     # Each of them: an older version may have been killed between two.
     if hosts.is_first and not all(
         path.exists() for path in arithmetic.split_paths(workdir.data, inputs.generated).values()
@@ -148,6 +159,19 @@ def make_model(
         hosts.wait_for_all()
         folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
     return folder
+
+
+def first_params(config: Config, folder: ModelFolder, model: ModelConfig, mesh: Mesh) -> Params:
+    """A tree of the parameters that a run begins with: arrays, or functions that read them.
+
+    Args: folder: as from `make_model`; model: its configuration, perhaps with another `trained_dtype`.
+    """
+    frozen = param_readers(folder, model, mesh)
+    if model.lora is None:
+        return frozen
+    if config.lora.path:
+        return join(frozen, adapter_readers(config.lora.path, model, mesh))
+    return join(frozen, init_adapters(model, jax.random.key(config.trainer.seed), mesh))
 
 
 def check_weights(params: Params, path: Path) -> None:
@@ -207,11 +231,21 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
     Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
     """
     _check_lengths(config, RANDOM_MAX_POSITION if folder is None else folder.max_position)
-    vocab_size = config.random_model.vocab_size if folder is None else folder.config.vocab_size
+    model = random_model_config(config.random_model, config.model) if folder is None else folder.config
+    _check_adapters(config, model, folder)
+    vocab_size = model.vocab_size
     for stop in config.rollout.stop_token_ids:
         if not 0 <= stop < vocab_size:
             rule = f"must be from 0 to {vocab_size - 1}: the model's vocab_size is {vocab_size}"
             raise ConfigError("rollout.stop_token_ids", stop, rule)
+
+
+def _check_adapters(config: Config, model: ModelConfig, folder: ModelFolder | None) -> None:
+    """Raises: ConfigError: the model has no such adapters, or lora.path holds others."""
+    model = with_adapters(model, config.lora)
+    if config.lora.path:
+        # After a warm start the base is another one, which is not there yet.
+        inspect_adapter(config.lora.path, model, None if config.sft.num_steps else folder)
 
 
 def _check_lengths(config: Config, limit: int | None) -> None:

@@ -82,7 +82,8 @@ def update_flops(config: ModelConfig, lengths: np.ndarray) -> float:
     causal_attention = (
         2 * config.num_layers * attention_width * float(np.sum(lengths.astype(np.float64) ** 2))
     )
-    return 6.0 * weights * float(lengths.sum()) + 3 * causal_attention
+    # Of frozen weights there is no gradient; the adapters' products are too few to count.
+    return (4.0 if config.lora else 6.0) * weights * float(lengths.sum()) + 3 * causal_attention
 
 
 def sequence_lengths(groups: Sequence[RolloutGroup]) -> np.ndarray:

@@ -19,17 +19,18 @@ from jax.sharding import Mesh
 from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.learner.batching import make_train_batch
 from grpo_jax.learner.forward import ForwardStep, Inputs, make_forward_step, score_rows
+from grpo_jax.learner.optimizer import read_leaf
 from grpo_jax.learner.packing import micro_batch_shape
-from grpo_jax.learner.update import make_cast
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
-from grpo_jax.model.hf import ModelFolder, load_params
+from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.sharding import num_batch_shards
-from grpo_jax.model.transformer import forward, head_matrix
+from grpo_jax.model.transformer import forward, head_matrix, param_shardings
 from grpo_jax.rollout import EngineError, RolloutEngine, SamplingParams, make_engine, rollout_sampling
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.local import truncate
 from grpo_jax.run.devices import check_dtype
+from grpo_jax.run.inputs import first_params
 from grpo_jax.types import Params, Prompt, RolloutGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -92,13 +93,13 @@ def compare(
     """Samples one completion of each prompt with the configured engine, and scores it by every program.
 
     Args:
-        folder: of the model, with the attention kernel of the devices.
+        folder: of the model, with the attention kernel of the devices and the run's adapters.
         float32_head: of a second engine, with its head in float32; None: there is none.
 
     Raises: EngineError: the configured engine cannot be started, or fails.
     """
     exact = folder.with_config(param_dtype=jnp.dtype(jnp.float32))
-    params = load_params(exact, exact.config, mesh)
+    params = jax.tree.map(read_leaf, first_params(config, exact, exact.config, mesh))
     sampling = dataclasses.replace(rollout_sampling(config), num_samples=1)
     start = functools.partial(_open_engine, config, folder, tokenizer, mesh, params)
     found, missing = {}, {}
@@ -230,9 +231,11 @@ def _score(
     config: Config, step: ForwardStep, model: ModelConfig, params: Params, batch: TrainBatch, mesh: Mesh
 ) -> np.ndarray:
     """[tokens] float32 of the completions. Args: params: float32."""
-    cast = make_cast(dataclasses.replace(model, param_dtype=jnp.dtype(jnp.float32)), mesh)
     shape = micro_batch_shape(config, config.completions_per_update, num_batch_shards(mesh))
-    scores = score_rows(step, cast(params), batch, shape, mesh)
+    if jnp.dtype(model.dtype) != jnp.float32:
+        cast = lambda params: jax.tree.map(lambda x: x.astype(model.dtype), params)
+        params = jax.jit(cast, out_shardings=param_shardings(model, mesh))(params)
+    scores = score_rows(step, params, batch, shape, mesh)
     return scores[np.asarray(batch.completion_mask) > 0]
 
 

@@ -21,13 +21,10 @@ from grpo_jax.data.prompts import PromptIterator, reordered
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import make_sft_batch
 from grpo_jax.learner.learner import Learner
+from grpo_jax.learner.optimizer import read_leaf
 from grpo_jax.model.cards import find_card
-from grpo_jax.model.hf import (
-    copy_side_files,
-    load_params,
-    param_readers,
-    write_eos_token_ids,
-)
+from grpo_jax.model.hf import copy_side_files, write_eos_token_ids
+from grpo_jax.model.lora import num_trained, split
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
@@ -45,7 +42,14 @@ from grpo_jax.run.checkpoint import Checkpointer, compile_check
 from grpo_jax.run.devices import open_devices
 from grpo_jax.run.hangs import watched
 from grpo_jax.run.hosts import ALONE, Hosts
-from grpo_jax.run.inputs import Inputs, check_weights, make_model, read_inputs, read_model_config
+from grpo_jax.run.inputs import (
+    Inputs,
+    check_weights,
+    first_params,
+    make_model,
+    read_inputs,
+    read_model_config,
+)
 from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
@@ -286,7 +290,7 @@ class Run:
         if not rows:
             return
         batch = make_sft_batch(rows, pad_id=self.pad_id)
-        layer = self.learner.overflowing_layer(self.learner.params(state), batch)
+        layer = self.learner.overflowing_layer(state, batch)
         if layer is not None:
             num_layers = self.folder.config.num_layers
             rule = (
@@ -299,15 +303,17 @@ class Run:
         if self._hosts.is_first:
             self._workdir.model_files.mkdir(exist_ok=True)  # after a crash it exists, but may not be complete
             copy_side_files(self.folder.path, self._workdir.model_files)
-        state = self.learner.init(param_readers(self.folder, self.folder.config, self._mesh))
+        state = self.learner.init(first_params(self.config, self.folder, self.folder.config, self._mesh))
         check_weights(self.learner.params(state), self.folder.path)
         return state
 
     def _restored_state(self) -> TrainState:
         reference = self.learner.reference
+        model = self.learner.optimizer.stored_model(self.folder.config)
+        frozen, trained = split(first_params(self.config, self.folder, model, self._mesh))
+        self.learner.hold(frozen)
         if self.config.uses_reference and not reference.is_refreshed:
-            model = self.learner.optimizer.stored_model(self.folder.config)
-            reference.copy_from(load_params(self.folder, model, self._mesh))
+            reference.copy_from(jax.tree.map(read_leaf, trained))
         return self._restore()
 
     def _restore(self, order: int | None = None) -> TrainState:
@@ -522,6 +528,7 @@ class Run:
         per_epoch = self.steps_per_epoch
         rows = [
             ("model", f"{self.folder.path} ({num_params(model):,} parameters)"),
+            *([("adapters", f"{num_trained(model):,} of them, all that is trained")] if model.lora else []),
             ("devices", f"{mesh.size} x {jax.local_devices()[0].device_kind}"),
             *summary.batch_table(self.config, num_data_shards=shards, steps_per_epoch=per_epoch),
             ("workdir", str(self._workdir.path)),

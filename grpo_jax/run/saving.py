@@ -1,12 +1,14 @@
-"""What is saved after which step: checkpoints, and Hugging Face folders."""
+"""What is saved after which step: checkpoints, and Hugging Face or PEFT folders."""
 
 import time
+from pathlib import Path
 
 import jax
 
 from grpo_jax.config import Config
 from grpo_jax.learner.learner import Learner
 from grpo_jax.model.hf import ModelFolder, save_folder
+from grpo_jax.model.peft import save_adapter
 from grpo_jax.rollout.position import Position, reward_settings
 from grpo_jax.run.checkpoint import Checkpointer, Progress, check_finite
 from grpo_jax.run.hosts import Hosts
@@ -69,13 +71,17 @@ class Saver:
         if is_last or (every and done % every == 0):
             if not is_checked:
                 check_finite(state, done, self._hosts)
-            save_folder(
-                self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch),
-                self._learner.masters(state),
-                self._folder.config,
-                files_from=self._workdir.model_files,
-                dtype=self._folder.dtype,
-            )
+            target = self._workdir.final_model if epoch is None else self._workdir.epoch_model(epoch)
+            self._save_folder(target, self._learner.masters(state))
+
+    def _save_folder(self, target: Path, params: Params) -> None:
+        """Writes a Hugging Face folder; of a run with adapters, a PEFT folder. Args: params: that are trained."""
+        folder = self._folder
+        if folder.config.lora is not None:
+            save_adapter(target, params, folder.config, folder)
+            return
+        files = self._workdir.model_files
+        save_folder(target, params, folder.config, files_from=files, dtype=folder.dtype)
 
     def rescue(self) -> None:
         """After a failure: saves `last_step`, unless its state is gone.

@@ -47,9 +47,12 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
     logger.info("Learning curve:  %s", workdir.learning_curve)
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
-    logger.info("Trained model:   %s   (a Hugging Face folder)", model)
+    logger.info("Trained model:   %s   (a %s folder)", model, "PEFT" if config.lora.rank else "Hugging Face")
     data = config.data.val_files[0] if not config.arithmetic.num_train else workdir.data / "val.parquet"
-    logger.info("Evaluate it:     python -m grpo_jax.evaluate --model=%s --data=%s", model, data)
+    named = f"--model={model}"
+    if config.lora.rank:
+        named = f"--model={workdir.base_model(config)} --adapter={model}"
+    logger.info("Evaluate it:     python -m grpo_jax.evaluate %s --data=%s", named, data)
     if config.arithmetic.num_train:
         logger.info(
             "Next, on a GPU:  pip install -e '.[gpu,vllm]', then train a real model on GSM8K:\n"

@@ -63,13 +63,19 @@ class Workdir:
         """The log of a process of the run that is not the first one."""
         return self.path / f"train-{rank}.log"
 
+    def base_model(self, config: Config) -> Path:
+        """The Hugging Face folder that GRPO starts from."""
+        if config.sft.num_steps:
+            return self.sft_model
+        return self.random_model if config.model.path == "random" else Path(config.model.path)
+
     def epoch_model(self, epoch: int) -> Path:
-        """The Hugging Face folder written after an epoch, counted from 1."""
+        """The Hugging Face folder, or with LoRA the PEFT folder, written after an epoch, counted from 1."""
         return self.path / f"checkpoint-epoch-{epoch}"
 
     @property
     def final_model(self) -> Path:
-        """The Hugging Face folder of a run that ended within an epoch."""
+        """The same of a run that ended within an epoch."""
         return self.path / "checkpoint-final"
 
     def check(self, config: Config) -> None:

@@ -4,14 +4,16 @@ It is written last, when every file has reached the disk.
 """
 
 import concurrent.futures
+import contextlib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.storage.files import sync_tree, write_whole
+from grpo_jax.storage.files import replace_folder, sync_tree, temporary_beside, write_whole
 
 NAME = "manifest.json"
 NUM_THREADS = 4
@@ -33,6 +35,22 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     }
     content = {"files": entries, "facts": dict(facts)}
     write_whole(folder / NAME, json.dumps({**content, "sha256": _digest_of(content)}, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to write files into. It gets the name `target` only when it is complete, with its manifest.
+
+    Args: facts: of the manifest.
+    """
+    temporary = temporary_beside(target)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        write_manifest(temporary, facts)
+        replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def has_manifest(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import TensorSpec, stored_shape, tensor_specs
+from grpo_jax.model.lora import adapter_of, merged, scale_of
 from grpo_jax.model.sharding import replicated
 from grpo_jax.model.transformer import abstract_params
 from grpo_jax.types import Params
@@ -63,6 +64,8 @@ class PushPlan:
     dtype: np.dtype
     """Of the buckets, and of the engine's weights."""
     layout: Layout
+    scale: float = 0.0
+    """Of the adapters that are merged into the kernels."""
 
 
 def make_push_plan(config: ModelConfig, bucket_bytes: int) -> PushPlan:
@@ -96,23 +99,22 @@ def make_push_plan(config: ModelConfig, bucket_bytes: int) -> PushPlan:
         )
     }
     layout = Layout(str(dtype), tensors, tuple(bucket.pieces for bucket in buckets))
-    return PushPlan(buckets, dtype, layout)
+    return PushPlan(buckets, dtype, layout, scale_of(config))
 
 
 def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[Bucket, jax.Array, jax.Array]]:
     """Yields each bucket with its bytes and its checksums, one at a time: two would take twice the memory.
 
+    Adapters are merged into their kernels.
+
     Yields:
         (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh; blocks
         [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a tensor.
     """
-    sharding = replicated(mesh)
+    static = dict(dtype=plan.dtype, scale=plan.scale, sharding=replicated(mesh))
     for bucket in plan.buckets:
         start = np.int32(bucket.first_layer), np.int32(bucket.first_row)
-        yield (
-            bucket,
-            *_pack_bucket(params, *start, program=bucket.program, dtype=plan.dtype, sharding=sharding),
-        )
+        yield bucket, *_pack_bucket(params, *start, program=bucket.program, **static)
 
 
 def packing_programs(
@@ -123,12 +125,12 @@ def packing_programs(
     Args: params: `jax.ShapeDtypeStruct`s with shardings, or arrays.
     """
     first = np.int32(0), np.int32(0)
-    static = dict(dtype=plan.dtype, sharding=replicated(mesh))
+    static = dict(dtype=plan.dtype, scale=plan.scale, sharding=replicated(mesh))
     programs = dict.fromkeys(bucket.program for bucket in plan.buckets)
     return [(_pack_bucket, (params, *first), dict(program=program, **static)) for program in programs]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "dtype", "sharding"))
+@functools.partial(jax.jit, static_argnames=("program", "dtype", "scale", "sharding"))
 def _pack_bucket(
     params: Params,
     first_layer: Any,
@@ -136,11 +138,13 @@ def _pack_bucket(
     *,
     program: BucketProgram,
     dtype: Any,
+    scale: float,
     sharding: Any,
 ) -> tuple[jax.Array, jax.Array]:
     tensors = []
     for piece in program:
-        x = hf_tensor(params, piece.spec, None if piece.layer is None else first_layer + piece.layer)
+        layer = None if piece.layer is None else first_layer + piece.layer
+        x = hf_tensor(params, piece.spec, layer, scale)
         if piece.num_rows is not None:
             x = jax.lax.dynamic_slice_in_dim(x, first_row, piece.num_rows, axis=0)
         x = x.astype(dtype).reshape(-1)
@@ -153,11 +157,18 @@ def _pack_bucket(
     return flat, blocks
 
 
-def hf_tensor(params: Params, spec: TensorSpec, layer: jax.Array | int | None) -> jax.Array:
-    """Returns a parameter as the Hugging Face tensor that it is stored as: one layer of it, [outputs, inputs]."""
-    leaf = spec.of(params)
+def hf_tensor(
+    params: Params, spec: TensorSpec, layer: jax.Array | int | None, scale: float = 0.0
+) -> jax.Array:
+    """Returns a parameter as the Hugging Face tensor that it is stored as: one layer of it, [outputs, inputs].
+
+    Args: scale: of its adapter, if it has one, which is merged into it.
+    """
+    parts = spec.of(params), adapter_of(params, spec.path)
     if spec.is_stacked:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, axis=0, keepdims=False)
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False)
+        parts = jax.tree.map(take, parts)
+    leaf = merged(*parts, scale)
     shape = stored_shape(spec, leaf.shape)
     return leaf.reshape(shape[::-1]).T if spec.num_inputs else leaf.reshape(shape)
 

@@ -21,7 +21,8 @@ FIXED_OF_ROLLOUT = {
     "engine", "temperature", "top_p", "top_k", "stop_token_ids", "max_lag", "update_weights", "engine_args"
 }  # fmt: skip
 OF_ARRAYS = {
-    "model.dtype", "model.param_dtype", "optim.moments_dtype", "optim.offload", "algorithm.ref_refresh_every"
+    "model.dtype", "model.param_dtype", "optim.moments_dtype", "optim.offload", "algorithm.ref_refresh_every",
+    "lora.rank", "lora.targets",
 }  # fmt: skip
 
 

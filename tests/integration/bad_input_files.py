@@ -18,6 +18,7 @@ def make_all(folder, model):
     """Fills FOLDER. Args: model: a Hugging Face folder in order."""
     make_data(folder / "data")
     make_models(folder / "models", model)
+    make_adapters(folder / "adapters", folder / "models")
     make_configs(folder / "configs")
     make_rewards(folder / "rewards")
     make_workdirs(folder / "workdirs", model)
@@ -92,6 +93,31 @@ def make_models(folder, good):
     make_configs_of_models(copy)
     make_weights(copy, weights)
     make_tokenizers(copy)
+
+
+def make_adapters(folder, models):
+    """PEFT folders of rank 2 on q and v of the model of one layer, width 32, with one head of 16 for values."""
+
+    def make(name, *, width=16, **changes):
+        (folder / name).mkdir(parents=True)
+        content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(content | changes))
+        tensors = {}
+        for module, outputs in (("q_proj", 32), ("v_proj", width)):
+            begin = f"base_model.model.model.layers.0.self_attn.{module}"
+            tensors[f"{begin}.lora_A.weight"] = np.ones((2, 32), np.float32)
+            tensors[f"{begin}.lora_B.weight"] = np.zeros((outputs, 2), np.float32)
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+        return folder / name
+
+    make("good")
+    make("wider", width=24)
+    make("dora", use_dora=True)
+    write_manifest(make("of-another-base"), {"base_fingerprint": "0"})
+    (make("config-cut") / "adapter_config.json").write_text("{")
+    (make("with-a-model") / "config.json").write_text("{}")
+    shutil.copytree(models / "good", models / "with-an-adapter")
+    shutil.copy(folder / "good" / "adapter_config.json", models / "with-an-adapter")
 
 
 def make_configs_of_models(copy):

@@ -57,6 +57,18 @@ def model_case(name, *expected):
     return train(f"model-{name}", {"model.path": path}, ("model.path=", path, *expected))
 
 
+def lora_case(name, key, value, *expected, shown=None, **section):
+    """A key of adapters of rank 2 on q and v, as the folders of `bad_input_files.make_adapters` hold them."""
+    lora = {"lora.rank": 2, "lora.alpha": 4.0, "lora.targets": "('q_proj','v_proj')"}
+    also = lora | {"model.path": f"{MODELS}/good"} | {f"lora.{k}": v for k, v in section.items()}
+    return config_case(f"lora-{name}", key, value, *expected, shown=shown, also=also | {key: value})
+
+
+def adapter_case(name, *expected, **section):
+    """A PEFT folder that cannot be used."""
+    return lora_case(f"adapter-{name}", "lora.path", f"inputs/adapters/{name}", *expected, **section)
+
+
 def reward_case(name, function, *expected):
     return config_case(name, "reward.function", f"inputs/rewards/{function}", *expected)
 
@@ -117,6 +129,24 @@ TRAIN = [
     config_case("unknown-logger", "logging.loggers", "('console','wandb')", "console, tensorboard",
                 shown="'wandb'"),
     config_case("negative-seed", "trainer.seed", -1, "at least 0"),
+    # Adapters
+    lora_case("rank-below-0", "lora.rank", -1, "at least 0"),
+    lora_case("rank-beyond-the-width", "lora.rank", 33, "hidden_size=32"),
+    lora_case("no-targets", "lora.targets", "()", "at least one", shown="()"),
+    lora_case("unknown-target", "lora.targets", "('q_poj',)", "matches no layer", "q_proj", shown="'q_poj'"),
+    lora_case("tied-embedding", "lora.targets", "('embed_tokens',)", "get no adapter", shown="'embed_tokens'"),
+    config_case("lora-rank-0-with-targets", "lora.targets", "('mlp',)", "nothing reads it with lora.rank=0",
+                shown="('mlp',)"),
+    config_case("lora-rank-0-with-a-folder", "lora.path", "x", "needs lora.rank above 0"),
+    adapter_case("absent", "no such folder"),
+    adapter_case("wider", "is of another model", "v_proj.lora_B.weight has shape [24, 2], not [16, 2]"),
+    adapter_case("of-another-base", f"another base than {MODELS}/good"),
+    adapter_case("dora", "use_dora=True"),
+    adapter_case("with-a-model", "holds a model beside adapter_config.json"),
+    lora_case("rank-of-another", "lora.rank", "4", "must be 2, as in the adapter_config.json",
+              path="inputs/adapters/good"),
+    lora_case("config-cut", "lora.path", "inputs/adapters/config-cut", "is not JSON",
+              shown="'inputs/adapters/config-cut/adapter_config.json'"),
     # Keys that nothing reads
     config_case("files-beside-generated-problems", "data.train_files", "a.parquet",
                 "nothing reads it with arithmetic.num_train=13", shown="('a.parquet',)"),
@@ -281,6 +311,7 @@ TRAIN = [
     train("data-refused-by-the-template", {"model.path": f"{MODELS}/template-refuses",
           "arithmetic.num_train": 13}, ("train", "the chat template refuses its messages", "no users here")),
     # More models
+    model_case("with-an-adapter", "holds an adapter", "lora.path"),
     model_case("config-empty", "config.json", "not JSON"),
     model_case("config-a-list", "config.json", "not a JSON object"),
     model_case("config-a-folder", "config.json", "cannot be read"),

@@ -6,12 +6,15 @@ import runpy
 import integration_helpers as helpers
 import pytest
 
+from grpo_jax.config import ConfigError
 from grpo_jax.config.command_line import parse_command_line
 
 FILES = sorted((helpers.ROOT / "configs").glob("*.py"))
 TPU = helpers.ROOT / "configs" / "gsm8k_tpu.py"
 """The base's recipe, for other devices."""
-RECIPES = [file for file in FILES if file.stem.startswith("gsm8k_") and file != TPU]
+LORA = TPU.with_name("gsm8k_lora.py")
+"""Of another model."""
+RECIPES = [file for file in FILES if file.stem.startswith("gsm8k_") and file not in (TPU, LORA)]
 
 TINY = {  # size alone: whatever belongs to a recipe stays as its file has it
     "model.dtype": "float32",
@@ -72,6 +75,19 @@ def test_the_tpu_s_file_changes_where_things_live_and_nothing_that_is_learned():
     assert smoke.model.path == "random" and smoke.model.remat == "none"
 
 
+def test_lora_s_file_trains_adapters_with_nothing_on_the_host():
+    lora, _ = parse_command_line("train", "", [f"--config={LORA}"])
+    assert (lora.lora.rank, lora.lora.alpha, lora.lora.targets) == (32, 32.0, ("all-linear",))
+    assert lora.model.path == "models/Qwen2.5-3B-Instruct" and lora.optim.learning_rate == 3e-6
+    assert not lora.optim.offload and not lora.algorithm.ref_offload
+    assert lora.completions_per_step == 5120 and lora.completions_per_update == 1280  # 256 prompts
+    smoke, _ = parse_command_line("train", "", [f"--config={LORA}:smoke"])
+    assert smoke.lora == lora.lora and smoke.model.path == "random"
+    assert smoke.logging.experiment_name == "gsm8k-lora-smoke"
+    with pytest.raises(ConfigError):
+        parse_command_line("train", "", [f"--config={LORA}:7b"])
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_the_smoke_variant_is_the_base_s(file):
     smoke, _ = parse_command_line("train", "", [f"--config={file}:smoke"])
@@ -83,7 +99,7 @@ def test_the_smoke_variant_is_the_base_s(file):
     assert full.logging.experiment_name == smoke.logging.experiment_name.removesuffix("-smoke")
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*RECIPES, LORA], ids=lambda file: file.stem)
 def test_a_recipe_names_its_paper(file):
     doc = runpy.run_path(str(file))["__doc__"]
     assert "arXiv:" in doc.splitlines()[0]

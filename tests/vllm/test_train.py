@@ -54,6 +54,33 @@ def test_float16_in_trainer_and_engine(tmp_path, reward_file):
         assert 0 < line["training/rollout_probs_diff_max"] < 5e-3
 
 
+def test_adapters_arrive_merged(tmp_path, reward_file):
+    """The engine computes with W + A B what the trainer computes with W and A B apart: the probe compares them."""
+    overrides = VLLM | {
+        "lora.rank": 4,
+        "reward.function": f"{reward_file}:score",
+        "rollout.probe_every": 1,
+        "optim.offload": False,
+        "optim.learning_rate": 1e-2,
+        "trainer.num_steps": 2,
+    }
+    workdir = tmp_path / "run"
+    out = commands.train_ok(workdir, overrides)
+    assert out.count("nats a token") == 3
+    lines = [line for line in commands.read_lines(workdir) if line["step"]]
+    assert all(line["training/rollout_probs_diff_max"] < CLOSE for line in lines)
+    adapter = f"--adapter={workdir / 'checkpoint-final'}"
+    argv = [f"--model={workdir / 'random-model'}", adapter, f"--data={workdir / 'data' / 'val.parquet'}"]
+    texts = []
+    for engine in ("vllm", "local"):
+        file = tmp_path / f"{engine}.jsonl"
+        flags = [f"--engine={engine}", f"--generations={file}", "--max_response_length=8"]
+        result = commands.call(evaluate.main, [*argv, *flags, "--gpu_memory_utilization=0.2"])
+        assert result.code == 0, result.err
+        texts.append([record["completion"] for record in commands.read_jsonl(file)])
+    assert texts[0] == texts[1]
+
+
 def test_a_run_its_interruption_and_its_evaluation(tmp_path, reward_file):
     workdir = tmp_path / "run"
     overrides = VLLM | {

@@ -18,6 +18,10 @@ from weight_sync_helpers import (
     unpack,
 )
 
+from grpo_jax.config import LoraSection
+from grpo_jax.model.hf import stored_tensors
+from grpo_jax.model.lora import abstract_trained, join
+from grpo_jax.model.peft import PREFIX, adapter_specs, with_adapters
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, bucket_size, piece_checksums
 
@@ -55,6 +59,41 @@ def test_bfloat16_rows_and_several_layers(models):
     assert unpack(plan.layout, flats) == model.expected("bfloat16")
     for flat, sums, pieces in zip(flats, blocks, plan.layout.buckets, strict=True):
         assert piece_checksums(np.asarray(sums), pieces) == checksums_by_hand(raw(flat), pieces)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_adapters_arrive_within_their_kernels(models, dtype, sizes):
+    """The sum in float32 by NumPy, rounded once; checksums are of what arrives. Two orders of summing 4 products:
+    1e-6 of the largest, or the next number of bfloat16."""
+    model, mesh = models("qwen2-untied"), mesh_of(*sizes)
+    plain = dataclasses.replace(model.config, dtype=NUMPY_DTYPES[dtype])
+    config = with_adapters(plain, LoraSection(rank=4, alpha=6.0))
+    frozen = jax.tree.map(lambda x: x.astype(config.dtype), model.params(*sizes))
+    draw = lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    adapters = jax.tree.map(draw, abstract_trained(config))
+    plan = make_push_plan(config, SEVERAL)
+    assert plan.layout == make_push_plan(plain, SEVERAL).layout
+    packed = list(pack_buckets(join(frozen, adapters), plan, mesh))
+    got = unpack(plan.layout, [flat for _, flat, _ in packed])
+    for bucket, flat, sums in packed:
+        assert piece_checksums(np.asarray(sums), bucket.pieces) == checksums_by_hand(raw(flat), bucket.pieces)
+    before = model.expected(dtype)
+    matrices = stored_tensors(adapters, adapter_specs(config), config, np.dtype(np.float32))
+    array = lambda held: np.frombuffer(held[1], NUMPY_DTYPES[dtype]).reshape(held[0]).astype(np.float32)
+    for name, held in got.items():
+        a = matrices.get(f"{PREFIX}{name.removesuffix('.weight')}.lora_A.weight")
+        if a is None:
+            assert held == before[name]
+            continue
+        b = matrices[f"{PREFIX}{name.removesuffix('.weight')}.lora_B.weight"]
+        expected = (array(before[name]) + 1.5 * (b @ a)).astype(NUMPY_DTYPES[dtype]).astype(np.float32)
+        tolerance = dict(float32=dict(atol=2e-6, rtol=0), bfloat16=dict(rtol=2.0**-7, atol=0))[dtype]
+        np.testing.assert_allclose(array(held), expected, **tolerance)
+        assert dtype == "float32" or np.mean(array(held) != expected) < 0.01
 
 
 # Meshes
