@@ -1,4 +1,4 @@
-"""Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache.
+"""Attention: masks, and grouped-query attention with an optional key/value cache.
 
 Whole rows, which may hold several sequences one after the other, go through a fused kernel if the device has one
 (`fused_attention.py`). Everything else, such as decoding from a cache, goes through `attend`.
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.model.config import ModelConfig, RopeScaling
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences, fused_attention
+from grpo_jax.model.rope import apply_rope
 from grpo_jax.model.sharding import constrain
 
 
@@ -40,32 +41,6 @@ class AttentionInputs:
     """First column of the cache that this call writes."""
     sequences: Sequences | None = None
     """For a fused kernel, which takes whole rows and no cache, and needs no mask."""
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Returns the angle per position of each pair of channels.
-
-    RoFormer, arXiv:2104.09864. The llama3 rule divides the frequencies of long wavelengths by `factor`, keeps
-    those of short ones, and interpolates in between (as published with Llama 3.1's weights).
-
-    Returns: [Dh/2] float32.
-    """
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel i together with channel i + Dh/2, the pairing of Hugging Face weights. x: [B, T, H, Dh]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -10,9 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from grpo_jax.config import ConfigError, ModelSection, RandomModelSection
-
-KEY = "model.path"
-"""The key that errors about a model's folder name."""
+from grpo_jax.model.fields import KEY, number, refusal, size, switch
+from grpo_jax.model.rope import RopeScaling, parse_rope
 
 RANDOM_MAX_POSITION = 4096
 """Tokens, `max_position_embeddings` of a random model."""
@@ -22,22 +21,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True),
     "LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),
 }
-
-
-LIMIT = 2**31
-FLOAT32_LIMIT = 3.4e38
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How positions beyond the training length are encoded: `rope_scaling` of config.json."""
-
-    kind: str
-    """"linear" or "llama3"."""
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +49,11 @@ class ModelConfig:
     attention: str | Callable[..., Any] = "plain"
     """Kernel for whole rows: as `fused_attention.choose_kernel` returns it, or a function like those kernels."""
 
+    @property
+    def can_extrapolate(self) -> bool:
+        """Whether its RoPE says something of positions beyond the window. The dynamic rule does not."""
+        return self.rope_scaling is None or self.rope_scaling.kind != "dynamic"
+
 
 def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> ModelConfig:
     """Reads the content of a config.json.
@@ -90,13 +78,13 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
             continue
         if hf.get(key, only) != only:
             raise ConfigError(KEY, f"config.json: {key}={hf[key]}", f"only {key}={only} is implemented")
-    theta, scaling = _parse_rope(hf)
+    theta, scaling = parse_rope(hf)
     return ModelConfig(
         **_parse_sizes(hf),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
-        tie_embeddings=_switch(hf, "tie_word_embeddings"),
+        rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+        tie_embeddings=switch(hf, "tie_word_embeddings"),
         **FAMILIES[family],
         **_computation(section),
     )
@@ -104,64 +92,21 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
 
 def _parse_sizes(hf: dict[str, Any]) -> dict[str, Any]:
     """The sizes among the fields of `ModelConfig`."""
-    hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    kv_heads, head_dim = _size(hf, "num_key_value_heads", heads), _size(hf, "head_dim", hidden // heads)
+    hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    kv_heads, head_dim = size(hf, "num_key_value_heads", heads), size(hf, "head_dim", hidden // heads)
     if heads % kv_heads:
-        raise _refusal("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
+        raise refusal("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
     if head_dim % 2:
-        raise _refusal("head_dim", head_dim, "must be even, for RoPE")
+        raise refusal("head_dim", head_dim, "must be even, for RoPE")
     return dict(
-        vocab_size=_size(hf, "vocab_size"),
+        vocab_size=size(hf, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_size(hf, "intermediate_size"),
-        num_layers=_size(hf, "num_hidden_layers"),
+        intermediate_size=size(hf, "intermediate_size"),
+        num_layers=size(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
     )
-
-
-def max_position(hf: dict[str, Any]) -> int | None:
-    """The longest sequence that a model was made for, tokens; None: its config.json does not say.
-
-    Linear scaling multiplies `max_position_embeddings`: some folders have it from before the scaling.
-    """
-    if hf.get("max_position_embeddings") is None:
-        return None
-    length, scaling = _size(hf, "max_position_embeddings"), _parse_rope(hf)[1]
-    return int(length * (scaling.factor if scaling is not None and scaling.kind == "linear" else 1))
-
-
-def _refusal(name: str, value: Any, rule: str) -> ConfigError:
-    return ConfigError(KEY, f"config.json: {name}={value!r:.200}", rule)
-
-
-def _size(hf: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number that an array can have for its size."""
-    value = hf.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError(KEY, "config.json", f"lacks {name}")
-    if type(value) is not int or not 0 < value < LIMIT:
-        raise _refusal(name, value, "must be a whole number, at least 1 and below 2**31")
-    return value
-
-
-def _number(hf: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = hf.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError(KEY, "config.json", f"lacks {name}")
-    if type(value) not in (int, float) or not 0 < value < FLOAT32_LIMIT:
-        raise _refusal(name, value, "must be a number above 0")
-    return float(value)
-
-
-def _switch(hf: dict[str, Any], name: str) -> bool:
-    value = hf.get(name)
-    if not isinstance(value, bool | None):
-        raise _refusal(name, value, "must be true or false")
-    return bool(value)
 
 
 def random_model_config(sizes: RandomModelSection, section: ModelSection | None = None) -> ModelConfig:
@@ -210,26 +155,3 @@ def _computation(section: ModelSection | None) -> dict[str, Any]:
         remat=section.remat,
         scan_layers=section.scan_layers,
     )
-
-
-def _parse_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and scaling: transformers 5 writes `rope_parameters`, older releases two keys."""
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name)
-        if not isinstance(value, dict | None):
-            raise _refusal(name, value, "must be an object")
-        rope |= value or {}
-    theta = _number({"rope_theta": hf.get("rope_theta")} | rope, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", _number(rope, "factor"))
-    if kind == "llama3":
-        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if low >= high:
-            raise _refusal("low_freq_factor", low, f"must be below high_freq_factor={high}")
-        length = _size(rope, "original_max_position_embeddings")
-        return theta, RopeScaling("llama3", _number(rope, "factor"), low, high, length)
-    raise ConfigError(KEY, f"rope_type={kind!s:.200}", "RoPE scaling must be default, linear or llama3")

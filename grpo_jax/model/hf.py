@@ -28,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax.config import ConfigError, ModelSection
-from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_hf_config
+from grpo_jax.model.config import ModelConfig, parse_hf_config
+from grpo_jax.model.fields import KEY, LIMIT
+from grpo_jax.model.rope import max_position
 from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.files import replace_folder, temporary_beside

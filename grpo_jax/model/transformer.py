@@ -21,10 +21,10 @@ from grpo_jax.model.attention import (
     causal_segment_mask,
     linear,
     parameter,
-    rope_frequencies,
 )
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import find_sequences, is_kept
+from grpo_jax.model.rope import rope_frequencies, rope_tables
 from grpo_jax.model.sharding import AXIS_RULES, constrain, tree_shardings
 from grpo_jax.types import Params
 
@@ -273,5 +273,4 @@ def _init_boxed(config: ModelConfig, key: jax.Array) -> Params:
 
 def _rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    return rope_tables(frequencies, positions, config.rope_scaling)

@@ -1,0 +1,84 @@
+"""One row for each family of models, and for each switch of one that config.json has.
+
+Every test of `model/test_families.py` and `vllm/test_families.py` runs for each row by itself.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from tiny_models import save_tiny_model
+
+from grpo_jax.config import MeshSection
+from grpo_jax.model.hf import inspect_folder, load_params
+from grpo_jax.model.sharding import make_mesh
+
+# Positions up to 80 with theta 100 and heads of 8 channels: wavelengths of 6 to 199 positions.
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# In 16 positions the four frequencies turn 2.5, 0.8, 0.25 and 0.08 times: the first is kept, the others mixed.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.1,
+}
+DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
+
+ROWS = {
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE)),
+    "qwen2-yarn": ("qwen2", dict(tie_word_embeddings=False, rope_parameters=YARN_ROPE)),
+    "qwen3": ("qwen3", dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE)),
+    "llama-llama3": ("llama", dict(tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)),
+    "llama-linear": ("llama", dict(tie_word_embeddings=True, rope_parameters=LINEAR_ROPE)),
+    "llama-dynamic": ("llama", dict(tie_word_embeddings=False, rope_parameters=DYNAMIC_ROPE)),
+    "llama-mscale": ("llama", dict(tie_word_embeddings=False, rope_parameters=DEEPSEEK_YARN)),
+}
+"""Name -> (key of `tiny_models.FAMILIES`, fields of its config.json)."""
+VOCAB = 64
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    head_dim=8,
+    num_hidden_layers=4,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+@dataclasses.dataclass
+class Model:
+    """One random model in both frameworks."""
+
+    torch_model: object
+    folder: object
+
+    def params(self, *sizes):
+        return load_params(self.folder, self.folder.config, mesh_of(*sizes))
+
+
+def make_model(row, path):
+    """Writes the random model of a row. Every weight is random, biases and norms too."""
+    kind, fields = ROWS[row]
+    torch_model = save_tiny_model(path, kind, seed=sum(map(ord, row)), scale=0.3, **(SIZES | fields))
+    return Model(torch_model, inspect_folder(path))
+
+
+def mesh_of(*sizes):
+    return make_mesh(MeshSection(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)

@@ -1,0 +1,144 @@
+"""Every family, and every switch of one, against transformers. The rows are those of `family_models.ROWS`."""
+
+import dataclasses
+
+import family_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from family_models import ROWS, mesh_of, random_tokens
+from safetensors.numpy import load_file
+from weight_sync_helpers import unpack
+
+from grpo_jax.learner.forward import token_scores
+from grpo_jax.model.hf import save_folder
+from grpo_jax.model.sharding import batch_sharding
+from grpo_jax.model.transformer import forward, head_matrix
+from grpo_jax.rollout import SamplingParams
+from grpo_jax.rollout.local import LocalEngine
+from grpo_jax.types import Prompt
+from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+LENGTHS = (47, 6, 27)
+"""Of three sequences that fill a row of 80 tokens; longer and shorter than the windows of the rows."""
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def model(request, tmp_path_factory):
+    return family_models.make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def logits(params, config, tokens, positions, segment_ids):
+    hidden = forward(params, config, tokens, positions, segment_ids)
+    return jnp.einsum("btd,vd->btv", hidden, head_matrix(params))
+
+
+def run(model, sizes, *arrays):
+    """Logits of rows, on a mesh."""
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        placed = [jax.device_put(np.asarray(x, np.int32), batch_sharding(mesh)) for x in arrays]
+        return np.asarray(
+            jax.jit(logits, static_argnums=1)(model.params(*sizes), model.folder.config, *placed)
+        )
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model.torch_model(torch.tensor(tokens[None])).logits[0].numpy()
+
+
+def packed_row():
+    """(tokens, positions, segment_ids), [1, 80] each, of sequences of `LENGTHS`."""
+    tokens = random_tokens(1, sum(LENGTHS))
+    positions = np.concatenate([np.arange(n) for n in LENGTHS])[None]
+    return tokens, positions, np.repeat(np.arange(1, 4), LENGTHS)[None]
+
+
+def test_logits_equal_transformers(model):
+    tokens = random_tokens(1, 80, seed=1)
+    got = run(model, (1, 1, 1), tokens, np.arange(80)[None], np.ones((1, 80)))
+    want = torch_logits(model, tokens[0])
+    assert np.ptp(want) > 1  # logits that differ by little would agree whatever the code
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-4)
+
+
+def test_packed_sequences_equal_single_ones(model):
+    tokens, *rest = packed_row()
+    got, start = run(model, (1, 1, 1), tokens, *rest)[0], 0
+    for length in LENGTHS:
+        want = torch_logits(model, tokens[0, start : start + length])
+        np.testing.assert_allclose(got[start : start + length], want, rtol=0, atol=1e-4)
+        start += length
+
+
+def test_sharded_equals_unsharded(model):
+    arrays = [np.repeat(x, 4, axis=0) for x in packed_row()]
+    one, eight = (run(model, sizes, *arrays) for sizes in ((1, 1, 1), (2, 2, 2)))
+    # Sums in another order: float32 rounding of logits of some 10.
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
+
+
+def test_gradients_do_not_depend_on_what_is_recomputed(model):
+    config, params = model.folder.config, model.params(1, 1, 1)
+    inputs = (*map(jnp.asarray, packed_row()), None)
+
+    def loss(params, config):
+        return jnp.sum(token_scores(params, config, inputs, temperature=1.0, chunk_columns=16)[0])
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    kept, again = (gradient(params, dataclasses.replace(config, remat=remat)) for remat in ("none", "full"))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(again), strict=True):
+        assert jnp.abs(a).max() > 0, path  # every parameter is trained
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_greedy_equals_transformers(model, tokenizer, scan):
+    """Prompts of several lengths in one batch, with completions that go on beyond the windows of the rows."""
+    prompts = [
+        Prompt(f"test/{n}", tuple(map(int, random_tokens(n, seed=n))), "", "", "test", {}) for n in (3, 14, 9)
+    ]
+    engine = LocalEngine(
+        dataclasses.replace(model.folder.config, scan_layers=scan), mesh_of(1, 1, 1), tokenizer, (), 64
+    )
+    engine.load_weights(model.params(1, 1, 1), 0)
+    groups = engine.generate(prompts, SamplingParams(1, 0.0, 12), seed=0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        inputs = torch.tensor([prompt.token_ids])
+        output = model.torch_model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert list(group.completions[0].token_ids) == output[0, inputs.shape[1] :].tolist()
+
+
+def stored(folder):
+    """Name -> (shape, bytes) of the tensors of a folder, read without this package."""
+    return {name: (x.shape, x.tobytes()) for name, x in load_file(folder / "model.safetensors").items()}
+
+
+def test_round_trip_is_bit_identical(model, tmp_path):
+    path, config = model.folder.path, model.folder.config
+    save_folder(tmp_path / "saved", model.params(1, 2, 2), config, files_from=path, dtype="F32")
+    assert stored(tmp_path / "saved") == stored(path)
+
+
+def test_pushes_carry_every_tensor(model):
+    """A push is in the form of a folder, whatever the mesh, and every row of it is sent once."""
+    plan = make_push_plan(model.folder.config, 6 * 4096)
+    packed = pack_buckets(model.params(2, 2, 2), plan, mesh_of(2, 2, 2))
+    sent = unpack(plan.layout, [flat for _, flat, _ in packed])
+    assert sent == {
+        name: value
+        for name, value in stored(model.folder.path).items()
+        if not (model.folder.config.tie_embeddings and name == "lm_head.weight")
+    }

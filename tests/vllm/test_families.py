@@ -1,0 +1,45 @@
+"""Every row of `family_models.ROWS` in the real vLLM: pushed weights arrive, the text is that of transformers."""
+
+import numpy as np
+import pytest
+import vllm_helpers as helpers
+from family_models import ROWS
+
+from grpo_jax.rollout import SamplingParams
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = SamplingParams(num_samples=1, temperature=0.0, max_tokens=24)
+SAMPLED = SamplingParams(num_samples=3, temperature=0.7, max_tokens=24)
+LENGTHS = [5, 20, 60]  # shorter and longer than the windows of the rows
+
+
+@pytest.fixture(params=ROWS)
+def folder(request, tmp_path):
+    kind, fields = ROWS[request.param]
+    return helpers.write_model(tmp_path / "model", kind, {"head_dim": 32} | helpers.SIZES | fields)
+
+
+def test_pushed_weights_arrive(folder, tmp_path):
+    """Greedy text before and after a change of all weights, and log-probabilities of sampled text after it."""
+    mesh = helpers.mesh_of()
+    inspected, params = helpers.load(folder, mesh)
+    moved = helpers.perturbed(params, seed=3)
+    new = helpers.save_as_folder(moved, inspected.config, folder, tmp_path / "new")
+    models = [helpers.reference(path) for path in (folder, new)]
+    batch = helpers.prompts(LENGTHS)
+    expected = [
+        [helpers.reference_greedy(model, prompt.token_ids, 24) for prompt in batch] for model in models
+    ]
+    assert expected[0] != expected[1]  # otherwise this test could not fail
+    engine = helpers.engine_for(folder, mesh)
+    try:
+        for version, weights in enumerate((params, moved)):
+            engine.load_weights(weights, version=version)
+            groups = engine.generate(batch, GREEDY, seed=0)
+            assert [group.completions[0].token_ids for group in groups] == expected[version]
+        groups = engine.generate(batch, SAMPLED, seed=1)
+    finally:
+        engine.close()
+    assert helpers.worst_difference(groups, models[1], temperature=0.7) < helpers.TOLERANCE
+    assert all(np.isfinite(c.sampler_logprobs).all() for group in groups for c in group.completions)
