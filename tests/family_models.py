@@ -26,14 +26,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# In 16 positions the four frequencies turn 2.5, 0.8, 0.25 and 0.08 times: the first is kept, the others mixed.
+# In 32 positions the four frequencies turn 5.1, 1.6, 0.5 and 0.16 times: the first is kept, the others mixed.
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 100.0,
     "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 2.0,
-    "beta_slow": 0.1,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 0.2,
 }
 DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
 
@@ -45,6 +45,9 @@ ROWS = {
     "llama-linear": ("llama", dict(tie_word_embeddings=True, rope_parameters=LINEAR_ROPE)),
     "llama-dynamic": ("llama", dict(tie_word_embeddings=False, rope_parameters=DYNAMIC_ROPE)),
     "llama-mscale": ("llama", dict(tie_word_embeddings=False, rope_parameters=DEEPSEEK_YARN)),
+    "mistral": ("mistral", dict(sliding_window=None, rope_parameters=DEFAULT_ROPE)),
+    "mistral-window": ("mistral", dict(sliding_window=7, rope_parameters=DEFAULT_ROPE)),
+    "qwen3-windows": ("qwen3", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
 }
 """Name -> (key of `tiny_models.FAMILIES`, fields of its config.json)."""
 VOCAB = 64

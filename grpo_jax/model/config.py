@@ -1,26 +1,19 @@
-"""Sizes and switches of a model: `ModelConfig`, read from the content of a config.json and written back.
-
-A new family of models is a row of `FAMILIES` and, where its tensors have other names, `hf.tensor_specs`.
-"""
+"""Sizes and switches of a model: `ModelConfig`, read from the content of a config.json and written back."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from grpo_jax.config import ConfigError, ModelSection, RandomModelSection
-from grpo_jax.model.fields import KEY, number, refusal, size, switch
+from grpo_jax.config import ModelSection, RandomModelSection
+from grpo_jax.model.families import FAMILIES, find_family
+from grpo_jax.model.fields import number, refusal, size, switch
 from grpo_jax.model.rope import RopeScaling, parse_rope
 
 RANDOM_MAX_POSITION = 4096
 """Tokens, `max_position_embeddings` of a random model."""
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Qwen2ForCausalLM": dict(qkv_bias=True, qk_norm=False),
-    "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True),
-    "LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +32,32 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    """Whether the queries and keys of each head are normed."""
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int = 0
+    """Channels of each head that are rotated, the first ones. 0: all."""
+    other_rope_theta: float = 0.0
+    """Of the layers that are named next, without scaling. 0: they do not rotate."""
+    other_rope_layers: tuple[bool, ...] = ()
+    """Of each layer, whether it rotates otherwise than by `rope_theta`. (): none does."""
+    windows: tuple[int, ...] = ()
+    """Of each layer, how many tokens a token sees, itself included; 0: all. (): no layer has a window."""
+    score_width: float = 0.0
+    """Scores are divided by its root. 0: by that of `head_dim`."""
+    qk_norm_whole: bool = False
+    """Whether the queries of all heads are normed together, and the keys."""
+    activation: str = "silu"
+    """A key of `transformer.ACTIVATIONS`."""
+    norm_plus_one: bool = False
+    """Whether a norm multiplies by 1 + its scale."""
+    pre_norms: bool = True
+    """Whether attention and MLP have a norm before them."""
+    post_norms: bool = False
+    """Whether they have one after them, before their result is added."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by it."""
+    is_fused: bool = False
+    """Whether the folder holds q, k and v as one tensor, and gate and up as one."""
     dtype: Any = jnp.float32
     """Of activations and matrix products."""
     param_dtype: Any = jnp.float32
@@ -50,9 +68,14 @@ class ModelConfig:
     """Kernel for whole rows: as `fused_attention.choose_kernel` returns it, or a function like those kernels."""
 
     @property
+    def score_divisor(self) -> float | None:
+        """Of attention's scores. None: the root of `head_dim`."""
+        return math.sqrt(self.score_width) if self.score_width else None
+
+    @property
     def can_extrapolate(self) -> bool:
-        """Whether its RoPE says something of positions beyond the window. The dynamic rule does not."""
-        return self.rope_scaling is None or self.rope_scaling.kind != "dynamic"
+        """Whether trainer and sampler agree on positions beyond the window (docs/families.md)."""
+        return self.rope_scaling is None or self.rope_scaling.kind not in ("dynamic", "yarn")
 
 
 def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> ModelConfig:
@@ -63,21 +86,8 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
             float32, nothing recomputed.
     Raises: ConfigError: an architecture, or a switch of one, that this package does not implement.
     """
-    names = hf.get("architectures") or ["(none)"]
-    family = names[0] if isinstance(names, list) else names
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(KEY, family, f"architecture must be one of {', '.join(FAMILIES)}")
-    implemented = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-    }
-    for key, only in implemented.items():
-        if family == "Qwen2ForCausalLM" and key == "attention_bias":
-            continue
-        if hf.get(key, only) != only:
-            raise ConfigError(KEY, f"config.json: {key}={hf[key]}", f"only {key}={only} is implemented")
+    family = find_family(hf)
+    hf = family.defaults | hf
     theta, scaling = parse_rope(hf)
     return ModelConfig(
         **_parse_sizes(hf),
@@ -85,7 +95,8 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
         rope_scaling=scaling,
         rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
         tie_embeddings=switch(hf, "tie_word_embeddings"),
-        **FAMILIES[family],
+        **family.switches,
+        **family.read(hf),
         **_computation(section),
     )
 
@@ -117,7 +128,7 @@ def random_model_config(sizes: RandomModelSection, section: ModelSection | None 
         rope_theta=10_000.0,
         rms_norm_eps=1e-6,
         tie_embeddings=True,
-        **FAMILIES["Qwen2ForCausalLM"],
+        **FAMILIES["Qwen2ForCausalLM"].switches,
         **_computation(section),
     )
 

@@ -91,7 +91,7 @@ def max_position(hf: dict[str, Any]) -> int | None:
     """The longest sequence that a model was made for, tokens; None: its config.json does not say.
 
     Linear scaling multiplies `max_position_embeddings`: some folders have it from before the scaling. So do some
-    with YaRN, whose window is the original one times the factor.
+    with YaRN, whose window is the original one times the factor: vLLM has no table for what is beyond.
     """
     if hf.get("max_position_embeddings") is None:
         return None
@@ -99,7 +99,7 @@ def max_position(hf: dict[str, Any]) -> int | None:
     if scaling is not None and scaling.kind == "linear":
         return int(length * scaling.factor)
     if scaling is not None and scaling.kind == "yarn":
-        return max(length, int(scaling.original_max_position * scaling.factor))
+        return int(scaling.original_max_position * scaling.factor)
     return length
 
 

@@ -67,8 +67,11 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         model = parse_hf_config(content, config.model)
         limit = max_position(content)
     _check_lengths(config, limit, model.can_extrapolate)
-    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind or local_device_kind())
-    return dataclasses.replace(model, attention=kernel)
+    return dataclasses.replace(model, attention=_kernel(config, model, kind or local_device_kind()))
+
+
+def _kernel(config: Config, model: ModelConfig, kind: DeviceKind) -> str:
+    return choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
 
 
 def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Inputs:
@@ -159,10 +162,7 @@ def check_weights(params: Params, path: Path) -> None:
 
 def with_kernel(folder: ModelFolder, config: Config, mesh: Mesh) -> ModelFolder:
     """The model with the attention kernel that the devices of the mesh have."""
-    model, kind = folder.config, mesh_device_kind(mesh)
-    return folder.with_config(
-        attention=choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
-    )
+    return folder.with_config(attention=_kernel(config, folder.config, mesh_device_kind(mesh)))
 
 
 def load_model_tokenizer(folder: ModelFolder) -> Any:
@@ -193,8 +193,8 @@ def check_positions(
     if limit is not None and total > limit:
         rule = f"makes {total} tokens with {prompt[0]}={prompt[1]}, beyond max_position_embeddings={limit} of the "
         rule += "model's config.json; "
-        beyond = "beyond it, dynamic RoPE depends on what else is computed: no two programs agree on it"
-        rule += f"{allow} if its RoPE extrapolates so far" if allow else beyond
+        ends = "its kind of RoPE scaling ends there, and no setting goes beyond"
+        rule += f"{allow} if its RoPE extrapolates so far" if allow else ends
         raise ConfigError(*response, rule)
 
 

@@ -176,7 +176,8 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
         wanted = "auto" if is_fused or config.model.attention == "auto" else "plain"
         try:
             check_dtype(dtype, mesh)
-            kernel = choose_kernel(wanted, dtype, model.head_dim, mesh_device_kind(mesh))
+            kind, has_windows = mesh_device_kind(mesh), any(model.windows)
+            kernel = choose_kernel(wanted, dtype, model.head_dim, kind, has_windows)
         except ConfigError:  # the devices do not compute in it
             continue
         other = dataclasses.replace(model, dtype=jnp.dtype(dtype), attention=kernel)

@@ -81,7 +81,7 @@ OTHERS = [
              "--allow_beyond_max_position"),
     evaluate("dynamic-rope-beyond-its-window",
              [f"--model={MODELS}/dynamic", GOOD[1], "--max_response_length=80", "--allow_beyond_max_position"],
-             "--max_response_length=80", "max_position_embeddings=87", "dynamic RoPE"),
+             "--max_response_length=80", "max_position_embeddings=87", "RoPE scaling ends there"),
     evaluate("large-tokenizer", [f"--model={MODELS}/large-tokenizer", GOOD[1]], f"{MODELS}/large-tokenizer",
              "vocab_size 290"),
     evaluate("weights-changed", [f"--model={MODELS}/checksum", GOOD[1]], "--model=",

@@ -180,7 +180,7 @@ TRAIN = [
           "max_position_embeddings=87", "model.allow_beyond_max_position=True")),
     train("dynamic-rope-beyond-its-window",
           {"model.path": f"{MODELS}/dynamic", "model.allow_beyond_max_position": True},
-          ("data.max_response_length=8", "max_position_embeddings=87", "dynamic RoPE")),
+          ("data.max_response_length=8", "max_position_embeddings=87", "RoPE scaling ends there")),
     config_case("random-model-beyond-its-positions", "data.max_response_length", 4017,
                 "makes 4097 tokens", "max_position_embeddings=4096"),
     config_case("stop-id-beyond-the-vocabulary", "rollout.stop_token_ids", "(3,300)", "from 0 to 299",

@@ -229,8 +229,9 @@ def test_the_longest_sequence_is_that_of_config_json(folders, tmp_path):
     # Qwen's way: the window is that of before the scaling, and 4 x 64 are meant.
     edit_json(path / "config.json", lambda content: content.update(rope_parameters=YARN_ROPE))
     assert inspect_folder(path).max_position == 256
+    assert not inspect_folder(path).config.can_extrapolate
     edit_json(path / "config.json", lambda content: content.update(max_position_embeddings=300))
-    assert inspect_folder(path).max_position == 300
+    assert inspect_folder(path).max_position == 256  # vLLM has no table for more
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
     edit_json(path / "config.json", lambda content: content.update(rope_parameters=dynamic))
     assert inspect_folder(path).max_position == 300  # beyond it, no two programs agree
@@ -489,13 +490,24 @@ def resave(folder, change):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": ["XForCausalLM"], "logit_scale": 0.5, "clip_qkv": 8, "b": None},
+         ["no family here knows clip_qkv, logit_scale"]),
         ({"architectures": None}, ["(none)", "architecture"]),
         ({"hidden_size": None}, ["config.json", "lacks hidden_size"]),
         ({"vocab_size": None}, ["config.json", "lacks vocab_size"]),
         ({"num_attention_heads": None}, ["config.json", "lacks num_attention_heads"]),
         ({"hidden_act": "gelu"}, ["hidden_act=gelu", "silu"]),
-        ({"use_sliding_window": True}, ["use_sliding_window=True"]),
+        ({"hidden_act": "gelu", "mlp_bias": True},
+         ["hidden_act=gelu, mlp_bias=True", "hidden_act=silu, mlp_bias=False"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}", "None"]),
+        ({"use_sliding_window": 1}, ["use_sliding_window=1", "true or false"]),
+        ({"use_sliding_window": True, "sliding_window": 0}, ["sliding_window=0", "at least 1"]),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "all"},
+         ["max_window_layers='all'"]),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+         ["layer_types=", "each of 2 layers"]),
+        ({"layer_types": ["sliding_attention"] * 2}, ["layer_types=", "without windows"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["lacks original_max_position_embeddings"]),
         ({"rope_parameters": YARN_ROPE | {"rope_theta": 1.0}}, ["rope_theta=1.0", "above 1"]),
         ({"rope_parameters": YARN_ROPE | {"truncate": 1}}, ["truncate=1", "true or false"]),

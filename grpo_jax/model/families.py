@@ -1,0 +1,135 @@
+"""Families of models: what their config.json says, in the switches of `ModelConfig`.
+
+A new family is a row of `FAMILIES`, a row or two of `tensors.tensor_specs` where its tensors have other names, and
+rows of `tests/family_models.py` (docs/families.md).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from grpo_jax.config import ConfigError
+from grpo_jax.model.fields import KEY, refusal, size, switch
+
+COMMON = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+}
+"""Fields that change what is computed, with the value that is implemented where a family does not read them."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one architecture is told."""
+
+    switches: dict[str, Any]
+    """Fields of `ModelConfig`."""
+    read: Callable[[dict[str, Any]], dict[str, Any]] = lambda hf: {}
+    """config.json -> further fields of `ModelConfig`."""
+    reads: tuple[str, ...] = ()
+    """Which of the fields of `COMMON` it reads, so that other values are implemented, or do nothing."""
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of config.json, where transformers has others than `config._parse_sizes`."""
+
+
+def _qwen(hf: dict[str, Any]) -> dict[str, Any]:
+    """Windows of the layers from `max_window_layers` on, or those that `layer_types` names."""
+    if not switch(hf, "use_sliding_window"):
+        _refuse_layer_types(hf)
+        return {}
+    first = hf.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise refusal("max_window_layers", first, "must be a whole number, at least 0")
+    return {"windows": _windows(hf, lambda i: i >= first)}
+
+
+def _mistral(hf: dict[str, Any]) -> dict[str, Any]:
+    """One window for all layers, or none."""
+    _refuse_layer_types(hf)
+    return {"windows": _windows(hf, lambda i: True)}
+
+
+def _windows(hf: dict[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
+    """Windows of the layers that `layer_types` names.
+
+    Args: is_sliding: tells it of the layer of a number where there is no `layer_types`.
+    """
+    layers = range(size(hf, "num_hidden_layers"))
+    if hf.get("sliding_window") is None:
+        _refuse_layer_types(hf)
+        return ()
+    window = size(hf, "sliding_window")
+    kinds = hf.get("layer_types") or [LAYER_TYPES[is_sliding(i)] for i in layers]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != len(layers)
+        or not set(map(str, kinds)) <= set(LAYER_TYPES)
+    ):
+        raise refusal(
+            "layer_types", kinds, f"must name for each of {len(layers)} layers one of {LAYER_TYPES}"
+        )
+    windows = tuple(window if kind == LAYER_TYPES[1] else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _refuse_layer_types(hf: dict[str, Any]) -> None:
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != LAYER_TYPES[0] for kind in kinds):
+        raise refusal("layer_types", kinds, f"without windows, layers can be {LAYER_TYPES[0]} only")
+
+
+WINDOW = {"sliding_window": 4096}
+FAMILIES: dict[str, Family] = {
+    "Qwen2ForCausalLM": Family(
+        dict(qkv_bias=True, qk_norm=False), _qwen, ("use_sliding_window", "attention_bias"), WINDOW
+    ),
+    "Qwen3ForCausalLM": Family(
+        dict(qkv_bias=False, qk_norm=True), _qwen, ("use_sliding_window",), WINDOW
+    ),
+    "LlamaForCausalLM": Family(dict(qkv_bias=False, qk_norm=False)),
+    "MistralForCausalLM": Family(
+        dict(qkv_bias=False, qk_norm=False), _mistral, ("use_sliding_window",), WINDOW
+    ),
+}  # fmt: skip
+
+HARMLESS = (
+    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_range",
+    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "_name_or_path",
+    "tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types",
+    "pretraining_tp", *COMMON,
+)  # fmt: skip
+"""Fields of config.json that are read, or change nothing that is computed."""
+
+
+def find_family(hf: dict[str, Any]) -> Family:
+    """Returns the family of a config.json.
+
+    Raises: ConfigError: there is none, or the model has switches that its family does not implement; names them.
+    """
+    names = hf.get("architectures") or ["(none)"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in FAMILIES:
+        unknown = sorted(key for key, value in hf.items() if key not in HARMLESS and value is not None)
+        rule = f"architecture must be one of {', '.join(FAMILIES)}"
+        if unknown:
+            rule += f"; of its config.json, no family here knows {', '.join(unknown[:20])}"
+        raise ConfigError(KEY, name, rule)
+    family = FAMILIES[name]
+    only = {key: value for key, value in COMMON.items() if key not in family.reads}
+    wrong = {key: hf[key] for key, value in only.items() if hf.get(key) is not None and hf[key] != value}
+    if wrong:
+        are = ", ".join(f"{key}={value!s:.50}" for key, value in wrong.items())
+        raise ConfigError(
+            KEY, f"config.json: {are}", f"only {', '.join(f'{k}={only[k]}' for k in wrong)} is implemented"
+        )
+    return family
