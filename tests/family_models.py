@@ -36,6 +36,24 @@ YARN_ROPE = {
     "beta_slow": 0.2,
 }
 DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
+GEMMA3_ROPE = {
+    "full_attention": DEFAULT_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+}
+GEMMA3 = dict(
+    num_hidden_layers=4,
+    sliding_window=7,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    query_pre_attn_scalar=5,
+    rope_parameters=GEMMA3_ROPE,
+)
+QWEN3_MOE = dict(
+    rope_parameters=DEFAULT_ROPE,
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    mlp_only_layers=[],
+)
 
 ROWS = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE)),
@@ -48,6 +66,12 @@ ROWS = {
     "mistral": ("mistral", dict(sliding_window=None, rope_parameters=DEFAULT_ROPE)),
     "mistral-window": ("mistral", dict(sliding_window=7, rope_parameters=DEFAULT_ROPE)),
     "qwen3-windows": ("qwen3", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
+    "gemma3": ("gemma3", GEMMA3),
+    "gemma3-linear": ("gemma3", GEMMA3 | dict(rope_parameters=GEMMA3_ROPE | {"full_attention": LINEAR_ROPE})),
+    "phi3": ("phi3", dict(rope_parameters=DEFAULT_ROPE | {"partial_rotary_factor": 0.5})),
+    "phi3-window": ("phi3", dict(rope_parameters=DEFAULT_ROPE, sliding_window=7, tie_word_embeddings=True)),
+    "qwen3-moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),
+    "qwen3-moe-shares": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=False, num_experts_per_tok=3)),
 }
 """Name -> (key of `tiny_models.FAMILIES`, fields of its config.json)."""
 VOCAB = 64

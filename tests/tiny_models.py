@@ -5,14 +5,20 @@ Large enough for every mesh of the tests to split something, and for key/value h
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from grpo_jax.model.config import ModelConfig
@@ -22,6 +28,9 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 SIZES = dict(
     hidden_size=16,
@@ -48,6 +57,8 @@ def tiny_torch_model(family="qwen2", *, seed=0, scale=0.3, **changes):
     with torch.no_grad():
         for name, parameter in model.named_parameters() if scale else ():
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, scale)
+            if family == "gemma3" and "norm" in name:
+                parameter.sub_(1)  # its norms multiply by 1 + weight
     return model
 
 

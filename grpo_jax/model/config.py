@@ -56,6 +56,12 @@ class ModelConfig:
     """Whether they have one after them, before their result is added."""
     embedding_scale: float = 1.0
     """Embeddings are multiplied by it."""
+    num_experts: int = 0
+    """E, each an MLP of `intermediate_size`, in every layer. 0: there is one MLP."""
+    experts_per_token: int = 0
+    """How many of them a token's result is made of."""
+    norm_shares: bool = False
+    """Whether the shares of these are made to sum to 1."""
     is_fused: bool = False
     """Whether the folder holds q, k and v as one tensor, and gate and up as one."""
     dtype: Any = jnp.float32
@@ -89,15 +95,14 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
     family = find_family(hf)
     hf = family.defaults | hf
     theta, scaling = parse_rope(hf)
+    fields = _parse_sizes(hf) | family.switches | family.read(hf) | _computation(section)
     return ModelConfig(
-        **_parse_sizes(hf),
+        **fields,
+        rotary_dim=_rotary_dim(hf),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
         tie_embeddings=switch(hf, "tie_word_embeddings"),
-        **family.switches,
-        **family.read(hf),
-        **_computation(section),
     )
 
 
@@ -118,6 +123,19 @@ def _parse_sizes(hf: dict[str, Any]) -> dict[str, Any]:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
     )
+
+
+def _rotary_dim(hf: dict[str, Any]) -> int:
+    """Channels of each head that are rotated. 0: all of them."""
+    share = number(
+        hf, "partial_rotary_factor", number(hf.get("rope_parameters") or {}, "partial_rotary_factor", 1.0)
+    )
+    channels = int(_parse_sizes(hf)["head_dim"] * share)
+    if share > 1 or channels < 2 or channels % 2:
+        raise refusal(
+            "partial_rotary_factor", share, "must leave an even number of a head's channels, at least 2"
+        )
+    return 0 if share == 1 else channels
 
 
 def random_model_config(sizes: RandomModelSection, section: ModelSection | None = None) -> ModelConfig:

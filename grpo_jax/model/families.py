@@ -5,11 +5,13 @@ rows of `tests/family_models.py` (docs/families.md).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.fields import KEY, refusal, size, switch
+from grpo_jax.model.fields import KEY, number, refusal, size, switch
+from grpo_jax.model.rope import parse_local_theta, parse_rope
 
 COMMON = {
     "hidden_act": "silu",
@@ -37,7 +39,9 @@ class Family:
     reads: tuple[str, ...] = ()
     """Which of the fields of `COMMON` it reads, so that other values are implemented, or do nothing."""
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of config.json, where transformers has others than `config._parse_sizes`."""
+    """Of config.json, where transformers has others than `config.parse_hf_config`."""
+    only: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of config.json that no other family has, with the value that is implemented."""
 
 
 def _qwen(hf: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +59,43 @@ def _mistral(hf: dict[str, Any]) -> dict[str, Any]:
     """One window for all layers, or none."""
     _refuse_layer_types(hf)
     return {"windows": _windows(hf, lambda i: True)}
+
+
+def _gemma3(hf: dict[str, Any]) -> dict[str, Any]:
+    """Layers with windows and a RoPE of their own but for every sixth, and scales of embeddings and scores."""
+    period = size(hf, "sliding_window_pattern", size(hf, "_sliding_window_pattern", 6))
+    windows = _windows(hf, lambda i: (i + 1) % period != 0)
+    width = number(hf, "query_pre_attn_scalar")
+    return {
+        "windows": windows,
+        "other_rope_theta": parse_local_theta(hf),
+        "other_rope_layers": tuple(window > 0 for window in windows),
+        "score_width": 0.0 if width == size(hf, "head_dim") else width,
+        "embedding_scale": math.sqrt(size(hf, "hidden_size")),
+    }
+
+
+def _phi3(hf: dict[str, Any]) -> dict[str, Any]:
+    """A part of each head's channels is rotated."""
+    if parse_rope(hf)[1] is not None:
+        raise refusal(
+            "rope_scaling", hf.get("rope_scaling"), "only RoPE without scaling is implemented of Phi-3"
+        )
+    return _mistral(hf)
+
+
+def _qwen3_moe(hf: dict[str, Any]) -> dict[str, Any]:
+    """Experts in every layer."""
+    experts = size(hf, "num_experts", size(hf, "num_local_experts", 128))
+    per_token = size(hf, "num_experts_per_tok", 8)
+    if per_token > experts:
+        raise refusal("num_experts_per_tok", per_token, f"must be at most num_experts={experts}")
+    return {
+        "intermediate_size": size(hf, "moe_intermediate_size"),
+        "num_experts": experts,
+        "experts_per_token": per_token,
+        "norm_shares": switch(hf, "norm_topk_prob"),
+    }
 
 
 def _windows(hf: dict[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
@@ -98,6 +139,24 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(
         dict(qkv_bias=False, qk_norm=False), _mistral, ("use_sliding_window",), WINDOW
     ),
+    "Gemma3ForCausalLM": Family(
+        dict(
+            qkv_bias=False, qk_norm=True, post_norms=True, norm_plus_one=True, activation="gelu_tanh",
+        ),
+        _gemma3,
+        ("hidden_act", "use_sliding_window", "rope_parameters"),
+        WINDOW | dict(head_dim=256, query_pre_attn_scalar=256, rope_theta=1e6, tie_word_embeddings=True),
+        {"hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    "Phi3ForCausalLM": Family(
+        dict(qkv_bias=False, qk_norm=False, is_fused=True),
+        _phi3,
+        ("partial_rotary_factor", "use_sliding_window"),
+        dict(rms_norm_eps=1e-5),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        dict(qkv_bias=False, qk_norm=True), _qwen3_moe, only=dict(decoder_sparse_step=1, mlp_only_layers=[])
+    ),
 }  # fmt: skip
 
 HARMLESS = (
@@ -125,11 +184,14 @@ def find_family(hf: dict[str, Any]) -> Family:
             rule += f"; of its config.json, no family here knows {', '.join(unknown[:20])}"
         raise ConfigError(KEY, name, rule)
     family = FAMILIES[name]
-    only = {key: value for key, value in COMMON.items() if key not in family.reads}
+    only = {key: value for key, value in COMMON.items() if key not in family.reads} | family.only
     wrong = {key: hf[key] for key, value in only.items() if hf.get(key) is not None and hf[key] != value}
     if wrong:
         are = ", ".join(f"{key}={value!s:.50}" for key, value in wrong.items())
         raise ConfigError(
             KEY, f"config.json: {are}", f"only {', '.join(f'{k}={only[k]}' for k in wrong)} is implemented"
         )
+    rope = hf.get("rope_parameters")
+    if isinstance(rope, dict) and "sliding_attention" in rope and "rope_parameters" not in family.reads:
+        raise refusal("rope_parameters", rope, "layers of this architecture have one RoPE")
     return family

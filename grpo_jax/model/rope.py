@@ -36,15 +36,31 @@ def parse_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling: transformers 5 writes `rope_parameters`, older releases two keys."""
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name)
-        if not isinstance(value, dict | None):
-            raise refusal(name, value, "must be an object")
-        rope |= value or {}
+        rope |= _object(hf, name)
+    if "full_attention" in rope:  # transformers 5, of models whose layers differ; what is beside it is older
+        rope |= _object(rope, "full_attention")
     theta = number({"rope_theta": hf.get("rope_theta")} | rope, "rope_theta", 10_000.0)
     scaling = _parse_scaling(rope, hf)
     if scaling is not None and scaling.kind == "yarn" and theta <= 1:
         raise refusal("rope_theta", theta, "must be above 1 for YaRN")
     return theta, scaling
+
+
+def parse_local_theta(hf: dict[str, Any]) -> float:
+    """rope_theta of the layers with windows, where they have their own: either style of it, as above."""
+    local = _object(_object(hf, "rope_parameters"), "sliding_attention")
+    if local.get("rope_type", "default") != "default":
+        raise refusal(
+            "rope_parameters", hf["rope_parameters"], "layers with windows have rope_type=default only"
+        )
+    return number({"rope_theta": hf.get("rope_local_base_freq")} | local, "rope_theta", 10_000.0)
+
+
+def _object(hf: dict[str, Any], name: str) -> dict[str, Any]:
+    value = hf.get(name)
+    if not isinstance(value, dict | None):
+        raise refusal(name, value, "must be an object")
+    return value or {}
 
 
 def _parse_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | None:

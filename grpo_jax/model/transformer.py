@@ -26,6 +26,7 @@ from grpo_jax.model.attention import (
     parameter,
 )
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.experts import Experts
 from grpo_jax.model.fused_attention import find_sequences, is_kept
 from grpo_jax.model.rope import rope_frequencies, rope_tables
 from grpo_jax.model.sharding import AXIS_RULES, constrain, tree_shardings
@@ -98,7 +99,7 @@ class Block(nn.Module):
         h, cache = Attention(c, name="attention")(h, inputs, cache, layer)
         x = constrain(x + self._norm(h, "attention_post_norm", c.post_norms), "batch", None, None)
         h = self._norm(x, "mlp_norm", c.pre_norms)
-        h = MLP(c, name="mlp")(h)
+        h = (Experts if c.num_experts else MLP)(c, name="mlp")(h)
         x = constrain(x + self._norm(h, "mlp_post_norm", c.post_norms), "batch", None, None)
         if self.is_mutable_collection(SEEN):
             self.sow(SEEN, "largest", jnp.max(jnp.abs(x.astype(jnp.float32))))

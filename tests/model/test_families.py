@@ -12,7 +12,9 @@ from family_models import ROWS, mesh_of, random_tokens
 from safetensors.numpy import load_file
 from weight_sync_helpers import unpack
 
+from grpo_jax.config import ConfigError
 from grpo_jax.learner.forward import token_scores
+from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.sharding import batch_sharding
 from grpo_jax.model.transformer import forward, head_matrix
@@ -142,3 +144,73 @@ def test_pushes_carry_every_tensor(model):
         for name, value in stored(model.folder.path).items()
         if not (model.folder.config.tie_embeddings and name == "lm_head.weight")
     }
+
+
+# config.json
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+def parse(architecture, **fields):
+    return parse_hf_config({"architectures": [f"{architecture}ForCausalLM"]} | SIZES | fields)
+
+
+def test_gemma3_is_read_from_either_style_of_config():
+    """The style of its folders on the hub, and that which transformers 5 writes."""
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    new = parse(
+        "Gemma3",
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"] * 2)[:7],
+        sliding_window=512,
+        rope_parameters={
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
+    old = dict(sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4, sliding_window=512)
+    old = parse("Gemma3", **old, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    # By the pattern, the sixth layer sees all and the seventh has a window again.
+    assert old.windows == (512,) * 5 + (0, 512) and new.windows == (512,) * 5 + (0, 0)
+    assert old.other_rope_layers == (True,) * 5 + (False, True)
+    same = dict(windows=(), other_rope_layers=())
+    assert dataclasses.replace(old, **same) == dataclasses.replace(new, **same)
+    # What config.json leaves out there: heads of 256, tied embeddings, scores divided by the root of 256.
+    assert (old.head_dim, old.tie_embeddings, old.score_divisor, old.rope_theta) == (256, True, None, 1e6)
+    assert parse("Gemma3", query_pre_attn_scalar=144).score_divisor == 12
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("Gemma3", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
+        ("Gemma3", dict(hidden_activation="gelu"), "hidden_activation=gelu_pytorch_tanh is implemented"),
+        ("Gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        ("Gemma3", dict(rope_parameters={"sliding_attention": {"rope_type": "linear"}}), "rope_type=default only"),
+        ("Gemma3", dict(rope_parameters={"full_attention": 3}), "full_attention=3"),
+        ("Gemma3", dict(sliding_window_pattern=0), "sliding_window_pattern=0"),
+        ("Llama", dict(rope_parameters={"sliding_attention": {}}), "one RoPE"),
+        ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        ("Mistral", dict(layer_types=["sliding_attention"] * 7), "layer_types="),
+        ("Phi3", dict(partial_rotary_factor=1.5), "even number of a head's channels"),
+        ("Phi3", dict(partial_rotary_factor=0.4), "even number of a head's channels"),
+        ("Phi3", dict(rope_scaling=LONGROPE, original_max_position_embeddings=64), "longrope"),
+        ("Qwen3Moe", MOE | dict(decoder_sparse_step=2, mlp_only_layers=[1]),
+         "decoder_sparse_step=2, mlp_only_layers=[1]"),
+        ("Qwen3Moe", MOE | dict(num_experts_per_tok=5), "at most num_experts=4"),
+        ("Qwen3Moe", MOE | dict(use_sliding_window=True), "use_sliding_window=True"),
+        ("Qwen3Moe", {}, "lacks moe_intermediate_size"),
+    ],
+)  # fmt: skip
+def test_switches_that_are_not_implemented(architecture, fields, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(architecture, **fields)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -11,10 +11,12 @@ pytestmark = pytest.mark.vllm
 
 GREEDY = SamplingParams(num_samples=1, temperature=0.0, max_tokens=24)
 SAMPLED = SamplingParams(num_samples=3, temperature=0.7, max_tokens=24)
+REFUSED = {"qwen3-windows"}
+"""By vLLM, which knows no windows in some of Qwen's layers."""
 LENGTHS = [5, 20, 60]  # shorter and longer than the windows of the rows
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=[row for row in ROWS if row not in REFUSED])
 def folder(request, tmp_path):
     kind, fields = ROWS[request.param]
     return helpers.write_model(tmp_path / "model", kind, {"head_dim": 32} | helpers.SIZES | fields)
