@@ -72,6 +72,12 @@ ROWS = {
     "phi3-window": ("phi3", dict(rope_parameters=DEFAULT_ROPE, sliding_window=7, tie_word_embeddings=True)),
     "qwen3-moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),
     "qwen3-moe-shares": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=False, num_experts_per_tok=3)),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2, rope_parameters=DEFAULT_ROPE)),
+    "smollm3-yarn": (
+        "smollm3",
+        dict(num_hidden_layers=3, no_rope_layers=[0, 1, 1], rope_parameters=YARN_ROPE),
+    ),
+    "olmo2": ("olmo2", dict(rope_parameters=DEFAULT_ROPE)),
 }
 """Name -> (key of `tiny_models.FAMILIES`, fields of its config.json)."""
 VOCAB = 64

@@ -246,14 +246,15 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        start = ZEROS if c.norm_plus_one else ONES
-        scale = parameter(self, "scale", c.param_dtype, start, **{self.axis: x.shape[-1]})
+        initial = ZEROS if c.norm_plus_one else ONES
+        scale = parameter(self, "scale", c.param_dtype, initial, **{self.axis: x.shape[-1]})
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
         of_rows = lambda scale: scale.reshape((1,) * (x.ndim - 1) + (-1,))
         # Rounded after it is scaled, or before, as in transformers, so that bfloat16 logits agree.
-        if c.norm_plus_one:
-            return (normed * of_rows(1 + scale.astype(jnp.float32))).astype(x.dtype)
+        if c.norm_plus_one or c.norm_in_float32:
+            start = 1.0 if c.norm_plus_one else 0.0
+            return (normed * of_rows(start + scale.astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * of_rows(scale.astype(x.dtype))
 
 

@@ -50,6 +50,8 @@ class ModelConfig:
     """A key of `transformer.ACTIVATIONS`."""
     norm_plus_one: bool = False
     """Whether a norm multiplies by 1 + its scale."""
+    norm_in_float32: bool = False
+    """Whether it does so before its result is rounded to `dtype`, as it does with 1 + its scale."""
     pre_norms: bool = True
     """Whether attention and MLP have a norm before them."""
     post_norms: bool = False

@@ -98,6 +98,21 @@ def _qwen3_moe(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _smollm3(hf: dict[str, Any]) -> dict[str, Any]:
+    """Layers that do not rotate: every fourth, or those that `no_rope_layers` names by 0."""
+    layers = range(size(hf, "num_hidden_layers"))
+    period = size(hf, "no_rope_layer_interval", 4)
+    rotates = hf.get("no_rope_layers") or [int((i + 1) % period != 0) for i in layers]
+    if (
+        not isinstance(rotates, list)
+        or len(rotates) < len(layers)
+        or not set(map(str, rotates)) <= {"0", "1"}
+    ):
+        raise refusal("no_rope_layers", rotates, f"must have 0 or 1 for each of {len(layers)} layers")
+    _refuse_layer_types(hf)
+    return {"other_rope_layers": tuple(not rotates[i] for i in layers)}
+
+
 def _windows(hf: dict[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int, ...]:
     """Windows of the layers that `layer_types` names.
 
@@ -156,6 +171,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen3MoeForCausalLM": Family(
         dict(qkv_bias=False, qk_norm=True), _qwen3_moe, only=dict(decoder_sparse_step=1, mlp_only_layers=[])
+    ),
+    "SmolLM3ForCausalLM": Family(
+        dict(qkv_bias=False, qk_norm=False),
+        _smollm3,
+        defaults=dict(rope_theta=2e6, tie_word_embeddings=True, num_key_value_heads=4),
+    ),
+    "Olmo2ForCausalLM": Family(
+        dict(
+            qkv_bias=False, qk_norm=False, qk_norm_whole=True, pre_norms=False, post_norms=True,
+            norm_in_float32=True,
+        ),
+        defaults=dict(rms_norm_eps=1e-5),
     ),
 }  # fmt: skip
 

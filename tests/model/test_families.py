@@ -207,6 +207,10 @@ def test_gemma3_is_read_from_either_style_of_config():
          "decoder_sparse_step=2, mlp_only_layers=[1]"),
         ("Qwen3Moe", MOE | dict(num_experts_per_tok=5), "at most num_experts=4"),
         ("Qwen3Moe", MOE | dict(use_sliding_window=True), "use_sliding_window=True"),
+        ("SmolLM3", dict(no_rope_layers=[0, 1, 2] * 3), "no_rope_layers="),
+        ("SmolLM3", dict(no_rope_layers=[0, 1]), "each of 7 layers"),
+        ("SmolLM3", dict(use_sliding_window=True), "use_sliding_window=True"),
+        ("Olmo2", dict(attention_bias=True), "attention_bias=True"),
         ("Qwen3Moe", {}, "lacks moe_intermediate_size"),
     ],
 )  # fmt: skip
