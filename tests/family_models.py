@@ -68,6 +68,7 @@ ROWS = {
     "qwen3-windows": ("qwen3", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
     "gemma3": ("gemma3", GEMMA3),
     "gemma3-linear": ("gemma3", GEMMA3 | dict(rope_parameters=GEMMA3_ROPE | {"full_attention": LINEAR_ROPE})),
+    "gemma3-cap": ("gemma3", GEMMA3 | dict(final_logit_softcapping=5.0, query_pre_attn_scalar=8)),
     "phi3": ("phi3", dict(rope_parameters=DEFAULT_ROPE | {"partial_rotary_factor": 0.5})),
     "phi3-window": ("phi3", dict(rope_parameters=DEFAULT_ROPE, sliding_window=7, tie_word_embeddings=True)),
     "qwen3-moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),

@@ -58,6 +58,8 @@ class ModelConfig:
     """Whether they have one after them, before their result is added."""
     embedding_scale: float = 1.0
     """Embeddings are multiplied by it."""
+    logits_soft_cap: float = 0.0
+    """Of the logits, before the temperature divides them. 0: none."""
     num_experts: int = 0
     """E, each an MLP of `intermediate_size`, in every layer. 0: there is one MLP."""
     experts_per_token: int = 0

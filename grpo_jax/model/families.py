@@ -66,12 +66,14 @@ def _gemma3(hf: dict[str, Any]) -> dict[str, Any]:
     period = size(hf, "sliding_window_pattern", size(hf, "_sliding_window_pattern", 6))
     windows = _windows(hf, lambda i: (i + 1) % period != 0)
     width = number(hf, "query_pre_attn_scalar")
+    has_cap = hf.get("final_logit_softcapping") is not None
     return {
         "windows": windows,
         "other_rope_theta": parse_local_theta(hf),
         "other_rope_layers": tuple(window > 0 for window in windows),
         "score_width": 0.0 if width == size(hf, "head_dim") else width,
         "embedding_scale": math.sqrt(size(hf, "hidden_size")),
+        "logits_soft_cap": number(hf, "final_logit_softcapping") if has_cap else 0.0,
     }
 
 
@@ -159,7 +161,7 @@ FAMILIES: dict[str, Family] = {
             qkv_bias=False, qk_norm=True, post_norms=True, norm_plus_one=True, activation="gelu_tanh",
         ),
         _gemma3,
-        ("hidden_act", "use_sliding_window", "rope_parameters"),
+        ("hidden_act", "use_sliding_window", "rope_parameters", "final_logit_softcapping"),
         WINDOW | dict(head_dim=256, query_pre_attn_scalar=256, rope_theta=1e6, tie_word_embeddings=True),
         {"hidden_activation": "gelu_pytorch_tanh"},
     ),

@@ -24,6 +24,7 @@ from grpo_jax.learner.update import make_cast
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, load_params
+from grpo_jax.model.logprobs import capped
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.rollout import EngineError, RolloutEngine, SamplingParams, make_engine, rollout_sampling
@@ -258,7 +259,7 @@ def log_kept_mass(
 
         def of_column(hidden: jax.Array) -> jax.Array:
             logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-            logits /= sampling.temperature
+            logits = capped(logits, model.logits_soft_cap) / sampling.temperature
             whole = jax.nn.logsumexp(logits, axis=-1)
             return jax.nn.logsumexp(truncate(logits, sampling), axis=-1) - whole
 

@@ -16,6 +16,7 @@ from grpo_jax.config import ConfigError
 from grpo_jax.learner.forward import token_scores
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import save_folder
+from grpo_jax.model.logprobs import capped
 from grpo_jax.model.sharding import batch_sharding
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.rollout import SamplingParams
@@ -36,7 +37,7 @@ def model(request, tmp_path_factory):
 
 def logits(params, config, tokens, positions, segment_ids):
     hidden = forward(params, config, tokens, positions, segment_ids)
-    return jnp.einsum("btd,vd->btv", hidden, head_matrix(params))
+    return capped(jnp.einsum("btd,vd->btv", hidden, head_matrix(params)), config.logits_soft_cap)
 
 
 def run(model, sizes, *arrays):
@@ -192,6 +193,8 @@ def test_gemma3_is_read_from_either_style_of_config():
     ("architecture", "fields", "words"),
     [
         ("Gemma3", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
+        ("Gemma3", dict(final_logit_softcapping=-1), "final_logit_softcapping=-1"),
+        ("Llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
         ("Gemma3", dict(hidden_activation="gelu"), "hidden_activation=gelu_pytorch_tanh is implemented"),
         ("Gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
         ("Gemma3", dict(rope_parameters={"sliding_attention": {"rope_type": "linear"}}), "rope_type=default only"),
