@@ -36,6 +36,21 @@ YARN_ROPE = {
     "beta_slow": 0.2,
 }
 DEEPSEEK_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}
+
+
+def longrope(head_dim):
+    """Of the first half of the channels, and felt at once. Its long factors are for what is beyond the window."""
+    pairs = head_dim // 4
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "short_factor": [1.0 + 0.5 * i for i in range(pairs)],
+        "long_factor": [9.0] * pairs,
+        "partial_rotary_factor": 0.5,
+    }
+    return dict(rope_parameters=rope, original_max_position_embeddings=128, max_position_embeddings=256)
+
+
 GEMMA3_ROPE = {
     "full_attention": DEFAULT_ROPE,
     "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -71,6 +86,7 @@ ROWS = {
     "gemma3-cap": ("gemma3", GEMMA3 | dict(final_logit_softcapping=5.0, query_pre_attn_scalar=8)),
     "phi3": ("phi3", dict(rope_parameters=DEFAULT_ROPE | {"partial_rotary_factor": 0.5})),
     "phi3-window": ("phi3", dict(rope_parameters=DEFAULT_ROPE, sliding_window=7, tie_word_embeddings=True)),
+    "phi3-longrope": ("phi3", longrope),
     "qwen3-moe": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=True)),
     "qwen3-moe-shares": ("qwen3_moe", QWEN3_MOE | dict(norm_topk_prob=False, num_experts_per_tok=3)),
     "smollm3": ("smollm3", dict(no_rope_layer_interval=2, rope_parameters=DEFAULT_ROPE)),
@@ -80,7 +96,7 @@ ROWS = {
     ),
     "olmo2": ("olmo2", dict(rope_parameters=DEFAULT_ROPE)),
 }
-"""Name -> (key of `tiny_models.FAMILIES`, fields of its config.json)."""
+"""Name -> (key of `tiny_models.FAMILIES`, fields of its config.json, or a function of the width of heads)."""
 VOCAB = 64
 SIZES = dict(
     vocab_size=VOCAB,
@@ -103,10 +119,16 @@ class Model:
         return load_params(self.folder, self.folder.config, mesh_of(*sizes))
 
 
+def kind_and_fields(row, sizes):
+    """(key of `tiny_models.FAMILIES`, all fields of config.json) of a row with these sizes."""
+    kind, fields = ROWS[row]
+    return kind, sizes | (fields(sizes["head_dim"]) if callable(fields) else fields)
+
+
 def make_model(row, path):
     """Writes the random model of a row. Every weight is random, biases and norms too."""
-    kind, fields = ROWS[row]
-    torch_model = save_tiny_model(path, kind, seed=sum(map(ord, row)), scale=0.3, **(SIZES | fields))
+    kind, fields = kind_and_fields(row, SIZES)
+    torch_model = save_tiny_model(path, kind, seed=sum(map(ord, row)), scale=0.3, **fields)
     return Model(torch_model, inspect_folder(path))
 
 

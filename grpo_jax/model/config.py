@@ -85,7 +85,7 @@ class ModelConfig:
     @property
     def can_extrapolate(self) -> bool:
         """Whether trainer and sampler agree on positions beyond the window (docs/families.md)."""
-        return self.rope_scaling is None or self.rope_scaling.kind not in ("dynamic", "yarn")
+        return self.rope_scaling is None or self.rope_scaling.kind in ("linear", "llama3")
 
 
 def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> ModelConfig:
@@ -100,9 +100,16 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
     hf = family.defaults | hf
     theta, scaling = parse_rope(hf)
     fields = _parse_sizes(hf) | family.switches | family.read(hf) | _computation(section)
+    rotary_dim = _rotary_dim(hf)
+    if scaling is not None and scaling.short_factors:
+        num, pairs = len(scaling.short_factors), (rotary_dim or fields["head_dim"]) // 2
+        if num != pairs:
+            raise refusal(
+                "short_factor", num, f"numbers there must be {pairs}, one for each pair of channels"
+            )
     return ModelConfig(
         **fields,
-        rotary_dim=_rotary_dim(hf),
+        rotary_dim=rotary_dim,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),

@@ -78,11 +78,10 @@ def _gemma3(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3(hf: dict[str, Any]) -> dict[str, Any]:
-    """A part of each head's channels is rotated."""
-    if parse_rope(hf)[1] is not None:
-        raise refusal(
-            "rope_scaling", hf.get("rope_scaling"), "only RoPE without scaling is implemented of Phi-3"
-        )
+    """Windows as Mistral's. Any scaling that it names but LongRoPE, transformers takes for that or refuses."""
+    scaling = parse_rope(hf)[1]
+    if scaling is not None and scaling.kind != "longrope":
+        raise refusal("rope_scaling", scaling.kind, "only longrope is implemented of Phi-3's")
     return _mistral(hf)
 
 

@@ -19,7 +19,7 @@ class RopeScaling:
     """How positions beyond the training length are encoded: `rope_scaling` of config.json."""
 
     kind: str
-    """"linear", "llama3", "yarn" or "dynamic"."""
+    """"linear", "llama3", "yarn", "dynamic" or "longrope"."""
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -30,6 +30,8 @@ class RopeScaling:
     """Both tables, cosine and sine, are multiplied by it."""
     is_truncated: bool = True
     """"yarn": whether the channels between which it interpolates are whole numbers."""
+    short_factors: tuple[float, ...] = ()
+    """"longrope": the divisor of each frequency, within the original window."""
 
 
 def parse_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -74,13 +76,15 @@ def _parse_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | No
         return RopeScaling("dynamic", number(rope, "factor"), original_max_position=length)
     if kind == "yarn":
         return _parse_yarn(rope)
+    if kind in ("longrope", "su"):
+        return _parse_longrope(rope, hf)
     if kind == "llama3":
         low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         if low >= high:
             raise refusal("low_freq_factor", low, f"must be below high_freq_factor={high}")
         length = size(rope, "original_max_position_embeddings")
         return RopeScaling("llama3", number(rope, "factor"), low, high, length)
-    rule = "RoPE scaling must be default, linear, dynamic, yarn or llama3"
+    rule = "RoPE scaling must be default, linear, dynamic, yarn, longrope or llama3"
     raise ConfigError(KEY, f"rope_type={kind!s:.200}", rule)
 
 
@@ -103,6 +107,25 @@ def _parse_yarn(rope: dict[str, Any]) -> RopeScaling:
     )
 
 
+def _parse_longrope(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling:
+    """LongRoPE, arXiv:2402.13753, within the original window."""
+    name = "original_max_position_embeddings"
+    window = size(hf, name, size(rope, name, 4096))
+    factor = number(rope, "factor", size(hf, "max_position_embeddings") / window)
+    factors = rope.get("short_factor")
+    if not isinstance(factors, list) or not factors:
+        raise refusal("short_factor", factors, "must be a list of numbers")
+    short = tuple(number({"short_factor": value}, "short_factor") for value in factors)
+    default = math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 < window else 1.0
+    return RopeScaling(
+        "longrope",
+        factor,
+        original_max_position=window,
+        attention_factor=number(rope, "attention_factor", default),
+        short_factors=short,
+    )
+
+
 def max_position(hf: dict[str, Any]) -> int | None:
     """The longest sequence that a model was made for, tokens; None: its config.json does not say.
 
@@ -116,6 +139,8 @@ def max_position(hf: dict[str, Any]) -> int | None:
         return int(length * scaling.factor)
     if scaling is not None and scaling.kind == "yarn":
         return int(scaling.original_max_position * scaling.factor)
+    if scaling is not None and scaling.kind == "longrope":
+        return min(length, scaling.original_max_position)
     return length
 
 
@@ -124,7 +149,8 @@ def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> j
 
     The llama3 rule divides the frequencies of long wavelengths by `factor`, keeps those of short ones, and
     interpolates in between (as published with Llama 3.1's weights). YaRN does so along the channels. The dynamic
-    rule changes nothing within the window, and beyond it this package does not go (docs/families.md).
+    rule changes nothing within the window, LongRoPE divides each by a number of its own, and beyond the window of
+    these two this package does not go (docs/families.md).
 
     Args:    width: channels that are turned.
     Returns: [width / 2] float32.
@@ -134,6 +160,8 @@ def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> j
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        return frequencies / jnp.asarray(scaling.short_factors, jnp.float32)
     if scaling.kind == "yarn":
         keep = _kept_by_yarn(width, theta, scaling)
     else:

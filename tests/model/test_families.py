@@ -1,6 +1,7 @@
 """Every family, and every switch of one, against transformers. The rows are those of `family_models.ROWS`."""
 
 import dataclasses
+import math
 
 import family_models
 import jax
@@ -17,6 +18,7 @@ from grpo_jax.learner.forward import token_scores
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.logprobs import capped
+from grpo_jax.model.rope import max_position
 from grpo_jax.model.sharding import batch_sharding
 from grpo_jax.model.transformer import forward, head_matrix
 from grpo_jax.rollout import SamplingParams
@@ -189,6 +191,14 @@ def test_gemma3_is_read_from_either_style_of_config():
     assert parse("Gemma3", query_pre_attn_scalar=144).score_divisor == 12
 
 
+def test_longrope_ends_at_the_original_window():
+    """As in Phi-4-mini, where the key stands beside the scaling; beyond it, the longest row of a batch decides."""
+    hf = dict(rope_scaling=LONGROPE, original_max_position_embeddings=64, max_position_embeddings=256)
+    config = parse("Phi3", **hf)
+    assert config.rope_scaling.attention_factor == math.sqrt(1 + math.log(4) / math.log(64))
+    assert not config.can_extrapolate and max_position(hf) == 64
+
+
 @pytest.mark.parametrize(
     ("architecture", "fields", "words"),
     [
@@ -205,7 +215,10 @@ def test_gemma3_is_read_from_either_style_of_config():
         ("Mistral", dict(layer_types=["sliding_attention"] * 7), "layer_types="),
         ("Phi3", dict(partial_rotary_factor=1.5), "even number of a head's channels"),
         ("Phi3", dict(partial_rotary_factor=0.4), "even number of a head's channels"),
-        ("Phi3", dict(rope_scaling=LONGROPE, original_max_position_embeddings=64), "longrope"),
+        ("Phi3", dict(rope_scaling=LONGROPE, max_position_embeddings=64, partial_rotary_factor=0.5),
+         "numbers there must be 2"),
+        ("Phi3", dict(rope_scaling={"type": "longrope"}, max_position_embeddings=64), "short_factor=None"),
+        ("Phi3", dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling='linear'"),
         ("Qwen3Moe", MOE | dict(decoder_sparse_step=2, mlp_only_layers=[1]),
          "decoder_sparse_step=2, mlp_only_layers=[1]"),
         ("Qwen3Moe", MOE | dict(num_experts_per_tok=5), "at most num_experts=4"),

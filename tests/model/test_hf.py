@@ -511,7 +511,7 @@ def resave(folder, change):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["lacks original_max_position_embeddings"]),
         ({"rope_parameters": YARN_ROPE | {"rope_theta": 1.0}}, ["rope_theta=1.0", "above 1"]),
         ({"rope_parameters": YARN_ROPE | {"truncate": 1}}, ["truncate=1", "true or false"]),
-        ({"rope_parameters": None, "rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope_type=longrope"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2.0}}, ["rope_type=ntk"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, ["lacks factor"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["lacks factor"]),
         ({"rope_parameters": LLAMA3_ROPE | {"factor": 8.0} | {"low_freq_factor": 1.0}, "intermediate_size": 25},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import vllm_helpers as helpers
-from family_models import ROWS
+from family_models import ROWS, kind_and_fields
 
 from grpo_jax.rollout import SamplingParams
 
@@ -18,8 +18,8 @@ LENGTHS = [5, 20, 60]  # shorter and longer than the windows of the rows
 
 @pytest.fixture(params=[row for row in ROWS if row not in REFUSED])
 def folder(request, tmp_path):
-    kind, fields = ROWS[request.param]
-    return helpers.write_model(tmp_path / "model", kind, {"head_dim": 32} | helpers.SIZES | fields)
+    kind, fields = kind_and_fields(request.param, {"head_dim": 32} | helpers.SIZES)
+    return helpers.write_model(tmp_path / "model", kind, fields)
 
 
 def test_pushed_weights_arrive(folder, tmp_path):
@@ -34,7 +34,7 @@ def test_pushed_weights_arrive(folder, tmp_path):
         [helpers.reference_greedy(model, prompt.token_ids, 24) for prompt in batch] for model in models
     ]
     assert expected[0] != expected[1]  # otherwise this test could not fail
-    engine = helpers.engine_for(folder, mesh)
+    engine = helpers.engine_for(folder, mesh, max_model_len=min(512, inspected.max_position))
     try:
         for version, weights in enumerate((params, moved)):
             engine.load_weights(weights, version=version)
