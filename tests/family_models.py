@@ -78,8 +78,8 @@ ROWS = {
     "llama-linear": ("llama", dict(tie_word_embeddings=True, rope_parameters=LINEAR_ROPE)),
     "llama-dynamic": ("llama", dict(tie_word_embeddings=False, rope_parameters=DYNAMIC_ROPE)),
     "llama-mscale": ("llama", dict(tie_word_embeddings=False, rope_parameters=DEEPSEEK_YARN)),
-    "mistral": ("mistral", dict(sliding_window=None, rope_parameters=DEFAULT_ROPE)),
-    "mistral-window": ("mistral", dict(sliding_window=7, rope_parameters=DEFAULT_ROPE)),
+    "mistral": ("mistral", dict(sliding_window=7, rope_parameters=DEFAULT_ROPE)),
+    "mistral-full": ("mistral", dict(sliding_window=None, rope_parameters=DEFAULT_ROPE)),
     "qwen3-windows": ("qwen3", dict(use_sliding_window=True, sliding_window=7, max_window_layers=2)),
     "gemma3": ("gemma3", GEMMA3),
     "gemma3-linear": ("gemma3", GEMMA3 | dict(rope_parameters=GEMMA3_ROPE | {"full_attention": LINEAR_ROPE})),
@@ -97,6 +97,8 @@ ROWS = {
     "olmo2": ("olmo2", dict(rope_parameters=DEFAULT_ROPE)),
 }
 """Name -> (key of `tiny_models.FAMILIES`, fields of its config.json, or a function of the width of heads)."""
+FAMILY_ROWS = list({kind: row for row, (kind, _) in reversed(ROWS.items())}.values())[::-1]
+"""The first row of each family: for tests that take long."""
 VOCAB = 64
 SIZES = dict(
     vocab_size=VOCAB,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from grpo_jax.config import ModelSection, RandomModelSection
 from grpo_jax.model.families import FAMILIES, find_family
 from grpo_jax.model.fields import number, refusal, size, switch
-from grpo_jax.model.rope import RopeScaling, parse_rope
+from grpo_jax.model.rope import RopeScaling, max_position, parse_rope
 
 RANDOM_MAX_POSITION = 4096
 """Tokens, `max_position_embeddings` of a random model."""
@@ -107,7 +107,7 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
             raise refusal(
                 "short_factor", num, f"numbers there must be {pairs}, one for each pair of channels"
             )
-    return ModelConfig(
+    config = ModelConfig(
         **fields,
         rotary_dim=rotary_dim,
         rope_theta=theta,
@@ -115,6 +115,10 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
         rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
         tie_embeddings=switch(hf, "tie_word_embeddings"),
     )
+    longest = None if config.can_extrapolate else max_position(hf)
+    if longest and min(config.windows, default=0) >= longest:  # no sequence fills them: any kernel will do
+        config = dataclasses.replace(config, windows=())
+    return config
 
 
 def _parse_sizes(hf: dict[str, Any]) -> dict[str, Any]:

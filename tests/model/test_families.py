@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from family_models import ROWS, mesh_of, random_tokens
+from family_models import FAMILY_ROWS, ROWS, mesh_of, random_tokens
 from safetensors.numpy import load_file
 from weight_sync_helpers import unpack
 
 from grpo_jax.config import ConfigError
 from grpo_jax.learner.forward import token_scores
+from grpo_jax.model.attention import attend, causal_segment_mask, within_window
 from grpo_jax.model.config import parse_hf_config
+from grpo_jax.model.counts import active_weights
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.logprobs import capped
 from grpo_jax.model.rope import max_position
 from grpo_jax.model.sharding import batch_sharding
-from grpo_jax.model.transformer import forward, head_matrix
+from grpo_jax.model.transformer import forward, head_matrix, num_params
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.rollout.local import LocalEngine
 from grpo_jax.types import Prompt
@@ -81,6 +83,7 @@ def test_packed_sequences_equal_single_ones(model):
         start += length
 
 
+@pytest.mark.parametrize("model", FAMILY_ROWS, indirect=True)
 def test_sharded_equals_unsharded(model):
     arrays = [np.repeat(x, 4, axis=0) for x in packed_row()]
     one, eight = (run(model, sizes, *arrays) for sizes in ((1, 1, 1), (2, 2, 2)))
@@ -88,6 +91,22 @@ def test_sharded_equals_unsharded(model):
     np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
 
 
+def plain_kernel(q, k, v, sequences, window=0, divisor=None):
+    """Stands where a device has a fused kernel."""
+    mask = within_window(causal_segment_mask(sequences.segment_ids), jnp.int32(window), 0)
+    return attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, divisor)
+
+
+@pytest.mark.parametrize("model", ["mistral", "qwen3-windows", "gemma3"], indirect=True)
+def test_kernels_are_told_the_window_of_each_layer(model):
+    """On eight devices, each of which calls the kernel for its own rows and heads."""
+    arrays = [np.repeat(x, 4, axis=0) for x in packed_row()]
+    plain = run(model, (1, 1, 1), *arrays)
+    with_kernel = dataclasses.replace(model, folder=model.folder.with_config(attention=plain_kernel))
+    np.testing.assert_allclose(run(with_kernel, (2, 2, 2), *arrays), plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", FAMILY_ROWS, indirect=True)
 def test_gradients_do_not_depend_on_what_is_recomputed(model):
     config, params = model.folder.config, model.params(1, 1, 1)
     inputs = (*map(jnp.asarray, packed_row()), None)
@@ -102,8 +121,16 @@ def test_gradients_do_not_depend_on_what_is_recomputed(model):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max()))
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_greedy_equals_transformers(model, tokenizer, scan):
+def test_greedy_equals_transformers(model, tokenizer):
+    check_greedy(model, tokenizer, scan=True)
+
+
+@pytest.mark.parametrize("model", FAMILY_ROWS, indirect=True)
+def test_greedy_equals_transformers_with_unrolled_layers(model, tokenizer):
+    check_greedy(model, tokenizer, scan=False)
+
+
+def check_greedy(model, tokenizer, scan):
     """Prompts of several lengths in one batch, with completions that go on beyond the windows of the rows."""
     prompts = [
         Prompt(f"test/{n}", tuple(map(int, random_tokens(n, seed=n))), "", "", "test", {}) for n in (3, 14, 9)
@@ -151,6 +178,40 @@ def test_pushes_carry_every_tensor(model):
 
 # config.json
 
+RELEASED = {
+    # Gemma 3 270M, 100 million beside its embedding of 168; Qwen3-30B-A3B, 30.5 billion of which 3.3 are active
+    # (0.3 of these are the embedding); Phi-4, 14.7 billion.
+    "gemma3": (
+        "Gemma3",
+        dict(vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+             num_attention_heads=4, num_key_value_heads=1),
+        268e6,
+        268e6 - 262144 * 640,
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        dict(vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, head_dim=128,
+             num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+        30.5e9,
+        3.3e9 - 2 * 151936 * 2048,
+    ),
+    "phi3": (
+        "Phi3",
+        dict(vocab_size=100352, hidden_size=5120, intermediate_size=17920, num_hidden_layers=40,
+             num_attention_heads=40, num_key_value_heads=10),
+        14.7e9,
+        14.7e9 - 2 * 100352 * 5120,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "fields", "total", "active"), RELEASED.values(), ids=RELEASED)
+def test_sizes_of_released_models(architecture, fields, total, active):
+    config = parse(architecture, **fields)
+    assert num_params(config) == pytest.approx(total, rel=0.01)
+    assert active_weights(config) == pytest.approx(active, rel=0.02)
+
+
 SIZES = dict(
     vocab_size=64,
     hidden_size=32,
@@ -197,6 +258,15 @@ def test_longrope_ends_at_the_original_window():
     config = parse("Phi3", **hf)
     assert config.rope_scaling.attention_factor == math.sqrt(1 + math.log(4) / math.log(64))
     assert not config.can_extrapolate and max_position(hf) == 64
+
+
+def test_windows_that_no_sequence_fills_leave_fused_kernels():
+    """Phi-4-mini's window of 262,144, where LongRoPE ends at 4,096. Mistral's RoPE may go beyond its window."""
+    sizes = dict(sliding_window=64, max_position_embeddings=64)
+    assert (
+        parse("Phi3", **sizes, rope_scaling=LONGROPE | {"original_max_position_embeddings": 64}).windows == ()
+    )
+    assert parse("Mistral", **sizes).windows == (64,) * 7
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import vllm_helpers as helpers
-from family_models import ROWS, kind_and_fields
+from family_models import FAMILY_ROWS, ROWS, kind_and_fields
 
 from grpo_jax.rollout import SamplingParams
 
@@ -16,7 +16,16 @@ REFUSED = {"qwen3-windows"}
 LENGTHS = [5, 20, 60]  # shorter and longer than the windows of the rows
 
 
-@pytest.fixture(params=[row for row in ROWS if row not in REFUSED])
+OLD = {"qwen2", "qwen3", "llama"}
+"""Families of test_one_engine.py."""
+SHORT = {row for row in FAMILY_ROWS if ROWS[row][0] not in OLD} | {"qwen2-yarn"}
+"""The others take a minute each, for a switch that the tests of the trainer know already."""
+PARAMS = [
+    pytest.param(row, marks=() if row in SHORT else pytest.mark.slow) for row in ROWS if row not in REFUSED
+]
+
+
+@pytest.fixture(params=PARAMS)
 def folder(request, tmp_path):
     kind, fields = kind_and_fields(request.param, {"head_dim": 32} | helpers.SIZES)
     return helpers.write_model(tmp_path / "model", kind, fields)
