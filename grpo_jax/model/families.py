@@ -219,7 +219,17 @@ def find_family(hf: dict[str, Any]) -> Family:
         raise ConfigError(
             KEY, f"config.json: {are}", f"only {', '.join(f'{k}={only[k]}' for k in wrong)} is implemented"
         )
-    rope = hf.get("rope_parameters")
-    if isinstance(rope, dict) and "sliding_attention" in rope and "rope_parameters" not in family.reads:
-        raise refusal("rope_parameters", rope, "layers of this architecture have one RoPE")
+    _refuse_rope_of_others(hf, family)
     return family
+
+
+def _refuse_rope_of_others(hf: dict[str, Any], family: Family) -> None:
+    """Raises: ConfigError: `rope_parameters` hold what only other families have."""
+    rope = hf.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    if "sliding_attention" in rope and "rope_parameters" not in family.reads:
+        raise refusal("rope_parameters", rope, "layers of this architecture have one RoPE")
+    share = rope.get("partial_rotary_factor")
+    if share not in (None, 1) and "partial_rotary_factor" not in family.reads:
+        raise refusal("partial_rotary_factor", share, "heads of this architecture are rotated whole")

@@ -91,7 +91,9 @@ def _parse_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | No
 def _parse_yarn(rope: dict[str, Any]) -> RopeScaling:
     """YaRN, arXiv:2309.00071, with its attention factor where config.json does not give one."""
     factor = number(rope, "factor")
-    magnitude = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if factor < 1:
+        raise refusal("factor", factor, "must be at least 1 for YaRN")
+    magnitude = lambda scale: 0.1 * scale * math.log(factor) + 1.0
     scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
     default = magnitude(1.0)
     if scale and scale_all:

@@ -282,6 +282,7 @@ def test_windows_that_no_sequence_fills_leave_fused_kernels():
         ("Gemma3", dict(sliding_window_pattern=0), "sliding_window_pattern=0"),
         ("Llama", dict(rope_parameters={"sliding_attention": {}}), "one RoPE"),
         ("Llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        ("Llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), "rotated whole"),
         ("Mistral", dict(layer_types=["sliding_attention"] * 7), "layer_types="),
         ("Phi3", dict(partial_rotary_factor=1.5), "even number of a head's channels"),
         ("Phi3", dict(partial_rotary_factor=0.4), "even number of a head's channels"),

@@ -510,6 +510,7 @@ def resave(folder, change):
         ({"layer_types": ["sliding_attention"] * 2}, ["layer_types=", "without windows"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["lacks original_max_position_embeddings"]),
         ({"rope_parameters": YARN_ROPE | {"rope_theta": 1.0}}, ["rope_theta=1.0", "above 1"]),
+        ({"rope_parameters": YARN_ROPE | {"factor": 0.5}}, ["factor=0.5", "at least 1"]),
         ({"rope_parameters": YARN_ROPE | {"truncate": 1}}, ["truncate=1", "true or false"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2.0}}, ["rope_type=ntk"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, ["lacks factor"]),

@@ -1,11 +1,15 @@
 """Every row of `family_models.ROWS` in the real vLLM: pushed weights arrive, the text is that of transformers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 import vllm_helpers as helpers
 from family_models import FAMILY_ROWS, ROWS, kind_and_fields
 
 from grpo_jax.rollout import SamplingParams
+from grpo_jax.weight_sync import WeightSyncError
 
 pytestmark = pytest.mark.vllm
 
@@ -54,3 +58,18 @@ def test_pushed_weights_arrive(folder, tmp_path):
         engine.close()
     assert helpers.worst_difference(groups, models[1], temperature=0.7) < helpers.TOLERANCE
     assert all(np.isfinite(c.sampler_logprobs).all() for group in groups for c in group.completions)
+
+
+def test_experts_in_another_layout_are_refused():
+    """This back end swaps gate and up once they are loaded, where a push would not find them."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    from grpo_jax.rollout.vllm.worker import record_load_plan
+
+    model = torch.nn.ModuleDict({"experts": torch.nn.Module()})
+    method = SimpleNamespace(unquantized_backend=UnquantizedMoeBackend.FLASHINFER_CUTLASS)
+    model["experts"].quant_method = method
+    with pytest.raises(
+        WeightSyncError, match="experts experts in a layout of FlashInfer CUTLASS.*moe_backend"
+    ):
+        record_load_plan(model, None)
