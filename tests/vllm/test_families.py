@@ -70,6 +70,6 @@ def test_experts_in_another_layout_are_refused():
     method = SimpleNamespace(unquantized_backend=UnquantizedMoeBackend.FLASHINFER_CUTLASS)
     model["experts"].quant_method = method
     with pytest.raises(
-        WeightSyncError, match="experts experts in a layout of FlashInfer CUTLASS.*moe_backend"
+        WeightSyncError, match=r"experts experts in a layout of FlashInfer CUTLASS.*moe_backend"
     ):
         record_load_plan(model, None)
