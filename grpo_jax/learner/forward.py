@@ -102,6 +102,7 @@ def token_scores(
             drawable,
             temperature=temperature,
             chunk_columns=chunk_columns,
+            soft_cap=model.logits_soft_cap,
         )
 
 

@@ -29,6 +29,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),  # V
     "embed": ("fsdp",),  # D of parameters; activations keep their width whole
     "mlp": ("tensor",),  # F
+    "experts": (),  # E; each expert is split like an MLP
     "heads": ("tensor",),  # H
     "kv_heads": ("tensor",),  # K
     "head_dim": (),  # Dh
