@@ -62,7 +62,7 @@ def one_of_them(args: Any) -> None:
     with joined(config, Path(os.environ[SETTINGS])) as hosts:
         groups = make_groups(args) if hosts.is_first else []
         prompts = [None] * (args.completions // 8)
-        engine = SharedEngine(hosts, lambda announce: Canned(groups), lambda params: None)
+        engine = SharedEngine(hosts, lambda tell: Canned(groups), lambda: None)
         reward = SharedReward(hosts, Zeros)
         taken = []
         for _ in range(args.repeats + 1):

@@ -5,6 +5,7 @@
     python benchmarks/step.py --peer=trl --peer=verl:/path/of/its/environment/bin/python
     python benchmarks/step.py --shape=qwen2.5-7b --prompts=256 --samples=4 --prompt_tokens=512
     python benchmarks/step.py --config.actor.micro_batch_size_per_device=32
+    python benchmarks/step.py --processes=2 --config.mesh.data=2 --config.mesh.fsdp=1     # as on two hosts
 
 What runs is the trainer's own command with configs/gsm8k.py, the workload and every `--config.KEY=VALUE` given
 here, as a process of its own that is stopped after the last measured step, so that nothing is saved. Weights are
@@ -151,6 +152,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--prompt_tokens", type=int, default=defaults["prompt_tokens"])
     parser.add_argument("--new", type=int, default=defaults["new"], help="tokens a completion, at most")
     parser.add_argument("--engine", default=defaults["engine"], choices=("vllm", "local"))
+    parser.add_argument("--processes", type=int, default=1, help="of our trainer, each with as many GPUs")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones, at least 1")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument(
@@ -217,7 +219,9 @@ def prepare(args: Any, folder: Path) -> tuple[Path, Path]:
 def run_ours(args: Any, overrides: list[str], folder: Path, model: Path, data: Path) -> Run:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         workdir = Path(temporary).absolute() / "run"
-        command = [sys.executable, "-m", "grpo_jax.train", "--config=configs/gsm8k.py"]
+        several = [sys.executable, str(HERE / "several.py"), str(args.processes)]
+        command = [*(several if args.processes > 1 else []), sys.executable, "-m", "grpo_jax.train"]
+        command += ["--config=configs/gsm8k.py"]
         command += [f"--workdir={workdir}", *our_flags(args, model, data), *overrides]
         print(f"command   {shlex.join(command)}", flush=True)
         read = lambda: our_steps(workdir / "metrics.jsonl")

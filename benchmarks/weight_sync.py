@@ -3,6 +3,7 @@
     python benchmarks/weight_sync.py --shape=qwen2.5-1.5b
     python benchmarks/weight_sync.py --shape=qwen2.5-7b
     python benchmarks/weight_sync.py --shape=qwen2.5-7b --placement=separate    # two GPUs, NCCL
+    python benchmarks/several.py 2 python benchmarks/weight_sync.py --workdir=/tmp/w    # as on two hosts
 
 Beside it, in the same run, the time of copying as many bytes on the same device once, as the limit: a push reads
 and writes every byte at least once. Aims (one H200): 1.5B 0.06 s, 7B 0.25 s, at most 1 GB of memory.
@@ -29,8 +30,10 @@ def main() -> None:
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.4)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--placement", default="colocated", choices=("colocated", "separate"))
+    parser.add_argument("--replicas", type=int, default=0, help="rollout.num_replicas")
+    parser.add_argument("--ray_address", default="", help="rollout.ray_address")
+    parser.add_argument("--workdir", default="", help="where several processes meet")
     args = parser.parse_args()
-    from grpo_jax.config import MeshSection
     from grpo_jax.rollout import share_devices
 
     section = dataclasses.replace(
@@ -41,24 +44,41 @@ def main() -> None:
         weight_sync=args.transport,
         placement=args.placement,
         max_num_seqs=64,
+        num_replicas=args.replicas,
+        ray_address=args.ray_address,
     )
     share_devices(section)
+    from grpo_jax.run.hosts import joined
+
+    with joined(common.shipped("gsm8k"), Path(args.workdir)) as hosts:
+        push_as_one_of(hosts, section, args)
+
+
+def push_as_one_of(hosts: Any, section: Any, args: Any) -> None:
     import jax
 
+    from grpo_jax.config import MeshSection
     from grpo_jax.model.sharding import make_mesh
     from grpo_jax.model.transformer import init_params
     from grpo_jax.rollout import make_engine
     from grpo_jax.rollout.vllm.check import find_vllm
 
-    common.print_environment()
-    print(f"gpu       {engine_common.gpu_name()}; vLLM {find_vllm(section).version}")
+    if hosts.is_first:
+        common.print_environment()
+        about = f"{engine_common.gpu_name()}; vLLM {find_vllm(section).version}"
+        print(f"gpu       {about}; {hosts.count} process(es), {jax.device_count()} device(s)")
     with tempfile.TemporaryDirectory() as temporary:
         folder = engine_common.model_folder(
             engine_common.write_shape(Path(temporary) / "model", args.shape), args.dtype
         )
         mesh = make_mesh(MeshSection())
         engine = make_engine(
-            section, folder=folder, mesh=mesh, tokenizer=engine_common.NoTokenizer(), max_model_len=1024
+            section,
+            folder=folder,
+            mesh=mesh,
+            tokenizer=engine_common.NoTokenizer(),
+            max_model_len=1024,
+            channel=hosts if hosts.count > 1 else None,
         )
         with contextlib.closing(engine), jax.set_mesh(mesh):
             params = init_params(folder.config, jax.random.key(0), mesh)
@@ -74,7 +94,7 @@ def measure(args: Any, engine: Any, params: Any) -> None:
     engine.load_weights(params, version=0)
     print(f"model     {args.shape}, {num_bytes / 1e9:.2f} GB; first push, engine's start included: "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
-    memory = memory_of_a_push(engine, params)
+    memory = {} if jax.process_count() > 1 else memory_of_a_push(engine, params)
     seconds = []
     for version in range(3, 3 + args.pushes):
         start = time.perf_counter()
@@ -91,7 +111,8 @@ def measure(args: Any, engine: Any, params: Any) -> None:
           f"({args.pushes} pushes, {num_bytes / median / 1e9:.0f} GB/s)")  # fmt: skip
     ratio = f"a push takes {median / limit:.1f} x that"
     print(f"limit     {limit:.4f} s: reading and writing as many bytes once; {ratio}")
-    print("memory    " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
+    if memory:
+        print("memory    " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.items())
           + f": {sum(memory.values()) / 1e9:.2f} GB")  # fmt: skip
 
 

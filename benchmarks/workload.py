@@ -39,10 +39,10 @@ def write_weights(folder: Path) -> None:
     import ml_dtypes
 
     from grpo_jax.model.config import parse_hf_config
-    from grpo_jax.model.hf import each_tensor, stored_shape
+    from grpo_jax.model.tensors import each_tensor, tensor_shape
 
     config = parse_hf_config(json.loads((folder / "config.json").read_text()))
-    shapes = {name: stored_shape(spec, shape) for spec, name, _, shape in each_tensor(config)}
+    shapes = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -165,9 +165,11 @@ def _run(args: Any, timers: Timers) -> None:
         tokenizer = load_model_tokenizer(folder)
         prompts = _read_prompts(args, tokenizer)
         verify_weights(args.model)
-    if not args.allow_beyond_max_position:
+    can_extrapolate = folder.config.can_extrapolate
+    if not (args.allow_beyond_max_position and can_extrapolate):
         lengths = ("longest prompt", _longest(prompts)), ("--max_response_length", args.max_response_length)
-        check_positions(folder.max_position, *lengths, allow="--allow_beyond_max_position")
+        allow = "--allow_beyond_max_position" if can_extrapolate else ""
+        check_positions(folder.max_position, *lengths, allow=allow)
     with make_reward(config.reward, max_response_length=args.max_response_length) as reward:
         with timers.within("open_devices"):
             mesh = open_devices(config, folder.config, engine=config.rollout)

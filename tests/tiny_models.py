@@ -5,12 +5,24 @@ Large enough for every mesh of the tests to split something, and for key/value h
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from grpo_jax.model.config import ModelConfig
@@ -19,6 +31,12 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 SIZES = dict(
     hidden_size=16,
@@ -45,6 +63,8 @@ def tiny_torch_model(family="qwen2", *, seed=0, scale=0.3, **changes):
     with torch.no_grad():
         for name, parameter in model.named_parameters() if scale else ():
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, scale)
+            if family == "gemma3" and "norm" in name:
+                parameter.sub_(1)  # its norms multiply by 1 + weight
     return model
 
 

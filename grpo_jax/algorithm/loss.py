@@ -56,6 +56,11 @@ class LossMetrics:
         maxima = jax.tree.map(jnp.maximum, self.token_maxima, other.token_maxima)
         return dataclasses.replace(summed, token_maxima=maxima)
 
+    def merge_over(self, axis: str) -> "LossMetrics":
+        """Returns the metrics of all devices along a mesh axis together, within `jax.shard_map`."""
+        summed = jax.lax.psum(self, axis)
+        return dataclasses.replace(summed, token_maxima=jax.lax.pmax(self.token_maxima, axis))
+
     def summary(self) -> Metrics:
         """Returns the metrics by name: the loss as "actor/loss", means over tokens, maxima."""
         tokens = jnp.maximum(self.tokens, 1)

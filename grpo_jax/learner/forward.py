@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.packing import Places, pack
+from grpo_jax.learner.replicas import AXIS, OWN, ROWS, WHOLE, each
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.logprobs import token_logprobs
 from grpo_jax.model.lora import join, split
@@ -101,6 +102,7 @@ def token_scores(
             drawable,
             temperature=temperature,
             chunk_columns=chunk_columns,
+            soft_cap=model.logits_soft_cap,
         )
 
 
@@ -120,9 +122,10 @@ def make_forward_step(
         head_dtype: of the output product; None: the model's.
     """
 
-    @jax.jit
+    num_row_parts = num_batch_shards(mesh) // mesh.shape[AXIS]
+
     def forward_pass(params: Params, inputs: Inputs) -> tuple[Scores, Kept]:
-        rows = inputs[0].shape[0] // num_batch_shards(mesh)
+        rows = inputs[0].shape[0] // num_row_parts  # within a copy of the parameters
         columns = max(1, chunk_tokens // rows)  # whose logits one device computes at once
 
         frozen, trained = split(params)
@@ -140,7 +143,7 @@ def make_forward_step(
         out, pullback = jax.vjp(scores, trained)
         return out, _without_params(pullback, params)
 
-    return ForwardStep(forward_pass)
+    return ForwardStep(jax.jit(each(forward_pass, mesh, (WHOLE, ROWS), (ROWS, OWN))))
 
 
 def _without_params(pullback: Any, params: Params) -> Kept:

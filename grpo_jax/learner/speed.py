@@ -145,7 +145,8 @@ def forward_bytes(model: ModelConfig, shapes: Shapes) -> float:
     """Read and written between the products of a forward pass: norms, positions, attention, SwiGLU, sums."""
     heads = model.num_heads * model.head_dim
     projected = heads + 2 * model.num_kv_heads * model.head_dim
-    numbers = 9 * model.hidden_size + 3 * projected + heads + 3 * model.intermediate_size
+    hidden = model.intermediate_size * max(1, model.num_experts)
+    numbers = 9 * model.hidden_size + 3 * projected + heads + 3 * hidden
     scores = 0
     if model.attention == "plain":
         scores = PLAIN_PASSES * 4 * model.num_heads * shapes.length

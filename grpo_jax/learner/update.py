@@ -23,6 +23,7 @@ from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.forward import ForwardStep, Kept, Scores
 from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.optimizer import Apply, GradientCheck, Optimizer
+from grpo_jax.learner.replicas import AXIS, OWN, ROWS, WHOLE, each, has_copies, own_shardings
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.lora import NOTHING, join, split, trained_shardings
 from grpo_jax.model.sharding import replicated
@@ -50,8 +51,10 @@ class UpdateStep:
     """(params, micro-batch) -> the empty sum of gradients and metrics; reads shapes only."""
     backward: Any
     """(params, kept, scores, sum, micro-batch, loss scale) -> the sum with gradients and metrics of one
-    micro-batch [R, T] added. The sum is donated."""
+    micro-batch [R, T] added. The sum is donated. Each copy of the parameters has its own."""
     apply: Apply
+    add_up: Any = None
+    """(sums of all copies) -> the sum. They are donated. None: there is one copy."""
     weigh: Any = None
     """(log-probabilities, micro-batch) -> [R, T] bool, the tokens that weigh in the policy loss; None: all do."""
 
@@ -71,6 +74,7 @@ class UpdateStep:
             total, logprobs = self._add_gradients(params, total, micro, state)
             if self.weigh is not None:
                 weighing.append(self.weigh(logprobs, micro))
+        total = total if self.add_up is None else self.add_up(total)
         return *self.apply(state, total), weighing
 
     def _add_gradients(
@@ -95,7 +99,8 @@ class UpdateStep:
         (scores, kept), forward = self.forward.compile(params, micro)
         sums = device_bytes(total)
         total, backward = compile_ahead(self.backward, params, kept, scores, total, micro, loss_scale)
-        sizes = {"update": max(forward + sums, backward)}
+        total, adding = (total, 0) if self.add_up is None else compile_ahead(self.add_up, total)
+        sizes = {"update": max(forward + sums, backward, adding)}
         return sizes | optimizer.compile_apply(self.apply, total)
 
 
@@ -132,14 +137,31 @@ def make_update_step(
             return jax.tree.map(add, total[0], grads), total[1].merge(metrics)
 
     sums = (trained_shardings(model, mesh), replicated(mesh))
+    own = own_shardings(sums, mesh)
     return UpdateStep(
         to_compute_dtype=make_cast(optimizer.stored_model(model), mesh),
         forward=forward,
-        zeros=jax.jit(zeros, out_shardings=sums),
-        backward=jax.jit(backward, donate_argnums=3, out_shardings=sums),
+        zeros=jax.jit(each(zeros, mesh, (WHOLE, ROWS), OWN), out_shardings=own),
+        backward=jax.jit(
+            each(backward, mesh, (WHOLE, OWN, ROWS, OWN, ROWS, WHOLE), OWN),
+            donate_argnums=3,
+            out_shardings=own,
+        ),
         apply=optimizer.make_apply(make_gradient_check(optim, optimizer)),
+        add_up=make_add_up(sums, mesh) if has_copies(mesh) else None,
         weigh=None if weigh is None else jax.jit(weigh),
     )
+
+
+def make_add_up(sums: Any, mesh: Mesh) -> Any:
+    """Returns what adds up the gradients and metrics of all copies. Args: sums: shardings of the result."""
+
+    def add_up(total: Any) -> Any:
+        grads, metrics = total
+        add = lambda x: jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype)
+        return jax.tree.map(add, grads), metrics.merge_over(AXIS)
+
+    return jax.jit(each(add_up, mesh, (OWN,), WHOLE), donate_argnums=0, out_shardings=sums)
 
 
 def make_gradient_check(optim: OptimSection, optimizer: Optimizer) -> GradientCheck:

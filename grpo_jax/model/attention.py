@@ -1,4 +1,4 @@
-"""Attention: rotary embeddings, masks, and grouped-query attention with an optional key/value cache.
+"""Attention: masks, and grouped-query attention with an optional key/value cache.
 
 Whole rows, which may hold several sequences one after the other, go through a fused kernel if the device has one
 (`fused_attention.py`). Everything else, such as decoding from a cache, goes through `attend`.
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.model.config import ModelConfig, RopeScaling
+from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences, fused_attention
+from grpo_jax.model.rope import apply_rope
 from grpo_jax.model.sharding import constrain
 
 
@@ -32,7 +33,7 @@ class AttentionInputs:
     """The inputs of attention that are the same for all layers."""
 
     cos: jax.Array
-    """[B, T, 1, Dh/2] float32."""
+    """[B, T, 1, Dr/2] float32; [2, B, T, 1, Dr/2] where layers rotate by one of two tables."""
     sin: jax.Array
     mask: jax.Array | None
     """[B, 1, T, S] bool; True where the query may see the key. None with `sequences`."""
@@ -42,30 +43,28 @@ class AttentionInputs:
     """For a fused kernel, which takes whole rows and no cache, and needs no mask."""
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Returns the angle per position of each pair of channels.
+@flax.struct.dataclass
+class Layer:
+    """What one layer has of its own. `nn.scan` gets that of all layers, stacked, and compiles one block."""
 
-    RoFormer, arXiv:2104.09864. The llama3 rule divides the frequencies of long wavelengths by `factor`, keeps
-    those of short ones, and interpolates in between (as published with Llama 3.1's weights).
-
-    Returns: [Dh/2] float32.
-    """
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    index: jax.Array | None = None
+    """int32 scalar, the layer's index in the cache. None: the cache is of this layer alone."""
+    window: jax.Array | None = None
+    """int32 scalar, how many tokens a token sees, itself included; 0: all. None: no layer has a window."""
+    table: jax.Array | None = None
+    """int32 scalar, by which of the two tables it rotates. None: there is one."""
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates channel i together with channel i + Dh/2, the pairing of Hugging Face weights. x: [B, T, H, Dh]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def all_layers(config: ModelConfig) -> Layer:
+    """Returns the `Layer`s of a model, stacked."""
+    own = lambda values: jnp.asarray(values, jnp.int32) if values else None
+    return Layer(jnp.arange(config.num_layers), own(config.windows), own(config.other_rope_layers))
+
+
+def one_layer(config: ModelConfig, number: int) -> Layer:
+    """Returns the `Layer` of a layer that has a cache of its own."""
+    own = lambda values: jnp.int32(values[number]) if values else None
+    return Layer(None, own(config.windows), own(config.other_rope_layers))
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -100,7 +99,24 @@ def causal_segment_mask(segment_ids: jax.Array) -> jax.Array:
     return (causal[None] & same & (segment_ids > 0)[:, None, :])[:, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def within_window(mask: jax.Array, window: jax.Array, column: jax.Array | int) -> jax.Array:
+    """Takes from a mask what is out of sight for a layer with a window.
+
+    Columns that lie next to each other hold tokens that follow each other, in rows and in caches alike.
+
+    Args:
+        mask: [B, 1, T, S] bool.
+        window: int32 scalar, see `Layer`.
+        column: of the cache, in which the first query stands.
+    """
+    queries, keys = mask.shape[2:]
+    distance = (column + jnp.arange(queries))[:, None] - jnp.arange(keys)[None]
+    return mask & ((distance < window) | (window == 0))[None, None]
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, divisor: float | None = None
+) -> jax.Array:
     """Softmax attention in which H / K query heads share each of K key/value heads. The softmax is in float32.
 
     The query heads of a key/value head become rows of one matrix. Both products are then plain batched products,
@@ -111,13 +127,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
         q: [B, T, H, Dh].
         k, v: [B, K, S, Dh].
         mask: [B, 1, T, S] bool. A query that may see no key gets the mean of all values.
+        divisor: of the scores. None: the root of Dh.
     Returns: [B, T, H, Dh] in the dtype of v.
     """
     batch, length, heads, width = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
     rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, width), 1, 3)
     rows = rows.reshape(batch, kv_heads, group * length, width)
-    scores = jnp.matmul(rows, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32) / math.sqrt(width)
+    scores = jnp.matmul(rows, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32)
+    scores = scores / (divisor or math.sqrt(width))
     scores = scores.reshape(batch, kv_heads, group, length, -1)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -170,42 +188,70 @@ def linear(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; QKV bias (Qwen2) and QK norm (Qwen3) as configured."""
+    """Grouped-query attention; QKV bias (Qwen2), norms of queries and keys, windows and RoPE as configured."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: jax.Array | None
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None, layer: Layer
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns the output, [B, T, D], and the cache with the columns of this call written.
 
-        Args:
-            x: [B, T, D].
-            layer: int32 scalar, the layer's index in the cache. None: the cache is of this layer alone.
+        Args: x: [B, T, D].
         """
         c = self.config
         q = self._project(x, "q", heads=c.num_heads)
         k = self._project(x, "k", kv_heads=c.num_kv_heads)
         v = self._project(x, "v", kv_heads=c.num_kv_heads)
-        if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, c.param_dtype, "head_dim", name="k_norm")(k)
-        q = constrain(apply_rope(q, inputs.cos, inputs.sin), "batch", None, "heads", None)
-        k = constrain(apply_rope(k, inputs.cos, inputs.sin), "batch", None, "kv_heads", None)
+        q, k = self._norm(q, "q", "heads"), self._norm(k, "k", "kv_heads")
+        cos, sin = inputs.cos, inputs.sin
+        if layer.table is not None:
+            cos, sin = cos[layer.table], sin[layer.table]
+        q = constrain(apply_rope(q, cos, sin), "batch", None, "heads", None)
+        k = constrain(apply_rope(k, cos, sin), "batch", None, "kv_heads", None)
         if inputs.sequences is not None:
-            out = fused_attention(c.attention, q, k, v, inputs.sequences)
+            out = self._fused(q, k, v, inputs.sequences, layer)
         else:
             k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
             if cache is not None:
-                cache = _write(cache, k, v, layer, inputs.cache_column)
-                k, v = (
-                    (cache.keys, cache.values) if layer is None else (cache.keys[layer], cache.values[layer])
-                )
-            assert inputs.mask is not None
-            out = checkpoint_name(attend(q, k, v, inputs.mask), KEPT)
+                cache = _write(cache, k, v, layer.index, inputs.cache_column)
+                k, v = cache.keys, cache.values
+                if layer.index is not None:
+                    k, v = k[layer.index], v[layer.index]
+            mask = inputs.mask
+            assert mask is not None
+            if layer.window is not None:
+                mask = within_window(mask, layer.window, inputs.cache_column)
+            out = checkpoint_name(attend(q, k, v, mask, c.score_divisor), KEPT)
         heads, width = dict(heads=c.num_heads, head_dim=c.head_dim), dict(embed=c.hidden_size)
         return linear(self, "o", out, heads, width), cache
+
+    def _fused(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences, layer: Layer
+    ) -> jax.Array:
+        """Attention of whole rows by a kernel, to which a window is a constant: one for each that there is."""
+        c = self.config
+        scale = {} if c.score_divisor is None else {"divisor": c.score_divisor}
+
+        def of(window: int) -> Any:
+            masking = scale | ({"window": window} if window else {})
+            return lambda q, k, v: fused_attention(c.attention, q, k, v, sequences, **masking)
+
+        sizes = sorted(set(c.windows)) or [0]
+        if layer.window is None or len(sizes) == 1:
+            return of(sizes[0])(q, k, v)
+        which = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), layer.window)
+        return jax.lax.switch(which, [of(size) for size in sizes], q, k, v)
+
+    def _norm(self, x: jax.Array, name: str, axis: str) -> jax.Array:
+        """Returns queries or keys, [B, T, heads, Dh], normed each for itself, or all of a token together."""
+        c = self.config
+        if c.qk_norm:
+            return RMSNorm(c, "head_dim", name=f"{name}_norm")(x)
+        if c.qk_norm_whole:
+            return RMSNorm(c, axis, name=f"{name}_norm")(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return x
 
     def _project(self, x: jax.Array, name: str, **heads: int) -> jax.Array:
         """Returns x in heads, [B, T, heads, Dh]. Args: heads: their number, by the name of their axis."""
@@ -221,17 +267,22 @@ class Attention(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last dimension, in float32. arXiv:1910.07467."""
 
-    eps: float
-    param_dtype: Any
+    config: ModelConfig
     axis: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", self.param_dtype, ONES, **{self.axis: x.shape[-1]})
+        c = self.config
+        initial = ZEROS if c.norm_plus_one else ONES
+        scale = parameter(self, "scale", c.param_dtype, initial, **{self.axis: x.shape[-1]})
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        # Rounded before it is scaled, as in transformers, so that bfloat16 logits agree.
-        return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.rms_norm_eps)
+        of_rows = lambda scale: scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        # Rounded after it is scaled, or before, as in transformers, so that bfloat16 logits agree.
+        if c.norm_plus_one or c.norm_in_float32:
+            start = 1.0 if c.norm_plus_one else 0.0
+            return (normed * of_rows(start + scale.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * of_rows(scale.astype(x.dtype))
 
 
 def _write(cache: KVCache, k: jax.Array, v: jax.Array, layer: jax.Array | None, column: Any) -> KVCache:

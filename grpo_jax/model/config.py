@@ -1,43 +1,19 @@
-"""Sizes and switches of a model: `ModelConfig`, read from the content of a config.json and written back.
-
-A new family of models is a row of `FAMILIES` and, where its tensors have other names, `hf.tensor_specs`.
-"""
+"""Sizes and switches of a model: `ModelConfig`, read from the content of a config.json and written back."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from grpo_jax.config import ConfigError, ModelSection, RandomModelSection
-
-KEY = "model.path"
-"""The key that errors about a model's folder name."""
+from grpo_jax.config import ModelSection, RandomModelSection
+from grpo_jax.model.families import FAMILIES, find_family
+from grpo_jax.model.fields import number, refusal, size, switch
+from grpo_jax.model.rope import RopeScaling, max_position, parse_rope
 
 RANDOM_MAX_POSITION = 4096
 """Tokens, `max_position_embeddings` of a random model."""
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Qwen2ForCausalLM": dict(qkv_bias=True, qk_norm=False),
-    "Qwen3ForCausalLM": dict(qkv_bias=False, qk_norm=True),
-    "LlamaForCausalLM": dict(qkv_bias=False, qk_norm=False),
-}
-
-
-LIMIT = 2**31
-FLOAT32_LIMIT = 3.4e38
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How positions beyond the training length are encoded: `rope_scaling` of config.json."""
-
-    kind: str
-    """"linear" or "llama3"."""
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +45,42 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    """Whether the queries and keys of each head are normed."""
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int = 0
+    """Channels of each head that are rotated, the first ones. 0: all."""
+    other_rope_theta: float = 0.0
+    """Of the layers that are named next, without scaling. 0: they do not rotate."""
+    other_rope_layers: tuple[bool, ...] = ()
+    """Of each layer, whether it rotates otherwise than by `rope_theta`. (): none does."""
+    windows: tuple[int, ...] = ()
+    """Of each layer, how many tokens a token sees, itself included; 0: all. (): no layer has a window."""
+    score_width: float = 0.0
+    """Scores are divided by its root. 0: by that of `head_dim`."""
+    qk_norm_whole: bool = False
+    """Whether the queries of all heads are normed together, and the keys."""
+    activation: str = "silu"
+    """A key of `transformer.ACTIVATIONS`."""
+    norm_plus_one: bool = False
+    """Whether a norm multiplies by 1 + its scale."""
+    norm_in_float32: bool = False
+    """Whether it does so before its result is rounded to `dtype`, as it does with 1 + its scale."""
+    pre_norms: bool = True
+    """Whether attention and MLP have a norm before them."""
+    post_norms: bool = False
+    """Whether they have one after them, before their result is added."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by it."""
+    logits_soft_cap: float = 0.0
+    """Of the logits, before the temperature divides them. 0: none."""
+    num_experts: int = 0
+    """E, each an MLP of `intermediate_size`, in every layer. 0: there is one MLP."""
+    experts_per_token: int = 0
+    """How many of them a token's result is made of."""
+    norm_shares: bool = False
+    """Whether the shares of these are made to sum to 1."""
+    is_fused: bool = False
+    """Whether the folder holds q, k and v as one tensor, and gate and up as one."""
     dtype: Any = jnp.float32
     """Of activations and matrix products."""
     param_dtype: Any = jnp.float32
@@ -93,6 +104,16 @@ class ModelConfig:
             return dataclasses.replace(self, param_dtype=dtype)
         return dataclasses.replace(self, lora=dataclasses.replace(self.lora, param_dtype=dtype))
 
+    @property
+    def score_divisor(self) -> float | None:
+        """Of attention's scores. None: the root of `head_dim`."""
+        return math.sqrt(self.score_width) if self.score_width else None
+
+    @property
+    def can_extrapolate(self) -> bool:
+        """Whether trainer and sampler agree on positions beyond the window (docs/families.md)."""
+        return self.rope_scaling is None or self.rope_scaling.kind in ("linear", "llama3")
+
 
 def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> ModelConfig:
     """Reads the content of a config.json.
@@ -102,93 +123,61 @@ def parse_hf_config(hf: dict[str, Any], section: ModelSection | None = None) -> 
             float32, nothing recomputed.
     Raises: ConfigError: an architecture, or a switch of one, that this package does not implement.
     """
-    names = hf.get("architectures") or ["(none)"]
-    family = names[0] if isinstance(names, list) else names
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(KEY, family, f"architecture must be one of {', '.join(FAMILIES)}")
-    implemented = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-    }
-    for key, only in implemented.items():
-        if family == "Qwen2ForCausalLM" and key == "attention_bias":
-            continue
-        if hf.get(key, only) != only:
-            raise ConfigError(KEY, f"config.json: {key}={hf[key]}", f"only {key}={only} is implemented")
-    theta, scaling = _parse_rope(hf)
-    return ModelConfig(
-        **_parse_sizes(hf),
+    family = find_family(hf)
+    hf = family.defaults | hf
+    theta, scaling = parse_rope(hf)
+    fields = _parse_sizes(hf) | family.switches | family.read(hf) | _computation(section)
+    rotary_dim = _rotary_dim(hf)
+    if scaling is not None and scaling.short_factors:
+        num, pairs = len(scaling.short_factors), (rotary_dim or fields["head_dim"]) // 2
+        if num != pairs:
+            raise refusal(
+                "short_factor", num, f"numbers there must be {pairs}, one for each pair of channels"
+            )
+    config = ModelConfig(
+        **fields,
+        rotary_dim=rotary_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_number(hf, "rms_norm_eps", 1e-6),
-        tie_embeddings=_switch(hf, "tie_word_embeddings"),
-        **FAMILIES[family],
-        **_computation(section),
+        rms_norm_eps=number(hf, "rms_norm_eps", 1e-6),
+        tie_embeddings=switch(hf, "tie_word_embeddings"),
     )
+    longest = None if config.can_extrapolate else max_position(hf)
+    if longest and min(config.windows, default=0) >= longest:  # no sequence fills them: any kernel will do
+        config = dataclasses.replace(config, windows=())
+    return config
 
 
 def _parse_sizes(hf: dict[str, Any]) -> dict[str, Any]:
     """The sizes among the fields of `ModelConfig`."""
-    hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
-    kv_heads, head_dim = _size(hf, "num_key_value_heads", heads), _size(hf, "head_dim", hidden // heads)
+    hidden, heads = size(hf, "hidden_size"), size(hf, "num_attention_heads")
+    kv_heads, head_dim = size(hf, "num_key_value_heads", heads), size(hf, "head_dim", hidden // heads)
     if heads % kv_heads:
-        raise _refusal("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
+        raise refusal("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
     if head_dim % 2:
-        raise _refusal("head_dim", head_dim, "must be even, for RoPE")
+        raise refusal("head_dim", head_dim, "must be even, for RoPE")
     return dict(
-        vocab_size=_size(hf, "vocab_size"),
+        vocab_size=size(hf, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_size(hf, "intermediate_size"),
-        num_layers=_size(hf, "num_hidden_layers"),
+        intermediate_size=size(hf, "intermediate_size"),
+        num_layers=size(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
     )
 
 
-def max_position(hf: dict[str, Any]) -> int | None:
-    """The longest sequence that a model was made for, tokens; None: its config.json does not say.
-
-    Linear scaling multiplies `max_position_embeddings`: some folders have it from before the scaling.
-    """
-    if hf.get("max_position_embeddings") is None:
-        return None
-    length, scaling = _size(hf, "max_position_embeddings"), _parse_rope(hf)[1]
-    return int(length * (scaling.factor if scaling is not None and scaling.kind == "linear" else 1))
-
-
-def _refusal(name: str, value: Any, rule: str) -> ConfigError:
-    return ConfigError(KEY, f"config.json: {name}={value!r:.200}", rule)
-
-
-def _size(hf: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number that an array can have for its size."""
-    value = hf.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError(KEY, "config.json", f"lacks {name}")
-    if type(value) is not int or not 0 < value < LIMIT:
-        raise _refusal(name, value, "must be a whole number, at least 1 and below 2**31")
-    return value
-
-
-def _number(hf: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = hf.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError(KEY, "config.json", f"lacks {name}")
-    if type(value) not in (int, float) or not 0 < value < FLOAT32_LIMIT:
-        raise _refusal(name, value, "must be a number above 0")
-    return float(value)
-
-
-def _switch(hf: dict[str, Any], name: str) -> bool:
-    value = hf.get(name)
-    if not isinstance(value, bool | None):
-        raise _refusal(name, value, "must be true or false")
-    return bool(value)
+def _rotary_dim(hf: dict[str, Any]) -> int:
+    """Channels of each head that are rotated. 0: all of them."""
+    share = number(
+        hf, "partial_rotary_factor", number(hf.get("rope_parameters") or {}, "partial_rotary_factor", 1.0)
+    )
+    channels = int(_parse_sizes(hf)["head_dim"] * share)
+    if share > 1 or channels < 2 or channels % 2:
+        raise refusal(
+            "partial_rotary_factor", share, "must leave an even number of a head's channels, at least 2"
+        )
+    return 0 if share == 1 else channels
 
 
 def random_model_config(sizes: RandomModelSection, section: ModelSection | None = None) -> ModelConfig:
@@ -199,7 +188,7 @@ def random_model_config(sizes: RandomModelSection, section: ModelSection | None 
         rope_theta=10_000.0,
         rms_norm_eps=1e-6,
         tie_embeddings=True,
-        **FAMILIES["Qwen2ForCausalLM"],
+        **FAMILIES["Qwen2ForCausalLM"].switches,
         **_computation(section),
     )
 
@@ -237,26 +226,3 @@ def _computation(section: ModelSection | None) -> dict[str, Any]:
         remat=section.remat,
         scan_layers=section.scan_layers,
     )
-
-
-def _parse_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and scaling: transformers 5 writes `rope_parameters`, older releases two keys."""
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name)
-        if not isinstance(value, dict | None):
-            raise _refusal(name, value, "must be an object")
-        rope |= value or {}
-    theta = _number({"rope_theta": hf.get("rope_theta")} | rope, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", _number(rope, "factor"))
-    if kind == "llama3":
-        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if low >= high:
-            raise _refusal("low_freq_factor", low, f"must be below high_freq_factor={high}")
-        length = _size(rope, "original_max_position_embeddings")
-        return theta, RopeScaling("llama3", _number(rope, "factor"), low, high, length)
-    raise ConfigError(KEY, f"rope_type={kind!s:.200}", "RoPE scaling must be default, linear or llama3")

@@ -6,10 +6,19 @@ from grpo_jax.model.config import ModelConfig
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Numbers in the matrices of all layers: half of the FLOPs that a token costs in them."""
+    """Numbers in the matrices of all layers: half of the FLOPs that a token costs where all are multiplied."""
+    return _layer_weights(model, model.num_experts)
+
+
+def active_weights(model: ModelConfig) -> int:
+    """Those of them that a token's result depends on: with experts, not all."""
+    return _layer_weights(model, model.experts_per_token)
+
+
+def _layer_weights(model: ModelConfig, experts: int) -> int:
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    a_layer = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
-    return model.num_layers * a_layer
+    mlps = 3 * model.intermediate_size * (experts if model.num_experts else 1)
+    return model.num_layers * model.hidden_size * (2 * heads + 2 * kv_heads + mlps + model.num_experts)
 
 
 def head_weights(model: ModelConfig) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.sharding import partition_spec
+from grpo_jax.model.sharding import partition_spec, splitting_axes
 
 KEPT = "attention"
 """Name, for `jax.checkpoint`, of attention's output and of what else a kernel's backward pass needs."""
@@ -110,9 +110,12 @@ def device_kind(device: jax.Device) -> DeviceKind:
     return DeviceKind(device.platform)
 
 
-def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind) -> str:
+def choose_kernel(
+    wanted: str, dtype: Any, head_dim: int, device: DeviceKind, has_windows: bool = False
+) -> str:
     """Returns the kernel that `model.attention` stands for on a device: "cudnn", "splash" or "plain".
 
+    Args:   has_windows: whether layers have sliding windows. "auto" then leaves cuDNN out (docs/families.md).
     Raises: ConfigError: the device has no such kernel or dtype, or the kernel cannot compute this model; says why.
     """
     if device.platform == "tpu" and jnp.dtype(dtype) == jnp.float16:
@@ -124,7 +127,8 @@ def choose_kernel(wanted: str, dtype: Any, head_dim: int, device: DeviceKind) ->
         "splash": _why_not_splash(device, head_dim),
     }
     if wanted == "auto":
-        return next((name for name, why in obstacles.items() if not why), "plain")
+        left_out = {"cudnn"} if has_windows else set()
+        return next((name for name, why in obstacles.items() if not why and name not in left_out), "plain")
     if obstacles[wanted]:
         raise ConfigError("model.attention", wanted, obstacles[wanted])
     return wanted
@@ -152,24 +156,28 @@ def is_kept(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return is_named or primitive.name.startswith("dot_product_attention_fwd")
 
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, Sequences], jax.Array]
-"""(q, k, v, sequences) -> output, as `fused_attention`, for the rows and heads of one device."""
+Kernel = Callable[..., jax.Array]
+"""(q, k, v, sequences, ...) -> output, as `fused_attention`, for the rows and heads of one device."""
 
 
 def fused_attention(
-    kernel: str | Kernel, q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences
+    kernel: str | Kernel, q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences, **masking: Any
 ) -> jax.Array:
     """Computes attention in which each token sees itself and the earlier tokens of its own sequence.
 
     Args:
         kernel: "cudnn", "splash" or a function that takes their place.
         q: [B, T, H, Dh]; k, v: [B, T, K, Dh].
+        masking: `window`: how many tokens a token sees, itself included; not there: all of its sequence.
+            `divisor`: of the scores; not there: the root of Dh.
     Returns: [B, T, H, Dh] in the dtype of v.
     """
     kernels: dict[str, Kernel] = {"cudnn": _cudnn, "splash": _splash}
     function = kernels[kernel] if isinstance(kernel, str) else kernel
+    if masking:
+        function = functools.partial(function, **masking)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or not splitting_axes(mesh):
         return function(q, k, v, sequences)
     # The compiler cannot look into kernels, so every device is given its own rows and heads.
     spec = lambda x, head_axis: partition_spec(("batch", None, head_axis, None), x.shape, mesh)
@@ -182,12 +190,20 @@ def fused_attention(
         mesh=mesh,
         in_specs=(heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, sequences)),
         out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )
     return split(q, k, v, sequences)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> jax.Array:
+def _cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sequences: Sequences,
+    window: int | None = None,
+    divisor: float | None = None,
+) -> jax.Array:
     # Not public, because `jax.nn.dot_product_attention` cannot say where sequences begin.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -203,25 +219,33 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences) -> ja
         kv_seqlen=sequences.lengths,
         q_offsets=offsets,
         kv_offsets=offsets,
-        scale=1 / math.sqrt(q.shape[-1]),
+        scale=1 / (divisor or math.sqrt(q.shape[-1])),
         mask_type=MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
     )
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, sequences: Sequences, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sequences: Sequences,
+    window: int | None = None,
+    divisor: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    attend = jax.vmap(_splash_kernel(q.shape[2], q.shape[1], interpret))
+    attend = jax.vmap(_splash_kernel(q.shape[2], q.shape[1], interpret, window))
     ids = splash.SegmentIds(sequences.segment_ids, sequences.segment_ids)
     # Splash leaves the scale to its caller.
-    return heads_first(attend(heads_first(q) / math.sqrt(q.shape[-1]), heads_first(k), heads_first(v), ids))
+    q = q / (divisor or math.sqrt(q.shape[-1]))
+    return heads_first(attend(heads_first(q), heads_first(k), heads_first(v), ids))
 
 
 @functools.lru_cache(maxsize=8)
-def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:
+def _splash_kernel(num_heads: int, length: int, interpret: bool, window: int | None = None) -> Any:
     """Returns the kernel of one row. Its tables of blocks are constants, the same for every row and layer."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -232,7 +256,9 @@ def _splash_kernel(num_heads: int, length: int, interpret: bool) -> Any:
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads)
+    square = (length, length)
+    mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
+    causal = masks.MultiHeadMask([mask] * num_heads)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
             causal, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret,

@@ -11,9 +11,8 @@ import functools
 import json
 import logging
 import math
-import operator
 import shutil
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax.config import ConfigError, ModelSection
-from grpo_jax.model.config import KEY, LIMIT, ModelConfig, max_position, parse_hf_config
+from grpo_jax.model.config import ModelConfig, parse_hf_config
+from grpo_jax.model.fields import KEY, LIMIT
 from grpo_jax.model.lora import adapter_of, merged, scale_of
+from grpo_jax.model.rope import max_position
 from grpo_jax.model.sharding import fetch
+from grpo_jax.model.tensors import (
+    TensorSpec,
+    each_tensor,
+    stored_index,
+    stored_shape,
+    tensor_shape,
+    tensor_specs,
+)
 from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder
 from grpo_jax.types import Params
@@ -46,36 +55,6 @@ SIDE_FILES = (
 )  # fmt: skip
 """What is copied beside a model's weights, in small letters: configuration, tokenizer, chat template, licence."""
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A parameter and its Hugging Face counterpart.
-
-    A kernel (inputs..., outputs...) is stored as the matrix [outputs, inputs], a bias (heads, width) as a vector;
-    embeddings and norms are stored as they are.
-    """
-
-    path: tuple[str, ...]
-    """Keys in the parameter tree."""
-    name: str
-    """Hugging Face name. In that of a parameter that is stacked over layers, "{}" stands for the layer."""
-    num_inputs: int = 0
-    """How many leading dimensions of a kernel are its input. 0: not a kernel."""
-
-    @property
-    def is_stacked(self) -> bool:
-        return "{}" in self.name
-
-    def of(self, tree: Any) -> Any:
-        """Returns this parameter's leaf of a tree like the parameters."""
-        return functools.reduce(operator.getitem, self.path, tree)
-
-    def groups(self, rank: int) -> tuple[int, ...]:
-        """Returns how many dimensions of the parameter make up each stored one, inputs first."""
-        if self.num_inputs:
-            return (self.num_inputs, rank - self.num_inputs)
-        return (rank,) if self.name.endswith("bias") else (1,) * rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,29 +82,6 @@ class ModelFolder:
     def with_config(self, **changes: Any) -> "ModelFolder":
         """Returns the same folder with other values of some fields of its `ModelConfig`."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
-
-
-def tensor_specs(config: ModelConfig) -> list[TensorSpec]:
-    """Returns every parameter of the model with its Hugging Face name, in the order of a checkpoint."""
-    layer, attention, mlp = "model.layers.{}.", ("layers", "attention"), ("layers", "mlp")
-    specs = [TensorSpec(("embedding",), "model.embed_tokens.weight")]
-    specs += [TensorSpec((*attention, n), f"{layer}self_attn.{n}_proj.weight", 1) for n in ("q", "k", "v")]
-    if config.qkv_bias:
-        specs += [TensorSpec((*attention, f"{n}_bias"), f"{layer}self_attn.{n}_proj.bias") for n in "qkv"]
-    if config.qk_norm:
-        specs += [
-            TensorSpec((*attention, f"{n}_norm", "scale"), f"{layer}self_attn.{n}_norm.weight") for n in "qk"
-        ]
-    specs += [TensorSpec((*attention, "o"), layer + "self_attn.o_proj.weight", 2)]
-    specs += [TensorSpec((*mlp, n), f"{layer}mlp.{n}_proj.weight", 1) for n in ("gate", "up", "down")]
-    specs += [
-        TensorSpec(("layers", "attention_norm", "scale"), layer + "input_layernorm.weight"),
-        TensorSpec(("layers", "mlp_norm", "scale"), layer + "post_attention_layernorm.weight"),
-        TensorSpec(("final_norm", "scale"), "model.norm.weight"),
-    ]
-    if not config.tie_embeddings:
-        specs += [TensorSpec(("lm_head",), "lm_head.weight")]
-    return specs
 
 
 # ---- inspecting ----
@@ -234,7 +190,7 @@ def _what_is_wrong(error: str, size: int) -> str:
 def _check_tensors(config: ModelConfig, tensors: dict[str, StoredTensor], folder: Path) -> None:
     expected = set()
     for spec, name, _, of_parameter in each_tensor(config):
-        shape = stored_shape(spec, of_parameter)
+        shape = tensor_shape(spec, of_parameter)
         expected.add(name)
         if name not in tensors:
             raise ConfigError(KEY, str(folder), f"tensor {name} is missing")
@@ -280,33 +236,47 @@ def tensor_readers(
 ) -> Params:
     """The same of some parameters, from the files of their tensors."""
     shapes, shardings = abstract_params(config)[0], param_shardings(config, mesh)
-    readers: dict[tuple[str, ...], Any] = {}
+    parts: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in specs:
-        leaf, sharding = spec.of(shapes), spec.of(shardings)
-        if spec.is_stacked:
-            readers[spec.path] = functools.partial(_read_stacked, tensors, spec, leaf, sharding)
+        parts.setdefault(spec.path, []).append(spec)
+    readers: dict[tuple[str, ...], Any] = {}
+    for path, of_path in parts.items():
+        leaf, sharding = of_path[0].of(shapes), of_path[0].of(shardings)
+        if of_path[0].is_stacked:
+            readers[path] = functools.partial(_read_stacked, tensors, of_path, leaf, sharding)
         else:
-            readers[spec.path] = functools.partial(_read_tensor, tensors, spec.name, spec, leaf, sharding)
+            [spec] = of_path
+            readers[path] = functools.partial(_read_tensor, tensors, spec.name, spec, leaf, sharding)
     return unflatten_dict(readers)
 
 
 def _read_stacked(
-    tensors: dict[str, StoredTensor], spec: TensorSpec, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+    tensors: dict[str, StoredTensor],
+    specs: Sequence[TensorSpec],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: NamedSharding,
 ) -> jax.Array:
-    """Fills a parameter that is stacked over layers in place, so that only one layer is ever held twice."""
+    """Fills a parameter that is stacked over layers in place, so that only one layer is ever held twice.
+
+    Args: specs: one, or that of each expert.
+    """
     stacked = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
-    one_layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    one = jax.ShapeDtypeStruct(specs[0].shape_of_one(leaf.shape), leaf.dtype)
+    of_one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[len(leaf.shape) - len(one.shape) :]))
     for i in range(leaf.shape[0]):
-        layer = _read_tensor(tensors, spec.name.format(i), spec, one_layer, layer_sharding)
-        # Waiting keeps the host from reading ahead: dispatched but unfinished copies would fill its memory.
-        stacked = jax.block_until_ready(_insert(stacked, layer, i, sharding=sharding))
+        for spec in specs:
+            part = _read_tensor(tensors, spec.name.format(i), spec, one, of_one)
+            # Waiting keeps the host from reading ahead: dispatched but unfinished copies would fill its memory.
+            stacked = jax.block_until_ready(_insert(stacked, part, spec.place(i), sharding=sharding))
     return stacked
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _insert(stacked: jax.Array, layer: jax.Array, i: int, *, sharding: NamedSharding) -> jax.Array:
-    inserted = jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+def _insert(
+    stacked: jax.Array, part: jax.Array, place: tuple[int, ...], *, sharding: NamedSharding
+) -> jax.Array:
+    start = (*place, *(0 for _ in part.shape))
+    inserted = jax.lax.dynamic_update_slice(stacked, part.reshape((1,) * len(place) + part.shape), start)
     return jax.lax.with_sharding_constraint(inserted, sharding)
 
 
@@ -322,28 +292,15 @@ def _read_tensor(
         stored = file.get_slice(name)
 
         def read(index: Any) -> np.ndarray:
-            part = stored[_stored_index(spec, leaf.shape, index)]
+            rows, *columns = stored_index(spec, leaf.shape, index)
+            rows = slice(spec.first_row + rows.start, spec.first_row + rows.stop)
+            part = stored[(rows, *columns)]
             target = tuple(len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True))
             part = part.T if spec.num_inputs else part
             # Always a copy: the mapped file must not outlive this call inside an array.
             return np.array(part.reshape(target), dtype=leaf.dtype, order="C")
 
         return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
-
-
-def _stored_index(spec: TensorSpec, shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Returns where a slice of the parameter lies in the stored tensor.
-
-    Of the dimensions that make up a stored one (`TensorSpec.groups`), only the first may be cut.
-    """
-    result, at = [], 0
-    for size in spec.groups(len(shape)):
-        inner = math.prod(shape[at + 1 : at + size])
-        start, stop, _ = index[at].indices(shape[at])
-        assert all(index[d].indices(shape[d]) == (0, shape[d], 1) for d in range(at + 1, at + size))
-        result.append(slice(start * inner, stop * inner))
-        at += size
-    return tuple(reversed(result)) if spec.num_inputs else tuple(result)
 
 
 # ---- saving ----
@@ -423,7 +380,9 @@ def write_eos_token_ids(folder: Path, eos_token_ids: Iterable[int]) -> None:
 def stored_bytes(config: ModelConfig, dtype: Any) -> dict[str, int]:
     """Returns the bytes of each Hugging Face tensor of the model, by its name."""
     itemsize = np.dtype(dtype).itemsize
-    return {name: math.prod(shape) * itemsize for _, name, _, shape in each_tensor(config)}
+    return {
+        name: math.prod(tensor_shape(spec, shape)) * itemsize for spec, name, _, shape in each_tensor(config)
+    }
 
 
 def _on_device(leaf: Any) -> Any:
@@ -439,24 +398,27 @@ def stored_tensors(
     dtype: Any,
     names: Container[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns tensors on the host as they are stored, by name. All processes call it.
+    """Returns tensors on the host as they are stored, by name, a parameter after the other. All processes call it.
 
     Args:
         params: a tree with the parameters of `specs`; adapters in it are merged into their kernels.
         names: of the tensors; None: all.
     """
-    layers: dict[TensorSpec, dict[str, int | None]] = {}
+    sources: dict[tuple[str, ...], list[tuple[TensorSpec, str, int | None]]] = {}
     for spec, name, layer, _ in each_tensor(config, specs):
         if names is None or name in names:
-            layers.setdefault(spec, {})[name] = layer
-    scale, tensors = scale_of(config), {}
-    for spec, of_spec in layers.items():
-        leaf, adapter = jax.tree.map(_on_device, (spec.of(params), adapter_of(params, spec.path)))
-        for name, layer in of_spec.items():
-            take = lambda x, layer=layer: x if layer is None else x[layer]
-            kernel, of_layer = jax.tree.map(take, (leaf, adapter))
-            tensors[name] = _to_stored(merged(kernel, of_layer, scale), spec, dtype)
-    return tensors
+            sources.setdefault(spec.path, []).append((spec, name, layer))
+    scale = scale_of(config)
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path, of_path in sources.items():
+        whole = jax.tree.map(_on_device, (of_path[0][0].of(params), adapter_of(params, path)))
+        for spec, name, layer in of_path:
+            place = spec.place(layer)
+            kernel, adapter = jax.tree.map(lambda x, place=place: x[place] if place else x, whole)
+            rows = _to_stored(merged(kernel, adapter, scale), spec, dtype)
+            parts.setdefault(name, {})[spec.first_row] = rows
+    ordered = {name: [rows for _, rows in sorted(found.items())] for name, found in parts.items()}
+    return {name: np.concatenate(rows) if len(rows) > 1 else rows[0] for name, rows in ordered.items()}
 
 
 def _to_stored(leaf: jax.Array, spec: TensorSpec, dtype: Any) -> np.ndarray:
@@ -464,30 +426,3 @@ def _to_stored(leaf: jax.Array, spec: TensorSpec, dtype: Any) -> np.ndarray:
     stored = stored_shape(spec, array.shape)
     array = array.reshape(stored[::-1]).T if spec.num_inputs else array.reshape(stored)
     return np.ascontiguousarray(array, dtype=dtype)
-
-
-# ---- both ways ----
-
-
-def each_tensor(
-    config: ModelConfig, specs: Iterable[TensorSpec] | None = None
-) -> Iterator[tuple[TensorSpec, str, int | None, tuple[int, ...]]]:
-    """Yields (spec, Hugging Face name, layer, shape of that parameter) of every tensor, layer by layer.
-
-    Args: specs: of the parameters; None: those of `tensor_specs`.
-    """
-    shapes = abstract_params(config)[0]
-    specs = list(tensor_specs(config) if specs is None else specs)
-    stacked = [spec for spec in specs if spec.is_stacked]
-    for spec in specs:
-        if not spec.is_stacked:
-            yield spec, spec.name, None, spec.of(shapes).shape
-    for layer in range(config.num_layers):
-        for spec in stacked:
-            yield spec, spec.name.format(layer), layer, spec.of(shapes).shape[1:]
-
-
-def stored_shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of the Hugging Face tensor of a parameter, or of one layer of it, of the given shape."""
-    whole = _stored_index(spec, shape, (slice(None),) * len(shape))
-    return tuple(s.stop for s in whole)

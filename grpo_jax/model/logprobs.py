@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from grpo_jax.model.sharding import AXIS_RULES, constrain
+from grpo_jax.model.sharding import AXIS_RULES, constrain, splitting_axes
 
 CUT = -1e30
 """The logit of a token that cannot be drawn. Finite: its probability is 0, and 0 * log 0 is 0 without a case."""
+
+Scale = tuple[float, float]
+"""(temperature, soft cap of the logits before they are divided by it, 0: none)"""
 
 
 def token_logprobs(
@@ -26,6 +29,7 @@ def token_logprobs(
     *,
     temperature: float,
     chunk_columns: int,
+    soft_cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each token given those before it, and the entropy of its distribution.
 
@@ -36,20 +40,22 @@ def token_logprobs(
         drawable: as in `TrainBatch`: the distribution is that over these tokens.
         temperature: divides the logits, as in the sampler.
         chunk_columns: columns whose logits may exist at once, >= 1.
+        soft_cap: see `capped`.
     Returns:
         logprobs, entropy: [B, T] float32, aligned with `tokens`: column t is about tokens[:, t]; column 0 is 0.
     """
     chunks = _num_chunks(tokens.shape[1], chunk_columns)
     next_column = lambda x: jnp.roll(x, -1, axis=1)  # column t predicts t + 1; the last one is dropped below
     targets, drawable = jax.tree.map(next_column, (tokens, drawable))
-    of_rows = functools.partial(_chosen, temperature, chunks)
+    of_rows = functools.partial(_chosen, (temperature, soft_cap), chunks)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and any(mesh.shape[axis] > 1 for axis in AXIS_RULES["batch"]):
+    axes = () if mesh.empty else tuple(a for a in AXIS_RULES["batch"] if a in splitting_axes(mesh))
+    if axes:
         # Each device sums the head's gradient over its own rows, and these sums are added once. Left to the
         # compiler, they would be added after every chunk.
-        rows = PartitionSpec(AXIS_RULES["batch"])
+        rows = PartitionSpec(axes)
         # Some compilers fail if any axis is left to them; axes of one device need not be.
-        names = {axis for axis in mesh.axis_names if axis in AXIS_RULES["batch"] or mesh.shape[axis] == 1}
+        names = {*axes, *(axis for axis, size in mesh.shape.items() if size == 1)} - {*mesh.manual_axes}
         of_rows = jax.shard_map(
             of_rows,
             mesh=mesh,
@@ -65,7 +71,7 @@ def token_logprobs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chosen(
-    temperature: float,
+    scale: Scale,
     chunks: int,
     hidden: jax.Array,
     head: jax.Array,
@@ -73,15 +79,15 @@ def _chosen(
     drawable: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probability of `targets` [B, T] under softmax(hidden head^T / temperature), and entropy."""
-    return _forward(temperature, chunks, hidden, head, targets, drawable)[0]
+    return _forward(scale, chunks, hidden, head, targets, drawable)[0]
 
 
 def _forward(
-    temperature: float, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, drawable: Any
+    scale: Scale, chunks: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, drawable: Any
 ) -> Any:
     def one_chunk(_: None, xs: Any) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, targets, drawable = xs
-        logits = _cut(_logits(hidden, head, temperature), drawable)
+        logits = _cut(_logits(hidden, head, scale), drawable)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         logp = logits - normalizer[..., None]
         # A sum instead of an index: the logits are read anyway.
@@ -94,20 +100,27 @@ def _forward(
     return (logprobs, entropy), (hidden, head, targets, drawable, normalizer, entropy)
 
 
-def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
+def _backward(scale: Scale, chunks: int, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     """For one token with logits z, distribution p and entropy H:
 
     d log p[chosen] / dz = onehot(chosen) - p,        dH / dz = -p (log p + H)
+
+    and of a logit capped at c, d c tanh(z / c) / dz = 1 - tanh(z / c)^2.
     """
+    temperature, soft_cap = scale
     hidden, head, targets, drawable, normalizer, entropy = kept
 
     def one_chunk(d_head: jax.Array, xs: Any) -> tuple[jax.Array, jax.Array]:
         hidden, targets, drawable, normalizer, entropy, d_logprob, d_entropy = xs
-        logits = _cut(_logits(hidden, head, temperature), drawable)
+        whole = _logits(hidden, head, scale)
+        logits = _cut(whole, drawable)
         logp = logits - normalizer[..., None]
         pull = d_logprob[..., None] + d_entropy[..., None] * (logp + entropy[..., None])
         d_logits = jnp.where(_is_target(logits, targets), d_logprob[..., None], 0) - jnp.exp(logp) * pull
-        d_logits = (d_logits / temperature).astype(hidden.dtype)
+        d_logits = d_logits / temperature
+        if soft_cap:
+            d_logits = d_logits * (1 - jnp.square(whole * temperature / soft_cap))
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, head)
         return d_head + jnp.einsum(
             "bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32
@@ -122,9 +135,15 @@ def _backward(temperature: float, chunks: int, kept: Any, cotangents: tuple[jax.
 _chosen.defvjp(_forward, _backward)
 
 
-def _logits(hidden: jax.Array, head: jax.Array, temperature: float) -> jax.Array:
+def capped(logits: jax.Array, soft_cap: float) -> jax.Array:
+    """Returns c tanh(logits / c), which lies between -c and c. Args: soft_cap: c; 0: the logits as they are."""
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def _logits(hidden: jax.Array, head: jax.Array, scale: Scale) -> jax.Array:
+    temperature, soft_cap = scale
     logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", None, "vocab") / temperature
+    return capped(constrain(logits, "batch", None, "vocab"), soft_cap) / temperature
 
 
 def _cut(logits: jax.Array, drawable: jax.Array | None) -> jax.Array:

@@ -22,16 +22,13 @@ from grpo_jax.model.config import Lora, ModelConfig
 from grpo_jax.model.hf import (
     ModelFolder,
     StoredTensor,
-    TensorSpec,
-    each_tensor,
     read_header,
     read_json,
-    stored_shape,
     stored_tensors,
     tensor_readers,
-    tensor_specs,
 )
 from grpo_jax.model.lora import A, B, adapter_of
+from grpo_jax.model.tensors import TensorSpec, each_tensor, stored_shape, tensor_specs
 from grpo_jax.model.transformer import abstract_params
 from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder, read_facts
 from grpo_jax.types import Params
@@ -67,7 +64,12 @@ def with_adapters(model: ModelConfig, section: LoraSection) -> ModelConfig:
     if section.rank > model.hidden_size:
         rule = f"must be at most the model's width, hidden_size={model.hidden_size}"
         raise ConfigError("lora.rank", section.rank, rule)
+    if model.is_fused:
+        rule = "must be 0: this model's folders hold several layers as one tensor, for which there are no adapters"
+        raise ConfigError("lora.rank", section.rank, rule)
     kernels = {spec.path[-1]: spec for spec in tensor_specs(model) if spec.num_inputs and spec.is_stacked}
+    if model.num_experts:
+        kernels = {name: spec for name, spec in kernels.items() if spec.path[-2] != "mlp"}
     chosen = {name for target in section.targets for name in _matches(target, kernels)}
     targets = tuple(name for name in kernels if name in chosen)
     lora = Lora(section.rank, section.alpha / section.rank, targets, model.param_dtype)
@@ -80,6 +82,14 @@ def _matches(target: str, kernels: dict[str, TensorSpec]) -> list[str]:
     if target in UNTRAINED:
         rule = "embedding and output head get no adapter, which tied ones would share: name others"
         raise ConfigError("lora.targets", target, rule)
+    if (
+        target in SETS
+        and not any(spec.path[-2] == "mlp" for spec in kernels.values())
+        and target != "attention"
+    ):
+        raise ConfigError(
+            "lora.targets", target, "experts and their router get no adapters: choose attention"
+        )
     if target in SETS:
         return [name for name, spec in kernels.items() if spec.path[-2] in SETS[target]]
     outside = {name: module_name(spec).partition(".{}.")[2] for name, spec in kernels.items()}

@@ -29,6 +29,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),  # V
     "embed": ("fsdp",),  # D of parameters; activations keep their width whole
     "mlp": ("tensor",),  # F
+    "experts": (),  # E; each expert is split like an MLP
     "heads": ("tensor",),  # H
     "kv_heads": ("tensor",),  # K
     "head_dim": (),  # Dh
@@ -108,7 +109,7 @@ def partition_spec(
         what: the array's name, for the log. "": nothing is logged, as for activations.
     """
     entries: list[Any] = []
-    splitting = {a for a, size in mesh.shape.items() if size > 1} - set(mesh.abstract_mesh.manual_axes)
+    splitting = splitting_axes(mesh)
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = tuple(a for a in AXIS_RULES[axis] if a in splitting) if axis else ()
         shards = math.prod(mesh.shape[a] for a in mesh_axes)
@@ -118,6 +119,11 @@ def partition_spec(
             mesh_axes = ()
         entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
     return PartitionSpec(*entries)
+
+
+def splitting_axes(mesh: Any) -> set[str]:
+    """The axes of several devices that arrays can be split over here: within `jax.shard_map`, those it leaves."""
+    return {a for a, size in mesh.shape.items() if size > 1} - set(mesh.abstract_mesh.manual_axes)
 
 
 @functools.cache

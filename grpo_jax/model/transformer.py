@@ -17,14 +17,18 @@ from grpo_jax.model.attention import (
     Attention,
     AttentionInputs,
     KVCache,
+    Layer,
     RMSNorm,
+    all_layers,
     causal_segment_mask,
     linear,
+    one_layer,
     parameter,
-    rope_frequencies,
 )
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.experts import Experts
 from grpo_jax.model.fused_attention import find_sequences, is_kept
+from grpo_jax.model.rope import rope_frequencies, rope_tables
 from grpo_jax.model.sharding import AXIS_RULES, constrain, tree_shardings
 from grpo_jax.types import Params
 
@@ -57,8 +61,14 @@ def bucket_length(n: int) -> int:
     return -(-n // step) * step
 
 
+ACTIVATIONS: dict[str, Any] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 class MLP(nn.Module):
-    """SwiGLU, arXiv:2002.05202. x: [B, T, D] -> [B, T, D]."""
+    """SwiGLU, arXiv:2002.05202, or with another activation. x: [B, T, D] -> [B, T, D]."""
 
     config: ModelConfig
 
@@ -66,29 +76,37 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         width, hidden = dict(embed=c.hidden_size), dict(mlp=c.intermediate_size)
-        h = jax.nn.silu(linear(self, "gate", x, width, hidden)) * linear(self, "up", x, width, hidden)
+        activation = ACTIVATIONS[c.activation]
+        h = activation(linear(self, "gate", x, width, hidden)) * linear(self, "up", x, width, hidden)
         return linear(self, "down", constrain(h, "batch", None, "mlp"), hidden, width)
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer, in the form `nn.scan` wants: (carry, per-layer, shared) -> (carry, None)."""
+    """One decoder layer, in the form `nn.scan` wants: (carry, per-layer, shared) -> (carry, None).
+
+    Attention and MLP each have a norm before them (`pre_norms`), after them (`post_norms`), or both.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array | None, inputs: AttentionInputs
+        self, carry: tuple[jax.Array, KVCache | None], layer: Layer, inputs: AttentionInputs
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
         c = self.config
         x, cache = carry
-        h = RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="attention_norm")(x)
+        h = self._norm(x, "attention_norm", c.pre_norms)
         h, cache = Attention(c, name="attention")(h, inputs, cache, layer)
-        x = constrain(x + h, "batch", None, None)
-        h = RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="mlp_norm")(x)
-        x = constrain(x + MLP(c, name="mlp")(h), "batch", None, None)
+        x = constrain(x + self._norm(h, "attention_post_norm", c.post_norms), "batch", None, None)
+        h = self._norm(x, "mlp_norm", c.pre_norms)
+        h = (Experts if c.num_experts else MLP)(c, name="mlp")(h)
+        x = constrain(x + self._norm(h, "mlp_post_norm", c.post_norms), "batch", None, None)
         if self.is_mutable_collection(SEEN):
             self.sow(SEEN, "largest", jnp.max(jnp.abs(x.astype(jnp.float32))))
         return (x, cache), None
+
+    def _norm(self, x: jax.Array, name: str, is_there: bool) -> jax.Array:
+        return RMSNorm(self.config, "embed", name=name)(x) if is_there else x
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -119,10 +137,13 @@ class Transformer(nn.Module):
         embedding = parameter(self, "embedding", c.param_dtype, NORMAL, vocab=v, embed=d)
         if not c.tie_embeddings:
             parameter(self, "lm_head", c.param_dtype, NORMAL, vocab=v, embed=d)
-        x = constrain(look_up(embedding, tokens).astype(c.dtype), "batch", None, None)
+        x = look_up(embedding, tokens).astype(c.dtype)
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, c.dtype)
+        x = constrain(x, "batch", None, None)
         layers = self._split_layers if isinstance(cache, tuple) else self._stacked_layers
         x, cache = layers(x, inputs, cache)  # type: ignore[arg-type]
-        return RMSNorm(c.rms_norm_eps, c.param_dtype, "embed", name="final_norm")(x), cache
+        return RMSNorm(c, "embed", name="final_norm")(x), cache
 
     def _stacked_layers(
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None
@@ -143,7 +164,7 @@ class Transformer(nn.Module):
             check_constancy_invariants=self.is_initializing(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
-        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), inputs)
+        (x, cache), _ = layers((x, cache), all_layers(c), inputs)
         return x, cache
 
     def _split_layers(
@@ -152,7 +173,8 @@ class Transformer(nn.Module):
         """Applies the layers one by one, with parameters and caches of `split_layers`."""
         filled: list[Any] = []
         for i, cache in enumerate(caches):
-            (x, *rest), _ = Block(self.config, name=f"layer_{i}")((x, cache), None, inputs)
+            layer = one_layer(self.config, i)
+            (x, *rest), _ = Block(self.config, name=f"layer_{i}")((x, cache), layer, inputs)
             filled += rest
         return x, tuple(filled)
 
@@ -271,6 +293,13 @@ def init_boxed(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def _rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine as `AttentionInputs` has them."""
+    width = config.rotary_dim or config.head_dim
+    frequencies = rope_frequencies(width, config.rope_theta, config.rope_scaling)
+    tables = rope_tables(frequencies, positions, config.rope_scaling)
+    if not config.other_rope_layers:
+        return tables
+    still = jnp.zeros_like(frequencies)
+    other = rope_frequencies(width, config.other_rope_theta, None) if config.other_rope_theta else still
+    cos, sin = (jnp.stack(both) for both in zip(tables, rope_tables(other, positions, None), strict=True))
+    return cos, sin

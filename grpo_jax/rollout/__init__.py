@@ -187,8 +187,7 @@ def make_engine(
         channel: to the other processes of the run, which share the engine; None: there are none.
     """
     stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
-    make = lambda: _engine(section).make_engine(
-        section,
+    arguments = dict(
         folder=folder,
         mesh=mesh,
         tokenizer=tokenizer,
@@ -196,5 +195,5 @@ def make_engine(
         max_model_len=max_model_len,
     )
     if channel is None:
-        return make()
-    return _engine(section).share_engine(section, channel, make, folder=folder, mesh=mesh)
+        return _engine(section).make_engine(section, **arguments)
+    return _engine(section).share_engine(section, channel, **arguments)

@@ -20,7 +20,7 @@ from grpo_jax.config import Config, ConfigError, RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.hf import ModelFolder
-from grpo_jax.model.logprobs import pack_bits, token_logprobs
+from grpo_jax.model.logprobs import capped, pack_bits, token_logprobs
 from grpo_jax.model.sharding import batch_sharding, fetch, num_batch_shards, place, replicated
 from grpo_jax.model.transformer import (
     Cache,
@@ -125,16 +125,9 @@ def make_engine(
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)
 
 
-def share_engine(
-    section: RolloutSection,
-    channel: Channel,
-    make: Callable[[], RolloutEngine],
-    *,
-    folder: ModelFolder,
-    mesh: Mesh,
-) -> RolloutEngine:
+def share_engine(section: RolloutSection, channel: Channel, **arguments: Any) -> RolloutEngine:
     """The engine of a run with several processes. All sample together, on the mesh of all of them."""
-    return make()
+    return make_engine(section, **arguments)
 
 
 class LocalEngine:
@@ -355,6 +348,7 @@ def sample_completions(
 
     def draw(hidden: jax.Array, t: jax.Array | int) -> tuple[Any, jax.Array]:
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+        logits = capped(logits, config.logits_soft_cap)
         drawn = sample_token(logits, jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), sampling)
         return drawn, jnp.any(drawn[0][:, None] == stops, axis=1)
 
@@ -401,9 +395,14 @@ def score_rows_cached(
     empty = init_cache(config, batch, columns)
     hidden, _ = forward_cached(params, config, tokens, positions, mask, empty, 0)
     width = max(1, SCORE_TOKENS // batch)
-    return token_logprobs(hidden, head_matrix(params), tokens, temperature=temperature, chunk_columns=width)[
-        0
-    ]
+    return token_logprobs(
+        hidden,
+        head_matrix(params),
+        tokens,
+        temperature=temperature,
+        chunk_columns=width,
+        soft_cap=config.logits_soft_cap,
+    )[0]
 
 
 def _prefill(

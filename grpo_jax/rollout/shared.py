@@ -23,18 +23,39 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PACK, DONE = "pack", "done"
+DONE = "done"
 
 
 class Channel(Protocol):
     """The processes of a run: `run.hosts.Hosts`."""
 
+    rank: int
+    count: int
+
     @property
     def is_first(self) -> bool: ...
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def is_called(self) -> bool: ...
+
+    def from_all(self, value: T) -> list[T]: ...
 
     def from_first(self, make: Callable[[], T]) -> T: ...
 
     def bytes_from_first(self, make: Callable[[], bytes]) -> bytes: ...
+
+
+class Helper(Protocol):
+    """What the processes beside the first one do for its engine."""
+
+    def __call__(self, command: Any, params: Params) -> None:
+        """Does as it is told. Args: params: the ones of the last `load_weights`."""
+
+    def close(self) -> None:
+        """Ends what it has here."""
 
 
 class SharedEngine:
@@ -43,22 +64,24 @@ class SharedEngine:
     def __init__(
         self,
         channel: Channel,
-        make: Callable[[Callable[[], None]], RolloutEngine],
-        pack: Callable[[Params], None],
+        make: Callable[[Callable[[Any], bool]], RolloutEngine],
+        make_helper: Callable[[], Helper],
     ):
         """Args:
-        make: (announce) -> the engine, in the first process; it calls `announce` before each push.
-        pack: takes part in a push of the parameters, in the others.
+        make: (tell) -> the engine, in the first process; `tell(command)` has the others' helpers do something,
+            and returns whether they listen.
+        make_helper: in the others.
         """
-        self._channel, self._pack = channel, pack
+        self._channel, self._is_heard = channel, False
         self._params: Params = None
-        announce = lambda: self._tell(PACK)
-        self._engine = make(announce) if channel.is_first else None
+        self._engine: RolloutEngine | None = None
+        self._helper = None if channel.is_first else make_helper()
+        self._engine = self._together(lambda: make(self._tell))
 
     def load_weights(self, params: Params, version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._params = params
-        self._together(lambda engine: engine.load_weights(params, version=version))
+        self._together(lambda: self._own.load_weights(params, version=version))
 
     def submit(
         self,
@@ -70,9 +93,9 @@ class SharedEngine:
         progress: str = "",
     ) -> PendingGroups:
         """See `RolloutEngine.submit`."""
-        if self._engine is None:
+        if self._helper is not None:
             return _Shared(self, prompts, None)
-        pending = self._engine.submit(prompts, sampling, seed=seed, finished=finished, progress=progress)
+        pending = self._own.submit(prompts, sampling, seed=seed, finished=finished, progress=progress)
         return _Shared(self, prompts, pending)
 
     def generate(
@@ -83,37 +106,50 @@ class SharedEngine:
 
     def wait_for(self, prompts: Sequence[Prompt], pending: PendingGroups | None) -> list[RolloutGroup]:
         """The groups of a submission. Args: pending: of the engine; None: in the other processes."""
-        groups = self._together(lambda _: pending() if pending else [])
+        groups = self._together(lambda: pending() if pending else [])
         data = self._channel.bytes_from_first(lambda: pack_groups(groups or []))
         return unpack_groups(data, prompts) if groups is None else groups
 
     def score(self, groups: Sequence[RolloutGroup], *, temperature: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`."""
-        scores = self._together(lambda engine: engine.score(groups, temperature=temperature))
+        scores = self._together(lambda: self._own.score(groups, temperature=temperature))
         held = self._channel.from_first(lambda: [row.tolist() for row in scores or []])
         return [np.array(row, np.float32) for row in held]
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
-        self._together(lambda engine: engine.sleep())
+        self._together(lambda: self._own.sleep())
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        if self._engine is not None:
-            self._engine.close()
+        for end in (self._engine, self._helper):
+            if end is not None:
+                end.close()
 
-    def _tell(self, word: str) -> None:
-        self._channel.from_first(lambda: word)
+    @property
+    def _own(self) -> RolloutEngine:
+        """The engine, in the first process."""
+        assert self._engine is not None
+        return self._engine
 
-    def _together(self, work: Callable[[RolloutEngine], T]) -> T | None:
-        """What `work` returns, in the first process; None in the others, which take part in pushes meanwhile."""
-        if self._engine is not None:
-            result = work(self._engine)
+    def _tell(self, command: Any) -> bool:
+        if self._is_heard:
+            self._channel.from_first(lambda: command)
+        return self._is_heard
+
+    def _together(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, in the first process; None in the others, which do as it tells them meanwhile."""
+        if self._helper is not None:
+            while (command := self._channel.from_first(lambda: DONE)) != DONE:
+                self._helper(command, self._params)
+            return None
+        self._is_heard = True
+        try:
+            result = work()
             self._tell(DONE)
             return result
-        while self._channel.from_first(lambda: DONE) == PACK:
-            self._pack(self._params)
-        return None
+        finally:
+            self._is_heard = False
 
 
 def pack_groups(groups: Sequence[RolloutGroup]) -> bytes:

@@ -31,6 +31,7 @@ NAMES = {
     "_changed": "optimizer",  # of one parameter: the largest
     "cast": "cast",
     "zeros": "empty sums",
+    "add_up": "sum of gradients",
     "sample_completions": "sampling",
     "_pack_bucket": "push",
 }

@@ -73,6 +73,16 @@ class Hosts:
         """Whether people hear of the run from this process: the first one, or if that is gone, the next."""
         return self.is_first or (self._link is not None and self._link.is_speaker)
 
+    @property
+    def address(self) -> str:
+        """This host's, by which the others reach it; "" for a process alone."""
+        return "" if self._link is None else self._link.address
+
+    @property
+    def is_called(self) -> bool:
+        """Whether the first process has said something that this one has not taken yet."""
+        return self._link is not None and self._link.has_more
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process: a value that JSON can hold. The others do not call it."""
         if self._link is None:
@@ -331,6 +341,15 @@ class _Link:
         self._has_end, self._is_closed = threading.Event(), threading.Event()
         for target in (self._read, self._beat):
             threading.Thread(target=target, daemon=True, name=f"hosts{target.__name__}").start()
+
+    @property
+    def address(self) -> str:
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
+            return connection.getsockname()[0]
+
+    @property
+    def has_more(self) -> bool:
+        return not self._given.empty()
 
     def give(self, data: bytes) -> bytes:
         self._send_bytes(self._next_head() + data)

@@ -19,17 +19,12 @@ from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, sft_examples
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
-from grpo_jax.model.config import (
-    RANDOM_MAX_POSITION,
-    ModelConfig,
-    max_position,
-    parse_hf_config,
-    random_model_config,
-)
+from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, inspect_folder, param_readers, read_json
 from grpo_jax.model.lora import init_adapters, join
 from grpo_jax.model.peft import adapter_readers, inspect_adapter, with_adapters
+from grpo_jax.model.rope import max_position
 from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
@@ -73,9 +68,13 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         content = read_json(Path(config.model.path) / "config.json")
         model = parse_hf_config(content, config.model)
         limit = max_position(content)
-    _check_lengths(config, limit)
-    kernel = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind or local_device_kind())
+    _check_lengths(config, limit, model.can_extrapolate)
+    kernel = _kernel(config, model, kind or local_device_kind())
     return with_adapters(dataclasses.replace(model, attention=kernel), config.lora)
+
+
+def _kernel(config: Config, model: ModelConfig, kind: DeviceKind) -> str:
+    return choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
 
 
 def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Inputs:
@@ -188,10 +187,7 @@ def check_weights(params: Params, path: Path) -> None:
 
 def with_kernel(folder: ModelFolder, config: Config, mesh: Mesh) -> ModelFolder:
     """The model with the attention kernel that the devices of the mesh have."""
-    model, kind = folder.config, mesh_device_kind(mesh)
-    return folder.with_config(
-        attention=choose_kernel(config.model.attention, model.dtype, model.head_dim, kind)
-    )
+    return folder.with_config(attention=_kernel(config, folder.config, mesh_device_kind(mesh)))
 
 
 def load_model_tokenizer(folder: ModelFolder) -> Any:
@@ -214,14 +210,16 @@ def check_positions(
     Args:
         limit: `ModelFolder.max_position`.
         prompt, response: the key or flag that says how long it may be, and the tokens.
-        allow: the setting that goes beyond the limit.
+        allow: the setting that goes beyond the limit. "": nothing does (`ModelConfig.can_extrapolate`).
 
     Raises: ConfigError: they are longer.
     """
     total = prompt[1] + response[1]
     if limit is not None and total > limit:
         rule = f"makes {total} tokens with {prompt[0]}={prompt[1]}, beyond max_position_embeddings={limit} of the "
-        rule += f"model's config.json; {allow} if its RoPE extrapolates so far"
+        rule += "model's config.json; "
+        ends = "its kind of RoPE scaling ends there, and no setting goes beyond"
+        rule += f"{allow} if its RoPE extrapolates so far" if allow else ends
         raise ConfigError(*response, rule)
 
 
@@ -230,8 +228,9 @@ def _check_model(config: Config, folder: ModelFolder | None) -> None:
 
     Raises: ConfigError: sequences longer than it was made for, or stop ids that are none of its tokens.
     """
-    _check_lengths(config, RANDOM_MAX_POSITION if folder is None else folder.max_position)
     model = random_model_config(config.random_model, config.model) if folder is None else folder.config
+    limit = RANDOM_MAX_POSITION if folder is None else folder.max_position
+    _check_lengths(config, limit, model.can_extrapolate)
     _check_adapters(config, model, folder)
     vocab_size = model.vocab_size
     for stop in config.rollout.stop_token_ids:
@@ -248,15 +247,15 @@ def _check_adapters(config: Config, model: ModelConfig, folder: ModelFolder | No
         inspect_adapter(config.lora.path, model, None if config.sft.num_steps else folder)
 
 
-def _check_lengths(config: Config, limit: int | None) -> None:
-    """Args: limit: of the model. Raises: ConfigError: sequences may be longer."""
+def _check_lengths(config: Config, limit: int | None, can_extrapolate: bool) -> None:
+    """Args: limit, can_extrapolate: of the model. Raises: ConfigError: sequences may be longer."""
     data = config.data
-    if not config.model.allow_beyond_max_position:
+    if not (config.model.allow_beyond_max_position and can_extrapolate):
         check_positions(
             limit,
             ("data.max_prompt_length", data.max_prompt_length),
             ("data.max_response_length", data.max_response_length),
-            allow="model.allow_beyond_max_position=True",
+            allow="model.allow_beyond_max_position=True" if can_extrapolate else "",
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from grpo_jax.algorithm.advantages import frac_zero_std
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import head_weights, layer_weights
+from grpo_jax.model.counts import active_weights, head_weights
 from grpo_jax.rewards.base import CORRECT_REWARD
 from grpo_jax.types import Metrics, RolloutGroup, ScoredBatch
 
@@ -76,12 +76,17 @@ def rollout_metrics(batch: ScoredBatch, step: int) -> Metrics:
 
 
 def update_flops(config: ModelConfig, lengths: np.ndarray) -> float:
-    """Matrix FLOPs of forward and backward over sequences of the given lengths; recomputation not counted."""
+    """Matrix FLOPs of forward and backward over sequences of the given lengths.
+
+    Not counted is what no result depends on or what is done twice: products of experts that the router did not
+    choose, keys before a window, recomputation.
+    """
     attention_width = config.num_heads * config.head_dim
-    weights = layer_weights(config) + head_weights(config)
-    causal_attention = (
-        2 * config.num_layers * attention_width * float(np.sum(lengths.astype(np.float64) ** 2))
-    )
+    weights = active_weights(config) + head_weights(config)
+    n = lengths.astype(np.float64)
+    unseen = lambda window: np.sum(np.maximum(n - window, 0) ** 2) if window else 0.0
+    seen = config.num_layers * float(np.sum(n**2)) - float(sum(map(unseen, config.windows)))
+    causal_attention = 2 * attention_width * seen
     # Of frozen weights there is no gradient; the adapters' products are too few to count.
     return (4.0 if config.lora else 6.0) * weights * float(lengths.sum()) + 3 * causal_attention
 

@@ -24,6 +24,7 @@ from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder
+from grpo_jax.model.logprobs import capped
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.model.transformer import forward, head_matrix, param_shardings
 from grpo_jax.rollout import EngineError, RolloutEngine, SamplingParams, make_engine, rollout_sampling
@@ -177,7 +178,8 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
         wanted = "auto" if is_fused or config.model.attention == "auto" else "plain"
         try:
             check_dtype(dtype, mesh)
-            kernel = choose_kernel(wanted, dtype, model.head_dim, mesh_device_kind(mesh))
+            kind, has_windows = mesh_device_kind(mesh), any(model.windows)
+            kernel = choose_kernel(wanted, dtype, model.head_dim, kind, has_windows)
         except ConfigError:  # the devices do not compute in it
             continue
         other = dataclasses.replace(model, dtype=jnp.dtype(dtype), attention=kernel)
@@ -260,7 +262,7 @@ def log_kept_mass(
 
         def of_column(hidden: jax.Array) -> jax.Array:
             logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-            logits /= sampling.temperature
+            logits = capped(logits, model.logits_soft_cap) / sampling.temperature
             whole = jax.nn.logsumexp(logits, axis=-1)
             return jax.nn.logsumexp(truncate(logits, sampling), axis=-1) - whole
 

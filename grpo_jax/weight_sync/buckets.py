@@ -1,9 +1,10 @@
 """From Flax parameters to Hugging Face tensors, a bucket at a time. Pure, jitted, the same for every transport.
 
 A push never makes a second model. It goes through *buckets* of at most `bucket_bytes`: flat arrays of the model's
-dtype, with whole tensors one after another in checkpoint layout (layers taken out of their stack, kernels
+dtype, with tensors one after another in checkpoint layout (layers taken out of their stack, kernels
 [outputs, inputs]). They do not depend on the mesh that holds the parameters. Only embedding and output head, which
-can be larger than a bucket, are cut into runs of rows.
+can be larger than a bucket, are cut into runs of rows; and a tensor that several parameters make up comes as the
+rows of each.
 
 All layers have the same tensors, so buckets that differ only in their first layer or first row run the same
 compiled program (`BucketProgram`).
@@ -21,9 +22,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.hf import TensorSpec, stored_shape, tensor_specs
 from grpo_jax.model.lora import adapter_of, merged, scale_of
 from grpo_jax.model.sharding import replicated
+from grpo_jax.model.tensors import TensorSpec, each_tensor, stored_shape, tensor_shape, tensor_specs
 from grpo_jax.model.transformer import abstract_params
 from grpo_jax.types import Params
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
@@ -75,29 +76,23 @@ def make_push_plan(config: ModelConfig, bucket_bytes: int) -> PushPlan:
         bucket_bytes: the most that one bucket may take; a tensor that is larger and cannot be cut travels alone.
     """
     params = abstract_params(config)[0]
-    shapes = {spec.name: _whole_shape(params, spec) for spec in tensor_specs(config)}
+    shapes = {spec: _shape_of_one(params, spec) for spec in tensor_specs(config)}
     dtype = np.dtype(config.dtype)
     itemsize = dtype.itemsize
-    size = lambda spec: _padded_bytes(math.prod(shapes[spec.name]) * itemsize)
+    size = lambda spec: _padded_bytes(math.prod(shapes[spec]) * itemsize)
     stacked = [spec for spec in tensor_specs(config) if spec.is_stacked]
     single = [spec for spec in tensor_specs(config) if not spec.is_stacked and spec.name not in HEAD_TENSORS]
     heads = [spec for spec in tensor_specs(config) if spec.name in HEAD_TENSORS]
     programs: list[tuple[BucketProgram, int, int]] = []
     for spec in heads:
-        programs += _row_programs(spec, shapes[spec.name], itemsize, bucket_bytes)
+        programs += _row_programs(spec, shapes[spec], itemsize, bucket_bytes)
     programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
     programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
     buckets = tuple(
         Bucket(program, layer, row, _pieces(program, layer, row, shapes, itemsize))
         for program, layer, row in programs
     )
-    tensors = {
-        name: shapes[spec.name]
-        for spec in tensor_specs(config)
-        for name in (
-            [spec.name.format(i) for i in range(config.num_layers)] if spec.is_stacked else [spec.name]
-        )
-    }
+    tensors = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config)}
     layout = Layout(str(dtype), tensors, tuple(bucket.pieces for bucket in buckets))
     return PushPlan(buckets, dtype, layout, scale_of(config))
 
@@ -160,22 +155,23 @@ def _pack_bucket(
 def hf_tensor(
     params: Params, spec: TensorSpec, layer: jax.Array | int | None, scale: float = 0.0
 ) -> jax.Array:
-    """Returns a parameter as the Hugging Face tensor that it is stored as: one layer of it, [outputs, inputs].
+    """Returns a parameter as the Hugging Face tensor, or as the rows of one, that it is stored as.
+
+    One layer of it, and one expert, [outputs, inputs].
 
     Args: scale: of its adapter, if it has one, which is merged into it.
     """
     parts = spec.of(params), adapter_of(params, spec.path)
-    if spec.is_stacked:
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False)
+    for number in spec.place(layer):
+        take = lambda x, number=number: jax.lax.dynamic_index_in_dim(x, number, axis=0, keepdims=False)
         parts = jax.tree.map(take, parts)
     leaf = merged(*parts, scale)
     shape = stored_shape(spec, leaf.shape)
     return leaf.reshape(shape[::-1]).T if spec.num_inputs else leaf.reshape(shape)
 
 
-def _whole_shape(params: Params, spec: TensorSpec) -> tuple[int, ...]:
-    shape = spec.of(params).shape
-    return stored_shape(spec, shape[1:] if spec.is_stacked else shape)
+def _shape_of_one(params: Params, spec: TensorSpec) -> tuple[int, ...]:
+    return stored_shape(spec, spec.shape_of_one(spec.of(params).shape))
 
 
 def _padded_bytes(size: int) -> int:
@@ -221,13 +217,15 @@ def _layer_programs(
 
 
 def _pieces(
-    program: BucketProgram, layer: int, row: int, shapes: dict[str, tuple[int, ...]], itemsize: int
+    program: BucketProgram, layer: int, row: int, shapes: dict[TensorSpec, tuple[int, ...]], itemsize: int
 ) -> tuple[Piece, ...]:
     pieces, offset = [], 0
     for piece in program:
-        shape = shapes[piece.spec.name]
+        shape = shapes[piece.spec]
         name = piece.spec.name if piece.layer is None else piece.spec.name.format(layer + piece.layer)
-        start, num_rows = (0, shape[0]) if piece.num_rows is None else (row, piece.num_rows)
+        start, num_rows = (
+            (piece.spec.first_row, shape[0]) if piece.num_rows is None else (row, piece.num_rows)
+        )
         num_bytes = num_rows * math.prod(shape[1:]) * itemsize
         pieces.append(Piece(name, start, num_rows, offset, num_bytes))
         offset += _padded_bytes(num_bytes)

@@ -29,18 +29,18 @@ class HostSender:
     """The trainer's end."""
 
     def __init__(self, layout: Layout, destinations: Sequence[Destination]):
-        local = [destination for destination in destinations if destination.is_local]
+        local = [destination for destination in destinations if destination.relay is None]
         num_readers = sum(destination.num_workers for destination in local)
         self._mailbox = Mailbox.create(num_readers, NUM_SLOTS, layout.bucket_bytes) if local else None
         self._destinations, self._local = destinations, local
-        self._remote = [destination for destination in destinations if not destination.is_local]
+        self._relays = [destination.relay for destination in destinations if destination.relay is not None]
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
         address = self._mailbox.address if self._mailbox is not None else {}
         readers = iter(first_workers(self._local))
         return [
-            {"mailbox": address, "first_reader": next(readers)} if destination.is_local else None
+            {"mailbox": address, "first_reader": next(readers)} if destination.relay is None else None
             for destination in self._destinations
         ]
 
@@ -49,8 +49,8 @@ class HostSender:
 
     def reset(self, check: Callable[[], None]) -> None:
         """See `Sender.reset`."""
-        if self._remote:
-            _wait_for([destination.prepare_relay() for destination in self._remote], check)
+        if self._relays:
+            _wait_for([relay.prepare() for relay in self._relays], check)
         if self._mailbox is not None:
             self._mailbox.unlink()
             self._mailbox.reset()
@@ -58,7 +58,7 @@ class HostSender:
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
         """See `Sender.send`."""
         on_host = self._to_host(buckets, check)
-        if self._remote:
+        if self._relays:
             self._send_everywhere(on_host, check)
         elif self._mailbox is not None:
             self._mailbox.send(self._put, on_host, check)
@@ -79,7 +79,7 @@ class HostSender:
         for number, bucket in enumerate(buckets):
             # Where the object store is full, this waits for room.
             shared = call_in_thread(functools.partial(ray.put, bucket), check)
-            calls = [destination.relay(number, shared) for destination in self._remote]
+            calls = [relay.bring(number, shared) for relay in self._relays]
             if self._mailbox is not None:
                 self._mailbox.wait_writable(number, check)
                 self._put(number, bucket)

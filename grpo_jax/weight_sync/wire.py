@@ -51,16 +51,22 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
+class Relay:
+    """The way of buckets to an engine on another host. What its functions return, `ray.get` waits for."""
+
+    prepare: Callable[[], Any]
+    """Makes the engine ready for the buckets of a push."""
+    bring: Callable[[int, Any], Any]
+    """(number of a bucket, the bucket) -> brings it to the engine's host."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Destination:
     """An engine that weights are sent to, as the trainer sees it."""
 
     num_workers: int
-    is_local: bool
-    """On the trainer's host."""
-    prepare_relay: Callable[[], Any]
-    """Makes the engine ready for the buckets of a push. Returns a handle that `ray.get` waits for."""
-    relay: Callable[[int, Any], Any]
-    """(number of a bucket, the bucket) -> brings it to the engine's host. Returns a handle, too."""
+    relay: Relay | None = None
+    """None: it is on the trainer's host."""
 
 
 def first_workers(destinations: Sequence[Destination]) -> list[int]:

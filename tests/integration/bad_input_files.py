@@ -76,6 +76,8 @@ def make_models(folder, good):
     (copy("no-config") / "config.json").unlink()
     (copy("config-not-json") / "config.json").write_text("{'vocab_size': 300}")
     copy("short", max_position_embeddings=87)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    copy("dynamic", max_position_embeddings=87, rope_parameters=dynamic)
     copy("unknown", architectures=["MambaForCausalLM"])
     (copy("no-weights") / "model.safetensors").unlink()
     for file in copy("no-tokenizer").glob("tokenizer*"):

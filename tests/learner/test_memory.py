@@ -77,6 +77,13 @@ def test_cudnns_backward_pass_keeps_what_is_counted(monkeypatch, remat):
     assert real == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
 
 
+def test_windows_change_nothing_of_what_a_kernel_keeps():
+    """Layers with and without one choose between two calls of the kernel, of which one is made."""
+    model = dataclasses.replace(MODEL, remat="attention", num_layers=4)
+    windowed = dataclasses.replace(model, windows=(0, 16, 0, 16))
+    assert kept_for_backward(windowed, 3, 128) == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
+
+
 def test_without_fused_attention_the_scores_are_kept():
     """Of 3 rows, 4 heads, 128 x 128 scores, the weights at least: 2 bytes each."""
     of = lambda kernel: kept_for_backward(dataclasses.replace(MODEL, attention=kernel), 3, 128)

@@ -22,7 +22,9 @@ from grpo_jax.algorithm.loss import grpo_loss
 from grpo_jax.config import ActorSection, MeshSection, OptimSection
 from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.batching import add_loss_weights, make_train_batch
+from grpo_jax.learner.compiling import programs_compiled
 from grpo_jax.learner.forward import inputs_of, make_forward_step, score_rows, to_micro_batches
+from grpo_jax.learner.hlo import COLLECTIVES, read_facts
 from grpo_jax.learner.offload import LeafState
 from grpo_jax.learner.optimizer import make_adamw, make_schedule
 from grpo_jax.learner.packing import plan_rows
@@ -210,6 +212,18 @@ def test_every_mesh_gives_the_update_of_one_device(model, batch, sizes):
 def test_so_does_one_with_several_rows_on_each_device(model, batch, sizes):
     """Whose number divides by the mesh's once more."""
     updates_agree(run(model, batch, sizes=sizes, shape=(8, T)), run(model, batch))
+
+
+def test_copies_of_the_parameters_exchange_gradients_once_an_update(model, batch):
+    """Not once a micro-batch: with its scores and its gradients, nothing goes from copy to copy."""
+    sizes = (2, 1, 1)
+    step, optimizer = update_step(model[1].config, sizes, ALGORITHM), optimizer_for(model[1].config, sizes)
+    micro_batch = micro(batch, sizes=sizes, shape=(8, T))[0]
+    with jax.set_mesh(mesh_of(*sizes)), programs_compiled() as programs:
+        step.compile(optimizer, optimizer.abstract_state().params, micro_batch)
+    exchanged = {p.name: read_facts(p.compiled.as_text()).traffic.keys() & set(COLLECTIVES) for p in programs}
+    nothing = {name: set() for name in ("zeros", "forward_pass", "backward", "apply")}
+    assert exchanged == nothing | {"add_up": {"all-reduce"}}
 
 
 def test_two_devices_in_bfloat16_agree_with_one(model, batch):

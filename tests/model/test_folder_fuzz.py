@@ -15,7 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.hf import inspect_folder, tensor_specs, verify_weights
+from grpo_jax.model.config import parse_hf_config
+from grpo_jax.model.families import FAMILIES
+from grpo_jax.model.hf import inspect_folder, verify_weights
+from grpo_jax.model.rope import max_position
+from grpo_jax.model.tensors import tensor_specs
 from grpo_jax.run.inputs import load_model_tokenizer
 
 KEYS = [
@@ -24,13 +28,35 @@ KEYS = [
     *("rms_norm_eps", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias", "eos_token_id"),
     *("use_sliding_window", "max_position_embeddings", "sliding_window", "model_type", "layer_types"),
 ]
+ROPE_NUMBERS = (
+    *(
+        "factor",
+        "rope_theta",
+        "low_freq_factor",
+        "high_freq_factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+    ),
+    *("mscale", "mscale_all_dim", "partial_rotary_factor"),
+)
+FAMILY_KEYS = [
+    *("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+    *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "hidden_activation"),
+    *("partial_rotary_factor", "original_max_position_embeddings", "num_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step", "no_rope_layers"),
+    *("no_rope_layer_interval", "quantization_config", "num_local_experts"),
+]
 ROPES = st.fixed_dictionaries(
-    {"rope_type": st.sampled_from(["linear", "llama3", "default", "yarn", None])},
-    optional={
-        name: fuzz.JSON | st.floats(0.5, 8)
-        for name in ("factor", "rope_theta", "low_freq_factor", "high_freq_factor")
-    }
-    | {"original_max_position_embeddings": fuzz.JSON | st.integers(1, 99)},
+    {"rope_type": st.sampled_from(["linear", "llama3", "default", "yarn", "dynamic", "longrope", None])},
+    optional={name: fuzz.JSON | st.floats(0.5, 8) for name in ROPE_NUMBERS}
+    | {
+        "original_max_position_embeddings": fuzz.JSON | st.integers(1, 99),
+        "truncate": fuzz.JSON | st.booleans(),
+        "short_factor": fuzz.JSON | st.lists(st.floats(0.5, 8), min_size=2, max_size=2),
+        "sliding_attention": fuzz.JSON | st.just({"rope_type": "default"}),
+        "full_attention": fuzz.JSON | st.just({"rope_type": "yarn"}),
+    },
 )
 FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -82,6 +108,35 @@ def test_a_config_json_of_any_values(num_examples, folder):
         changed = {name: value for name, value in (content | changes).items() if name not in gone}
         (folder / "config.json").write_text(json.dumps(changed))
         check(folder)
+
+    holds()
+
+
+@fuzz.lengths(150, 4000)
+def test_a_config_json_of_any_family(num_examples):
+    """Read without weights: whatever is accepted has shapes and tensors."""
+    sizes = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4
+    )
+    content = sizes | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8)
+    keys = st.sampled_from(KEYS[1:] + FAMILY_KEYS)
+    kinds = st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=3, max_size=3)
+    values = (
+        fuzz.JSON | ROPES | kinds | st.lists(st.integers(0, 1), min_size=3, max_size=3) | st.integers(1, 9)
+    )
+
+    @settings(fuzz.STEADY, max_examples=num_examples)
+    @given(family=st.sampled_from(list(FAMILIES)), changes=st.dictionaries(keys, values, max_size=3))
+    def holds(family, changes):
+        hf = {"architectures": [family]} | content | changes
+        try:
+            config, longest = parse_hf_config(hf), max_position(hf)
+        except ConfigError as error:
+            return fuzz.check_refusal(error)
+        assert longest is None or longest > 0
+        assert len(config.windows) in (0, config.num_layers)
+        assert len(config.other_rope_layers) in (0, config.num_layers)
+        assert hash(config) and (config.num_layers > 99 or tensor_specs(config))
 
     holds()
 

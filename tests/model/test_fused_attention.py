@@ -1,5 +1,6 @@
 """Fused kernels against the plain computation, sequence by sequence."""
 
+import dataclasses
 import functools
 import os
 
@@ -11,7 +12,7 @@ from tiny_models import tiny_config
 
 from grpo_jax.config import ConfigError
 from grpo_jax.model import fused_attention
-from grpo_jax.model.attention import attend, causal_segment_mask
+from grpo_jax.model.attention import attend, causal_segment_mask, within_window
 from grpo_jax.model.fused_attention import (
     DEVICE_KINDS,
     choose_kernel,
@@ -20,7 +21,7 @@ from grpo_jax.model.fused_attention import (
     max_sequences,
     mesh_device_kind,
 )
-from grpo_jax.model.transformer import REMAT_POLICIES, abstract_params, forward
+from grpo_jax.model.transformer import REMAT_POLICIES, abstract_params, forward, init_params
 
 IS_GPU = os.environ.get("GRPO_JAX_TEST_GPU") == "1"
 
@@ -63,18 +64,20 @@ def value_and_gradients(function, q, k, v, cotangent, is_token):
     return [keep(x) for x in (out, *vjp(pull))]
 
 
-def plain(q, k, v, segment_ids):
+def plain(q, k, v, segment_ids, window=0, divisor=None):
     heads_first = lambda x: jnp.swapaxes(x.astype(jnp.float32), 1, 2)
-    mask = causal_segment_mask(segment_ids)
-    return attend(q.astype(jnp.float32), heads_first(k), heads_first(v), mask)
+    mask = within_window(causal_segment_mask(segment_ids), jnp.int32(window), 0)
+    return attend(q.astype(jnp.float32), heads_first(k), heads_first(v), mask, divisor)
 
 
-def compare(function, inputs, tolerance):
+def compare(function, inputs, tolerance, **masking):
     *arrays, segment_ids = inputs
     is_token = segment_ids > 0
-    expected = value_and_gradients(functools.partial(plain, segment_ids=segment_ids), *arrays, is_token)
+    reference = functools.partial(plain, segment_ids=segment_ids, **masking)
+    expected = value_and_gradients(reference, *arrays, is_token)
     sequences = find_sequences(segment_ids)
-    got = value_and_gradients(lambda q, k, v: function(q, k, v, sequences), *arrays, is_token)
+    function = functools.partial(function, **masking)
+    got = value_and_gradients(lambda q, k, v: jax.jit(function)(q, k, v, sequences), *arrays, is_token)
     for a, b in zip(got, expected, strict=True):
         scale = np.abs(b).max()
         np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance)
@@ -121,7 +124,8 @@ def test_splash_is_traced_again_and_again_without_remat():
 @pytest.mark.slow
 def test_splash_equals_plain_in_the_interpreter():
     inputs = random_inputs(2, 1, 128, jnp.float32, [(70, 1, 40), (128,)], 128)  # 17 columns of padding
-    compare(jax.jit(functools.partial(fused_attention._splash, interpret=True)), inputs, 1e-5)
+    for masking in ({}, {"window": 9, "divisor": 8.0}):
+        compare(functools.partial(fused_attention._splash, interpret=True), inputs, 1e-5, **masking)
 
 
 @pytest.mark.gpu
@@ -130,7 +134,45 @@ def test_splash_equals_plain_in_the_interpreter():
 @pytest.mark.parametrize("length", [256, 640])
 def test_cudnn_equals_plain(heads, kv_heads, width, length):
     inputs = random_inputs(heads, kv_heads, width, jnp.bfloat16, LENGTHS, length)
-    compare(jax.jit(fused_attention._cudnn), inputs, 2e-2)
+    for masking in ({}, {"window": 33}, {"window": 1, "divisor": 8.0}, {"window": 1000}):
+        compare(fused_attention._cudnn, inputs, 2e-2, **masking)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_GPU, reason="needs an NVIDIA GPU: set GRPO_JAX_TEST_GPU=1")
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_cudnn_takes_the_window_of_each_layer(remat):
+    """Gradients of a model in which layers with and without windows follow each other, by both kernels."""
+    config = tiny_config(
+        head_dim=64, num_layers=5, windows=(0, 7, 0, 7, 30), remat=remat, dtype=jnp.dtype(jnp.bfloat16)
+    )
+    tokens, positions, segment_ids = (
+        jnp.arange(128)[None] % 64,
+        jnp.arange(128)[None],
+        jnp.ones((1, 128), int),
+    )
+    params = init_params(config, jax.random.key(0), jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")))
+
+    def gradients(config):
+        loss = lambda params: jnp.sin(forward(params, config, tokens, positions, segment_ids)).sum()
+        return jax.jit(jax.grad(loss))(params)
+
+    fused, plain = (gradients(dataclasses.replace(config, attention=kernel)) for kernel in ("cudnn", "plain"))
+    other = gradients(dataclasses.replace(config, windows=()))
+    distance = lambda a, b: float(jnp.linalg.norm(a["embedding"] - b["embedding"]))
+    assert distance(fused, plain) < 0.05 * distance(other, plain)
+
+
+def test_windows_by_hand():
+    """Three queries from column 2 of a cache on: each sees itself and the one before it; with 0, all."""
+    mask = jnp.ones((1, 1, 3, 5), bool)
+    seen = within_window(mask, jnp.int32(2), 2)[0, 0].astype(int).tolist()
+    assert seen == [
+        [0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+        [0, 0, 0, 1, 1],
+    ]  # what comes later is the mask's to hide
+    assert within_window(mask, jnp.int32(0), 2).all()
 
 
 def test_kernels_that_the_device_lacks_are_refused():
@@ -160,6 +202,15 @@ def test_kernels_that_the_device_lacks_are_refused():
 )
 def test_kernels_of_devices_that_need_not_be_there(device, dtype, head_dim, kernel):
     assert choose_kernel("auto", dtype, head_dim, DEVICE_KINDS[device]) == kernel
+
+
+def test_windows_go_through_cudnn_where_it_is_asked_for():
+    kernel = lambda wanted, device: choose_kernel(wanted, "bfloat16", 128, DEVICE_KINDS[device], True)
+    assert (kernel("auto", "h100"), kernel("cudnn", "h100"), kernel("auto", "tpu-v5p")) == (
+        "plain",
+        "cudnn",
+        "splash",
+    )
 
 
 @pytest.mark.parametrize("wanted", ["auto", "splash", "plain"])

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from grpo_jax.config import ConfigError, MeshSection, ModelSection
 from grpo_jax.model import hf
-from grpo_jax.model.config import RopeScaling, parse_hf_config
+from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.hf import copy_side_files, inspect_folder, load_params, save_folder, write_eos_token_ids
+from grpo_jax.model.rope import RopeScaling
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
@@ -44,12 +45,20 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": THETA,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+}
 FAMILIES = {
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=DEFAULT_ROPE)),
     "qwen2-untied": ("qwen2", dict(tie_word_embeddings=False, rope_parameters=DEFAULT_ROPE)),
     "qwen3-tied": ("qwen3", dict(tie_word_embeddings=True, head_dim=8, rope_parameters=DEFAULT_ROPE)),
     "llama3": ("llama", dict(tie_word_embeddings=False, head_dim=8, rope_parameters=LLAMA3_ROPE)),
     "llama-linear": ("llama", dict(tie_word_embeddings=True, head_dim=8, rope_parameters=LINEAR_ROPE)),
+    "qwen2-yarn": ("qwen2", dict(tie_word_embeddings=True, hidden_size=32, rope_parameters=YARN_ROPE)),
 }
 
 
@@ -138,7 +147,7 @@ def test_logits_equal_transformers(folders, family):
         np.testing.assert_allclose(got[row, :length], want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama-linear"])
+@pytest.mark.parametrize("family", ["llama3", "llama-linear", "qwen2-yarn"])
 def test_rope_scaling_is_felt_by_these_logits(folders, family):
     """The test above would not notice a scaling that these positions do not feel."""
     path, _ = folders(family)
@@ -158,6 +167,11 @@ def test_rope_scaling_is_felt_by_these_logits(folders, family):
         ("qwen2-tied", DEFAULT_ROPE, None),
         ("llama3", LLAMA3_ROPE, {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}),
         ("llama-linear", LINEAR_ROPE, {"type": "linear", "factor": 2.5}),  # "type" came before "rope_type"
+        (
+            "qwen2-yarn",
+            YARN_ROPE,
+            {"type": "yarn", "factor": 4.0, "beta_fast": 4.0, "original_max_position_embeddings": 64},
+        ),
     ],
 )
 def test_rope_is_read_from_either_style_of_config(folders, tmp_path, family, rope, old_rope_scaling):
@@ -212,7 +226,19 @@ def test_the_longest_sequence_is_that_of_config_json(folders, tmp_path):
     changes = {"max_position_embeddings": 100, "rope_parameters": linear}
     edit_json(path / "config.json", lambda content: content.update(changes))
     assert inspect_folder(path).max_position == 250
+    # Qwen's way: the window is that of before the scaling, and 4 x 64 are meant.
+    edit_json(path / "config.json", lambda content: content.update(rope_parameters=YARN_ROPE))
+    assert inspect_folder(path).max_position == 256
+    assert not inspect_folder(path).config.can_extrapolate
+    edit_json(path / "config.json", lambda content: content.update(max_position_embeddings=300))
+    assert inspect_folder(path).max_position == 256  # vLLM has no table for more
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    edit_json(path / "config.json", lambda content: content.update(rope_parameters=dynamic))
+    assert inspect_folder(path).max_position == 300  # beyond it, no two programs agree
+    assert not inspect_folder(path).config.can_extrapolate
+    del linear["rope_theta"]
     edit_json(path / "config.json", lambda content: content.pop("max_position_embeddings"))
+    edit_json(path / "config.json", lambda content: content.update(rope_parameters=linear))
     assert inspect_folder(path).max_position is None
 
 
@@ -464,15 +490,30 @@ def resave(folder, change):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": ["XForCausalLM"], "logit_scale": 0.5, "clip_qkv": 8, "b": None},
+         ["no family here knows clip_qkv, logit_scale"]),
         ({"architectures": None}, ["(none)", "architecture"]),
         ({"hidden_size": None}, ["config.json", "lacks hidden_size"]),
         ({"vocab_size": None}, ["config.json", "lacks vocab_size"]),
         ({"num_attention_heads": None}, ["config.json", "lacks num_attention_heads"]),
         ({"hidden_act": "gelu"}, ["hidden_act=gelu", "silu"]),
-        ({"use_sliding_window": True}, ["use_sliding_window=True"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type=yarn", "llama3"]),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type=dynamic"]),
+        ({"hidden_act": "gelu", "mlp_bias": True},
+         ["hidden_act=gelu, mlp_bias=True", "hidden_act=silu, mlp_bias=False"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}", "None"]),
+        ({"use_sliding_window": 1}, ["use_sliding_window=1", "true or false"]),
+        ({"use_sliding_window": True, "sliding_window": 0}, ["sliding_window=0", "at least 1"]),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "all"},
+         ["max_window_layers='all'"]),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+         ["layer_types=", "each of 2 layers"]),
+        ({"layer_types": ["sliding_attention"] * 2}, ["layer_types=", "without windows"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["lacks original_max_position_embeddings"]),
+        ({"rope_parameters": YARN_ROPE | {"rope_theta": 1.0}}, ["rope_theta=1.0", "above 1"]),
+        ({"rope_parameters": YARN_ROPE | {"factor": 0.5}}, ["factor=0.5", "at least 1"]),
+        ({"rope_parameters": YARN_ROPE | {"truncate": 1}}, ["truncate=1", "true or false"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2.0}}, ["rope_type=ntk"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, ["lacks factor"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["lacks factor"]),
         ({"rope_parameters": LLAMA3_ROPE | {"factor": 8.0} | {"low_freq_factor": 1.0}, "intermediate_size": 25},
          ["mlp.gate_proj.weight", "[24, 16]", "[25, 16]"]),

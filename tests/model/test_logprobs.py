@@ -181,3 +181,26 @@ def test_the_distribution_over_drawable_tokens_equals_a_written_out_softmax(chun
     expected = jax.jit(jax.value_and_grad(written_out, (0, 1)))(hidden, head)
     got = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def test_a_soft_cap_equals_the_dense_computation():
+    """c tanh(z / c) before the temperature divides: values and gradients, by differentiating what is dense."""
+    hidden, head, tokens, weights = inputs()
+    cap = 2.0
+
+    def of_dense(hidden, head):
+        logits = cap * jnp.tanh(hidden @ head.T / cap) / TEMPERATURE
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0]
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=2)
+        return jnp.sum(weights[0, :, 1:] * chosen + weights[1, :, 1:] * entropy)
+
+    def of_chunks(hidden, head):
+        logprobs, entropy = token_logprobs(
+            hidden, head, tokens, temperature=TEMPERATURE, chunk_columns=3, soft_cap=cap
+        )
+        return jnp.sum(weights[0] * logprobs + weights[1] * entropy)
+
+    expected, got = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (of_dense, of_chunks))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)

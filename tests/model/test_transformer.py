@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import tiny_config
 
 from grpo_jax.config import MeshSection
-from grpo_jax.model.attention import apply_rope, causal_segment_mask, rope_frequencies
-from grpo_jax.model.config import RopeScaling
+from grpo_jax.model.attention import causal_segment_mask
+from grpo_jax.model.rope import RopeScaling, apply_rope, rope_frequencies
 from grpo_jax.model.sharding import batch_sharding, make_mesh, partition_spec
 from grpo_jax.model.transformer import (
     abstract_params,

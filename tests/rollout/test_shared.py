@@ -70,33 +70,55 @@ class End:
 class Engine:
     """Pushes as an engine does that is started again while its rollouts are awaited."""
 
-    def __init__(self, announce, groups):
-        self._announce, self._groups, self.params = announce, groups, None
+    def __init__(self, tell, groups):
+        self.tell, self._groups, self.params = tell, groups, None
 
     def load_weights(self, params, version):
         self.params = (params, version)
-        self._announce()
+        assert self.tell("push")
 
     def submit(self, prompts, sampling, *, seed, finished, progress):
         def wait():
-            self._announce()
-            self._announce()
+            assert self.tell("push") and self.tell("push")
             return self._groups
 
         return wait
 
+    def close(self):
+        assert not self.tell("close")  # the others may be gone
 
-def test_the_others_pack_as_often_as_the_first_pushes_and_get_its_groups():
-    wire, packed, expected = Wire(), [], groups_of(prompts())
-    first = SharedEngine(wire.end(is_first=True), lambda announce: Engine(announce, expected), packed.append)
-    other = SharedEngine(wire.end(is_first=False), None, packed.append)
+
+class Helper:
+    def __init__(self):
+        self.told, self.is_closed = [], False
+
+    def __call__(self, command, params):
+        self.told.append((command, params))
+
+    def close(self):
+        self.is_closed = True
+
+
+def test_the_others_do_what_the_first_tells_them_and_get_its_groups():
+    wire, helper, expected = Wire(), Helper(), groups_of(prompts())
+
+    def make(tell):
+        assert tell("start")
+        return Engine(tell, expected)
+
+    first = SharedEngine(wire.end(is_first=True), make, None)
+    other = SharedEngine(wire.end(is_first=False), None, lambda: helper)
+    assert helper.told == [("start", None)]
     first.load_weights("weights", version=4)
-    assert packed == []
     other.load_weights("their part", version=4)
-    assert packed == ["their part"]
+    pushed = ("push", "their part")
+    assert helper.told[1:] == [pushed]
     same(first.generate(prompts(), None, seed=0), expected)
     same(other.generate(prompts(), None, seed=0), expected)
-    assert packed == ["their part"] * 3 and wire.said == []
+    assert helper.told[1:] == [pushed] * 3 and wire.said == []
+    first.close()
+    other.close()
+    assert helper.is_closed and wire.said == []
 
 
 class Scored(Reward):

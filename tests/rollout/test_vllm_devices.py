@@ -4,6 +4,7 @@ import os
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from grpo_jax.config import ConfigError
@@ -184,23 +185,50 @@ def test_more_engines_than_gpus_are_refused(rollout_section, changes, key):
     assert caught.value.key == key
 
 
+class HalfOfIt:
+    """A mesh of eight GPUs of which this process, one of two, has four."""
+
+    devices = np.zeros((1, 8, 1))
+    local_devices = (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, 8), ({"tensor_parallel_size": 3}, 2), ({"num_replicas": 6}, 6)]
+)
+def test_each_process_has_as_many_engines(rollout_section, changes, expected):
+    assert num_replicas(rollout_section(**changes), HalfOfIt, both_on_gpus=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor_parallel_size": 8}, "rollout.tensor_parallel_size=8: each of 2 processes has 4 GPU(s)"),
+        ({"num_replicas": 3}, "rollout.num_replicas=3: must be a multiple of the 2 processes"),
+    ],
+)
+def test_engines_that_processes_cannot_share_evenly_are_refused(rollout_section, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        num_replicas(rollout_section(**changes), HalfOfIt, both_on_gpus=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"placement": "colocated"},
-            "rollout.placement='colocated': a run of 2 processes gives its engines GPUs",
+            {"placement": "colocated", "ray_address": "auto"},
+            "rollout.ray_address='auto': a run of 2 processes has a Ray of its own for engines on its own GPUs",
         ),
         (
             {"placement": "separate"},
-            "rollout.ray_address='': a run of 2 processes gives its engines GPUs of their",
+            "rollout.ray_address='': a run of 2 processes with rollout.placement=separate has its engines in a",
         ),
     ],
 )
-def test_several_processes_need_a_cluster_for_their_engines(rollout_section, changes, message):
+def test_where_engines_of_several_processes_can_be(rollout_section, changes, message):
     section = rollout_section(**changes)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_processes(section, 2, both_on_gpus=True)
     check_processes(section, 1, both_on_gpus=True)
     check_processes(section, 2, both_on_gpus=False)
+    check_processes(rollout_section(placement="colocated"), 2, both_on_gpus=True)
     check_processes(rollout_section(placement="separate", ray_address="10.0.0.1:6379"), 2, both_on_gpus=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from grpo_jax.model.hf import ModelFolder
+from grpo_jax.model.rope import RopeScaling
 from grpo_jax.model.transformer import ModelConfig
 from grpo_jax.rollout.vllm.options import engine_options, graph_sizes
 
@@ -17,9 +18,12 @@ def options(rollout_section, tmp_path):
     switches = dict(rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True, qk_norm=False)
     config = ModelConfig(**sizes, **switches, head_dim=8, dtype=jnp.bfloat16)
     folder = ModelFolder(tmp_path, config, {}, "F32", (), max_position=900)
-    return lambda max_model_len=900, **changes: engine_options(
-        rollout_section(**changes), folder, max_model_len
-    )
+
+    def options(max_model_len=900, rope_scaling=None, **changes):
+        model = folder.with_config(rope_scaling=rope_scaling)
+        return engine_options(rollout_section(**changes), model, max_model_len)
+
+    return options
 
 
 def test_options_follow_from_the_configuration(options, tmp_path):
@@ -58,6 +62,14 @@ def test_positions_that_the_model_was_not_made_for_get_a_rope_table(options):
     own = "hf_overrides={'head_dtype': 'float32'}"
     both = {"max_position_embeddings": 901, "head_dtype": "float32"}
     assert options(max_model_len=901, engine_args=(own,))["hf_overrides"] == both
+
+
+def test_vllm_is_told_of_a_window_that_it_would_take_for_another(options):
+    """YaRN's window is the scaled one. Dynamic RoPE within its window is RoPE, and not vLLM's rule."""
+    assert "hf_overrides" not in options(rope_scaling=RopeScaling("linear", 4.0))
+    assert options(rope_scaling=RopeScaling("yarn", 4.0))["hf_overrides"] == {"max_position_embeddings": 900}
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert options(rope_scaling=RopeScaling("dynamic", 4.0))["hf_overrides"] == plain
 
 
 @pytest.mark.parametrize(

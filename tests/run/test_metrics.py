@@ -1,5 +1,7 @@
 """The metrics of a step that do not depend on what was sampled alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -23,3 +25,13 @@ def test_mfu_counts_every_pass_over_the_batch(monkeypatch):
     assert of_three["perf/mfu/actor"] == pytest.approx(3 * one_pass / 0.5 / 2 / 1e9)
     # A step has its tokens once, however often they are trained on.
     assert of_one["perf/throughput"] == of_three["perf/throughput"] == 30 / 8 / 2
+
+
+def test_flops_are_those_that_results_depend_on():
+    model, lengths = tiny_config(num_layers=2), np.array([10, 4])
+    of = lambda **changes: metrics.update_flops(dataclasses.replace(model, **changes), lengths)
+    # A window of 6: of the 10 x 10 / 2 pairs of the first sequence, 4 x 4 / 2 are out of sight. Two products of 2
+    # FLOPs, 16 channels, forward and twice backward.
+    assert of() - of(windows=(0, 6)) == 3 * 2 * 2 * 16 * (4 * 4 / 2)
+    # 2 of 6 experts, and the router's products: 14 tokens, 6 FLOPs for each number.
+    assert of(num_experts=6, experts_per_token=2) - of() == 14 * 6 * 2 * (3 * 16 * 24 + 16 * 6)

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 from config_helpers import gsm8k
 from test_budget import ON_DEVICE, QWEN_1_5B, QWEN_7B, W1
+from tiny_models import tiny_config
 
 from grpo_jax import plan
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.learner.speed import find_shapes, optimizer_seconds, score_seconds, update_seconds
 from grpo_jax.model.cards import CARDS, find_card
 from grpo_jax.model.config import parse_hf_config
-from grpo_jax.model.counts import cache_bytes, head_weights, layer_weights
+from grpo_jax.model.counts import active_weights, cache_bytes, head_weights, layer_weights
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout.vllm.speed import decode_seconds, gen_seconds
 from grpo_jax.run.speed import Speed, steady
@@ -103,6 +104,15 @@ def test_the_counts_of_qwen_1_5b():
     assert layer_weights(model) == 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)
     assert head_weights(model) == 151936 * 1536
     assert cache_bytes(model) == 2 * 28 * 2 * 128 * 2  # keys and values, 2 heads of 128, 2 bytes
+
+
+def test_the_counts_of_experts():
+    """Two of six experts make a token's result; the trainer multiplies by all of them, and the router by each."""
+    model = tiny_config(num_experts=6, experts_per_token=2)
+    attention = 16 * (2 * 4 * 4 + 2 * 2 * 4)
+    assert layer_weights(model) == 3 * (attention + 6 * 3 * 16 * 24 + 16 * 6)
+    assert active_weights(model) == 3 * (attention + 2 * 3 * 16 * 24 + 16 * 6)
+    assert active_weights(tiny_config()) == layer_weights(tiny_config()) == 3 * (attention + 3 * 16 * 24)
 
 
 def test_a_step_of_decoding_reads_the_weights_at_least():

@@ -20,8 +20,25 @@ from grpo_jax import audit
 pytestmark = pytest.mark.vllm
 
 
+def test_each_process_pushes_to_its_own_engine_and_both_engines_may_die(tmp_path):
+    """Each engine is on a node of Ray that its process has started, and gets the weights from that process."""
+    check_run(tmp_path, 2, {"rollout.num_replicas": 2})
+
+
 def test_two_processes_push_together_and_survive_the_end_of_their_engine(tmp_path):
     """The engine dies while rollouts are awaited: the new one wants the weights, which both bring together."""
+    check_run(tmp_path, 1, {})
+
+
+def wait_for_step(number, processes):
+    for line in processes[0].stdout:
+        if line.startswith(f"  Step {number}/3"):
+            break
+    time.sleep(0.2)
+
+
+def check_run(tmp_path, num_engines, changes):
+    """Trains in two processes, kills each engine once, and looks at what came of it."""
     reward, workdir, mark = tmp_path / "my_reward.py", tmp_path / "run", uuid.uuid4().hex
     reward.write_text(commands.REWARD_FILE)
     overrides = VLLM | {
@@ -33,18 +50,22 @@ def test_two_processes_push_together_and_survive_the_end_of_their_engine(tmp_pat
         "trainer.total_epochs": 2,
         "checkpoint.every_steps": 2,
         "logging.save_rollouts": True,
+        **changes,
     }
     argv = commands.train_argv(workdir, overrides)
     with hosts.started(argv, 2, GRPO_JAX_TEST_MARK=mark) as processes:
-        for line in processes[0].stdout:
-            if line.startswith("  Step 1/3"):
-                break
-        (actor,) = actors(mark)
-        time.sleep(0.2)
-        os.kill(actor, signal.SIGKILL)
+        wait_for_step(1, processes)
+        victims = actors(mark)
+        assert len(victims) == num_engines
+        os.kill(victims.pop(), signal.SIGKILL)
+        for victim in victims:
+            wait_for_step(2, processes)
+            if victim in actors(mark):  # it was not started anew together with the other one
+                os.kill(victim, signal.SIGKILL)
         first, second = hosts.finish(processes, timeout=500)
     assert (first.code, second.code) == (0, 0), first.err[-2000:] + second.err[-2000:]
-    assert "engine 0 failed and is started again" in first.out
+    for number in range(num_engines):
+        assert f"engine {number} failed and is started again" in first.out
     assert second.err == second.out == ""
     lines = [line for line in commands.read_lines(workdir) if line["step"]]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -53,8 +53,12 @@ TOLERANCE = 3e-2 if IS_GPU else 1e-3
 
 def make_model(folder, family, seed=0):
     """Writes a random model, biases and norms random too, so that no tensor is like another."""
-    kind, sizes = FAMILIES[family]
-    model = tiny_torch_model(kind, seed=seed, scale=None, **sizes)
+    return write_model(folder, *FAMILIES[family], seed=seed)
+
+
+def write_model(folder, kind, fields, seed=0):
+    """As `make_model`. Args: kind: of `tiny_models.FAMILIES`; fields: of config.json."""
+    model = tiny_torch_model(kind, seed=seed, scale=None, **fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax.weight_sync import Destination, WeightSyncError, cuda, ipc, nccl, wire
 from grpo_jax.weight_sync.host import HostSender
-from grpo_jax.weight_sync.wire import Layout, Mailbox, Piece, call_in_thread, deadline_check
+from grpo_jax.weight_sync.wire import Layout, Mailbox, Piece, Relay, call_in_thread, deadline_check
 
 LAYOUT = Layout("float32", {"w": (4, 256)}, ((Piece("w", 0, 4, 0, 4096),),))
 
@@ -131,11 +131,11 @@ class HungArray:
 
 
 def engine_elsewhere(relay=lambda number, bucket: None):
-    return Destination(1, False, lambda: None, relay)
+    return Destination(1, Relay(lambda: None, relay))
 
 
 def test_a_device_that_hangs_is_not_waited_for_by_the_host_transport():
-    sender = HostSender(LAYOUT, [Destination(1, True, lambda: None, lambda *args: None)])
+    sender = HostSender(LAYOUT, [Destination(1)])
     with pytest.raises(WeightSyncError, match=r"the push was not over within 0\.3 s"):
         sender.send(iter([HungArray()]), deadline_check(0.3, "the push was not over"))
     sender.close()

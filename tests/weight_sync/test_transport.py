@@ -19,7 +19,7 @@ from grpo_jax.config import ConfigError
 from grpo_jax.weight_sync import Destination, WeightSyncError, choose_transport, ipc, make_sender, nccl
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.host import HostReceiver, HostSender
-from grpo_jax.weight_sync.wire import bucket_size, deadline_check
+from grpo_jax.weight_sync.wire import Relay, bucket_size, deadline_check
 
 SHARED_MEMORY = Path("/dev/shm")
 SPLIT = 24_576  # six blocks of 4,096 bytes: less than a layer of these models
@@ -72,7 +72,7 @@ def test_a_way_between_gpus_is_refused_where_there_are_none(
 
 def local_engine(num_workers):
     """A destination on this host: nothing may be relayed to it."""
-    return Destination(num_workers, True, relay_nothing, relay_nothing)
+    return Destination(num_workers)
 
 
 def relay_nothing(*args):
@@ -81,7 +81,7 @@ def relay_nothing(*args):
 
 def remote_engine(relay, prepare_relay=lambda: None):
     """A destination on another host, of one worker."""
-    return Destination(1, False, prepare_relay, relay)
+    return Destination(1, Relay(prepare_relay, relay))
 
 
 @pytest.fixture

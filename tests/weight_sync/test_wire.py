@@ -166,7 +166,7 @@ def test_a_bucket_ends_on_a_whole_block():
 
 
 def test_workers_are_counted_through():
-    engines = [Destination(n, True, lambda: None, lambda number, bucket: None) for n in (2, 1, 4)]
+    engines = [Destination(n) for n in (2, 1, 4)]
     assert first_workers(engines) == [0, 2, 3]
     assert first_workers(engines[:1]) == [0] and first_workers([]) == []
 

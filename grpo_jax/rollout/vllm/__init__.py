@@ -152,26 +152,19 @@ def make_engine(
 
 
 def share_engine(
-    section: RolloutSection,
-    channel: Channel,
-    make: Callable[[], RolloutEngine],
-    *,
-    folder: ModelFolder,
-    mesh: Mesh,
+    section: RolloutSection, channel: Channel, *, folder: ModelFolder, mesh: Mesh, **arguments: Any
 ) -> RolloutEngine:
     """The engine of a run with several processes: the first one has it, and all take part in pushes."""
     from grpo_jax.rollout.shared import SharedEngine
-    from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
+    from grpo_jax.rollout.vllm.crew import Crew, Member
+    from grpo_jax.rollout.vllm.engine import VllmEngine
+    from grpo_jax.weight_sync.buckets import make_push_plan
 
-    plan = make_push_plan(folder.config, section.bucket_mb * 2**20)
+    def make(tell: Callable[[Any], bool]) -> RolloutEngine:
+        crew = Crew(channel, tell, is_spread=section.placement == "colocated" and not section.ray_address)
+        return VllmEngine(section, folder=folder, mesh=mesh, crew=crew, **arguments)
 
-    def make_announcing(announce: Callable[[], None]) -> RolloutEngine:
-        engine = make()
-        engine.announce_pushes(announce)  # type: ignore[attr-defined]
-        return engine
+    def make_member() -> Member:
+        return Member(channel, section, make_push_plan(folder.config, section.bucket_mb * 2**20), mesh)
 
-    def pack(params: Params) -> None:
-        for _ in pack_buckets(params, plan, mesh):
-            pass
-
-    return SharedEngine(channel, make_announcing, pack)
+    return SharedEngine(channel, make, make_member)

@@ -1,6 +1,7 @@
 """Ray around the engines: a cluster with a place for each, and the causes of their failures in one line."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -17,8 +18,9 @@ from typing import Any
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
 from grpo_jax.rollout.vllm.check import python_is_ours
+from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.devices import engine_gpus
-from grpo_jax.rollout.vllm.local_ray import END_S, LocalRay
+from grpo_jax.rollout.vllm.local_ray import END_S, TOKEN, LocalRay
 from grpo_jax.weight_sync.wire import WeightSyncError, call_in_thread, deadline_check
 
 logger = logging.getLogger(__name__)
@@ -64,14 +66,20 @@ REFERS_ELSEWHERE = re.compile(
 class Cluster:
     """Ray, and a place in it for each engine."""
 
-    def __init__(self, section: RolloutSection, *, num_replicas: int, uses_gpus: bool):
+    def __init__(
+        self, section: RolloutSection, *, num_replicas: int, uses_gpus: bool, crew: Crew | None = None
+    ):
         """Starts Ray or joins a cluster that runs, and reserves the places.
 
+        Args: crew: all processes of the run; None: there are no others.
         Raises:
             ConfigError: the cluster `rollout.ray_address` cannot be reached.
             EngineError: Ray does not start, or has not enough CPUs or GPUs.
         """
         self._section, self._num_replicas, self._is_ours = section, num_replicas, False
+        self._crew = crew if crew is not None and crew.is_spread else None
+        self.places = [0] * num_replicas if self._crew is None else self._crew.places(num_replicas)
+        """The process of the run that each engine is beside."""
         self._ray: LocalRay | None = None
         self._links: tempfile.TemporaryDirectory | None = None
         self._gpus = section.tensor_parallel_size if uses_gpus else 0
@@ -90,6 +98,8 @@ class Cluster:
         address = self._section.ray_address
         if not address:
             self._ray = self._start()
+            if self._crew is not None:
+                self._gather_nodes(self._crew, self._ray)
         import ray
 
         where = self._ray.address if self._ray else address
@@ -111,12 +121,38 @@ class Cluster:
         # Otherwise Ray ends an engine once 95 % of the host's memory is taken. The trainer's offloaded state may
         # take that much.
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-        # Ray does not count what the trainer's process uses: all GPUs are the engines'.
-        options = {"num_cpus": max(os.cpu_count() or 1, self._num_replicas), "include_dashboard": False}
+        own = self._resources(0)
+        options = {"num_cpus": own["CPU"], "resources": own["others"], "include_dashboard": False}
         if self._gpus:
-            options["num_gpus"] = self._gpus * self._num_replicas
+            options["num_gpus"] = own["GPU"]
         gpus = engine_gpus(self._section) if self._gpus else ""
-        return LocalRay(options, gpus=gpus, timeout_s=self._section.start_timeout_s)
+        host = self._crew.channel.address if self._crew is not None else ""
+        return LocalRay(options, gpus=gpus, timeout_s=self._section.start_timeout_s, host=host)
+
+    def _resources(self, process: int) -> dict[str, Any]:
+        """What Ray may hand out beside a process of the run, whose own use of its GPUs Ray does not count."""
+        count = self.places.count(process)
+        cpus = max(os.cpu_count() or 1, count)
+        return {"CPU": cpus, "GPU": self._gpus * count, "others": {place_of(process): count} if count else {}}
+
+    def _gather_nodes(self, crew: Crew, head: LocalRay) -> None:
+        """Has the hosts of the other processes that have engines join."""
+        options = {}
+        for process in sorted(set(self.places) - {0}):
+            own = self._resources(process)
+            options[str(process)] = [
+                f"--num-cpus={own['CPU']}",
+                f"--num-gpus={own['GPU']}",
+                f"--resources={json.dumps(own['others'])}",
+            ]
+        if not options:
+            return
+        about: dict[str, Any] = {"token": os.environ[TOKEN], "folder": str(head.folder)}
+        try:
+            crew.ask("join_ray", address=head.address, options=options, **about)
+        except WeightSyncError as error:
+            head.close()
+            raise EngineError(f"a host has not joined Ray: {error}") from error
 
     def check(self) -> None:
         """To be called when an engine has failed. Raises: EngineError: Ray itself has died."""
@@ -129,7 +165,8 @@ class Cluster:
         from ray.util.placement_group import placement_group
 
         bundle = {"CPU": 1.0} | ({"GPU": float(self._gpus)} if self._gpus else {})
-        group = placement_group([bundle] * self._num_replicas, strategy="PACK")
+        at = lambda process: {place_of(process): 1.0} if self._ray is not None else {}
+        group = placement_group([bundle | at(process) for process in self.places], strategy="PACK")
         if not group.wait(30):
             have = ray.cluster_resources()
             raise EngineError(
@@ -197,6 +234,11 @@ class Cluster:
             self._ray.close()
         if self._links is not None:
             self._links.cleanup()
+
+
+def place_of(process: int) -> str:
+    """Ray's name for a place beside a process of the run."""
+    return f"process_{process}"
 
 
 def _in_time(what: str, call: Callable[[], Any]) -> None:

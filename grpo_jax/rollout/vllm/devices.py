@@ -85,21 +85,23 @@ def plan_engines(section: RolloutSection, mesh: Mesh) -> tuple[str, int]:
         ConfigError: see `choose_transport`, `check_processes` and `num_replicas`.
     """
     trainer, engine_on_gpu = jax.default_backend(), not installed_vllm(section).is_cpu
-    check_processes(section, jax.process_count(), both_on_gpus=engine_on_gpu and trainer == "gpu")
+    both_on_gpus = engine_on_gpu and trainer == "gpu"
+    check_processes(section, jax.process_count(), both_on_gpus=both_on_gpus)
     transport = choose_transport(section, trainer=trainer, engine_on_gpu=engine_on_gpu)
-    return transport, num_replicas(section, mesh, both_on_gpus=engine_on_gpu and trainer == "gpu")
+    return transport, num_replicas(section, mesh, both_on_gpus=both_on_gpus)
 
 
 def check_processes(section: RolloutSection, count: int, *, both_on_gpus: bool) -> None:
-    """Args: count: processes of the run. Raises: ConfigError: its engines would take GPUs of one of them alone."""
+    """Args: count: processes of the run. Raises: ConfigError: their engines would not be where they can be."""
     if count == 1 or not both_on_gpus:
         return
-    rule = f"a run of {count} processes gives its engines GPUs of their own"
-    if section.placement != "separate":
-        raise ConfigError("rollout.placement", section.placement, f"{rule}: choose separate")
-    if not section.ray_address:
-        rule += ", of a Ray cluster: name it, or all GPUs of one host would not be the trainer's"
-        raise ConfigError("rollout.ray_address", "", rule)
+    address = section.ray_address
+    if section.placement == "separate" and not address:
+        rule = f"a run of {count} processes with rollout.placement=separate has its engines in a Ray cluster"
+        raise ConfigError("rollout.ray_address", address, f"{rule}: name it, or choose colocated")
+    if section.placement == "colocated" and address:
+        rule = f"a run of {count} processes has a Ray of its own for engines on its own GPUs"
+        raise ConfigError("rollout.ray_address", address, f"{rule}: leave it empty, or choose separate")
 
 
 def num_replicas(section: RolloutSection, mesh: Mesh, *, both_on_gpus: bool) -> int:
@@ -114,6 +116,14 @@ def num_replicas(section: RolloutSection, mesh: Mesh, *, both_on_gpus: bool) -> 
     if section.placement == "separate" or not both_on_gpus:
         return max(1, section.num_replicas)
     gpus, size = mesh.devices.size, section.tensor_parallel_size
+    local, count = len(mesh.local_devices), max(1, gpus // max(1, len(mesh.local_devices)))
+    if size > local and count > 1:
+        raise ConfigError(
+            "rollout.tensor_parallel_size", size, f"each of {count} processes has {local} GPU(s)"
+        )
+    if section.num_replicas % count:
+        rule = f"must be a multiple of the {count} processes: each has as many engines on its GPUs"
+        raise ConfigError("rollout.num_replicas", section.num_replicas, rule)
     wanted = max(1, section.num_replicas) * size
     if wanted > gpus and not section.ray_address:
         key = "rollout.num_replicas" if section.num_replicas else "rollout.tensor_parallel_size"
@@ -121,4 +131,4 @@ def num_replicas(section: RolloutSection, mesh: Mesh, *, both_on_gpus: bool) -> 
         raise ConfigError(
             key, value, f"asks for {wanted} GPUs (tensor_parallel_size={size}); the trainer has {gpus}"
         )
-    return section.num_replicas or max(1, gpus // size)
+    return section.num_replicas or max(1, local // size) * count

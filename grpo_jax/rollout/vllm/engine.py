@@ -6,7 +6,7 @@ what it still owed.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout.base import EngineError, PendingGroups, SamplingParams
 from grpo_jax.rollout.vllm.check import installed_vllm
 from grpo_jax.rollout.vllm.cluster import root_cause
+from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.devices import plan_engines
 from grpo_jax.rollout.vllm.options import engine_options
 from grpo_jax.rollout.vllm.push import WeightPusher
@@ -40,8 +41,9 @@ class VllmEngine:
         tokenizer: Any,
         stop_token_ids: tuple[int, ...],
         max_model_len: int,
+        crew: Crew | None = None,
     ):
-        """See `rollout.make_engine`."""
+        """See `rollout.make_engine`. Args: crew: all processes of the run; None: there are no others."""
         self._section, self._tokenizer, self._stop_token_ids = section, tokenizer, stop_token_ids
         self._params: Params = None
         self._version = -1
@@ -54,6 +56,7 @@ class VllmEngine:
             engine_options(section, folder, max_model_len),
             num_replicas=num_replicas,
             installation=installed_vllm(section),
+            crew=crew,
         )
         self._pusher = WeightPusher(
             self._replicas,
@@ -62,6 +65,7 @@ class VllmEngine:
             transport=transport,
             workers_per_engine=section.tensor_parallel_size,
             timeout_s=section.timeout_s,
+            crew=crew,
         )
 
     # ---- rollouts ----
@@ -136,10 +140,6 @@ class VllmEngine:
         return RolloutGroup(prompt, completions)
 
     # ---- weights ----
-
-    def announce_pushes(self, announce: Callable[[], None]) -> None:
-        """Has `announce` called before the buckets of each push are packed, in which others take part."""
-        self._pusher.announce = announce
 
     def load_weights(self, params: Params, version: int) -> None:
         """See `RolloutEngine.load_weights`. Waits for rollouts under way, unless weights may change during them.

@@ -1,4 +1,8 @@
-"""Ray for one run on this host: its own session, on the loopback interface, behind a secret of its own."""
+"""Ray for one run: its own session, behind a secret of its own.
+
+On one host it listens on the loopback interface alone. A run of several processes that has engines on all of their
+devices has a node for each process (`RayNode`), on the network by which the processes reach each other.
+"""
 
 import contextlib
 import json
@@ -20,12 +24,15 @@ HEAD = Path(__file__).with_name("ray_head.py")
 END_S = 20.0  # to end by itself; then it is killed
 
 OURS = {
-    # Ray on Linux listens on all interfaces, unless it takes itself for one of another system.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Otherwise Ray's C++ ends the trainer a minute after Ray's death, while it may still be saving.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
+    # A push that has failed in one engine is waited for in no other.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 """Environment variables of the trainer, which Ray reads when it is imported and when it is joined."""
+SCOPE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray on Linux listens on all interfaces, unless it takes itself for one of another system ("0")."""
+TOKEN = "RAY_AUTH_TOKEN"
 
 
 class LocalRay:
@@ -35,26 +42,31 @@ class LocalRay:
         EngineError: it cannot be started, or not within `timeout_s`.
     """
 
-    def __init__(self, options: dict[str, Any], *, gpus: str, timeout_s: float):
+    def __init__(self, options: dict[str, Any], *, gpus: str, timeout_s: float, host: str = ""):
         """Args:
         options: of `ray.init`.
         gpus: that Ray may hand out, as CUDA_VISIBLE_DEVICES has them; "": as the trainer's.
+        host: this one's address for nodes that join; "": none do.
         """
-        os.environ.update(OURS)
+        os.environ.update(OURS | {SCOPE: "1" if host else "0"})
         # The kernel shows them to this user alone, as it does the environment of all processes.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault(TOKEN, secrets.token_hex(32))
         # Short: the paths of Ray's sockets may have 107 bytes. Ray opens the folder it is given to everyone, which
         # this one around it is not.
-        self.folder = Path(tempfile.mkdtemp(prefix="grpo_jax-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
-        command = [
-            sys.executable,
-            "-P",
-            str(HEAD),
-            json.dumps(options | {"_temp_dir": str(self.folder / "ray")}),
-        ]
-        self._log = self.folder / "head.log"
+        folder = Path(tempfile.mkdtemp(prefix="grpo_jax-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        self._has_folder = True
+        options = options | {"_temp_dir": str(folder / "ray")} | ({"_node_ip_address": host} if host else {})
+        self.address = self._run(["head", json.dumps(options)], folder, {}, gpus=gpus, timeout_s=timeout_s)
+
+    def _run(
+        self, arguments: list[str], folder: Path, variables: dict[str, str], *, gpus: str, timeout_s: float
+    ) -> str:
+        """Starts the process that Ray hangs on. Returns what it prints once Ray is there."""
+        self.folder = folder
+        environment = os.environ | variables | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+        command = [sys.executable, "-P", str(HEAD), *arguments]
+        self._log = folder / f"{arguments[0]}-{os.getpid()}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
@@ -64,9 +76,9 @@ class LocalRay:
                 env=environment,
                 start_new_session=True,
             )
-        self.address = self._read_address(timeout_s)
+        return self._read_line(timeout_s)
 
-    def _read_address(self, timeout_s: float) -> str:
+    def _read_line(self, timeout_s: float) -> str:
         assert self._process.stdout is not None
         text, end = b"", time.monotonic() + timeout_s
         while not text.endswith(b"\n"):
@@ -110,5 +122,26 @@ class LocalRay:
         with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, on a lost disk say
             self._process.wait(END_S)
         self._process.stdout.close()
-        if is_well and sys.exc_info()[0] is None:
+        if is_well and self._has_folder and sys.exc_info()[0] is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RayNode(LocalRay):
+    """Ray on this host as a part of another process's `LocalRay`, which has a `host`. Ends as that does."""
+
+    def __init__(
+        self, options: list[str], *, address: str, token: str, folder: Path, gpus: str, timeout_s: float
+    ):
+        """Args:
+        options: of the command `ray start`.
+        address, token, folder: those of the other one; the folder may lie on another host.
+        gpus: as `LocalRay`'s.
+        """
+        is_new = not folder.exists()  # it may be this very host's
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._has_folder = is_new
+        variables = {"RAY_AUTH_MODE": "token", TOKEN: token, SCOPE: "1"}
+        self.address = address
+        self._run(
+            ["node", f"--address={address}", *options], folder, variables, gpus=gpus, timeout_s=timeout_s
+        )

@@ -35,9 +35,8 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "enable_prefix_caching": True,
         "seed": 0,
     }
-    if folder.max_position is not None and max_model_len > folder.max_position:
-        # The configuration allows it; vLLM refuses it, and has no RoPE table for it either.
-        options["hf_overrides"] = {"max_position_embeddings": max_model_len}
+    if overrides := _position_overrides(folder, max_model_len):
+        options["hf_overrides"] = overrides
     if section.tensor_parallel_size > 1:
         # vLLM's workers run beside the actor, not as actors of their own.
         options["distributed_executor_backend"] = "mp"
@@ -51,6 +50,26 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
     if not options["enforce_eager"] and not GRAPH_ARGUMENTS & options.keys():
         options["cudagraph_capture_sizes"] = graph_sizes(num_seqs)
     return options
+
+
+def _position_overrides(folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
+    """What vLLM is told of config.json's fields on positions, so that it computes what the trainer does."""
+    limit, config = folder.max_position, folder.config
+    if limit is None:
+        return {}
+    kind = "default" if config.rope_scaling is None else config.rope_scaling.kind
+    overrides: dict[str, Any] = {}
+    if max_model_len > limit:
+        # The configuration allows it; vLLM refuses it, and has no RoPE table for it either.
+        overrides["max_position_embeddings"] = max_model_len
+    elif kind == "yarn":
+        # Some folders have it from before the scaling, and vLLM takes it for the end of the window.
+        overrides["max_position_embeddings"] = limit
+    if kind == "dynamic":
+        # vLLM computes any sequence as one of the longest that scaling allows. Within the window, the rule of
+        # transformers is that of no scaling, and sequences end there.
+        overrides["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return overrides
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:

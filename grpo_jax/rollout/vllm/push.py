@@ -1,7 +1,7 @@
 """A push: the trainer's parameters to all engines through one transport, and proof that they arrived."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from grpo_jax.rollout.base import EngineError
 from grpo_jax.rollout.vllm.cluster import root_cause
+from grpo_jax.rollout.vllm.crew import Crew, CrewSender
 from grpo_jax.rollout.vllm.replicas import Replica, Replicas, call_errors, is_refusal
 from grpo_jax.types import Params
 from grpo_jax.weight_sync import Sender, make_sender
 from grpo_jax.weight_sync.buckets import PushPlan, pack_buckets
-from grpo_jax.weight_sync.wire import Destination, compare_checksums, piece_checksums
+from grpo_jax.weight_sync.wire import Destination, Relay, compare_checksums, piece_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +34,16 @@ class WeightPusher:
         transport: str,
         workers_per_engine: int,
         timeout_s: float,
+        crew: Crew | None = None,
     ):
         """Args:
         transport: "ipc", "nccl" or "host".
         timeout_s: what one push may take.
+        crew: all processes of the run; None: there are no others.
         """
         self._replicas, self._plan, self._mesh = replicas, plan, mesh
         self._transport, self._workers_per_engine = transport, workers_per_engine
-        self._timeout_s = timeout_s
-        self.announce: Callable[[], None] | None = None
-        """Tells the other processes of the run to pack the same buckets; None: there are none."""
+        self._timeout_s, self._crew = timeout_s, crew
         self._sender: Sender | None = None
 
     def push(self, params: Params, version: int) -> None:
@@ -64,16 +65,9 @@ class WeightPusher:
         sender.reset(self._replicas.make_check("did not prepare for the weights"))
         calls = [replica.actor.push.remote(version, self._timeout_s) for replica in self._replicas]
         blocks: list[jax.Array] = []
-        if self.announce is not None:
-            self.announce()
         buckets = pack_buckets(params, self._plan, self._mesh)
-        try:
-            check = self._replicas.make_check("did not take the weights", calls)
-            sender.send(_noting(buckets, blocks), check)
-        finally:
-            if self.announce is not None:
-                for _ in buckets:  # the others pack all of them, whatever has happened here
-                    pass
+        check = self._replicas.make_check("did not take the weights", calls)
+        sender.send(_noting(buckets, blocks), check)
         layout = self._plan.layout
         sent = [
             piece_checksums(np.asarray(sums), pieces)
@@ -109,9 +103,9 @@ class WeightPusher:
         if self._sender is not None:
             return self._sender
         transport, layout = self._transport, self._plan.layout
-        destinations = [self._destination(replica) for replica in self._replicas]
-        sender = make_sender(transport, layout, self._mesh, destinations, timeout_s=self._timeout_s)
-        self._sender = sender  # from now on `disconnect` closes it, if what follows fails
+        sender = self._sender = (
+            self._make_sender()
+        )  # from now on `disconnect` closes it, if what follows fails
         calls = [
             replica.actor.connect.remote(transport, link, layout.to_dict(), self._timeout_s)
             for replica, link in zip(self._replicas, sender.links(), strict=True)
@@ -129,14 +123,25 @@ class WeightPusher:
         )  # fmt: skip
         return sender
 
+    def _make_sender(self) -> Sender:
+        is_spread = self._crew is not None and self._crew.is_spread
+        here = [self._destination(replica) for replica in self._replicas if not (is_spread and replica.place)]
+        layout, timeout_s = self._plan.layout, self._timeout_s
+        sender = make_sender(self._transport, layout, self._mesh, here, timeout_s=timeout_s)
+        if self._crew is None:
+            return sender
+        engines: list[list[dict[int, int]]] = [[] for _ in range(self._crew.channel.count)]
+        for replica in self._replicas:
+            engines[replica.place].append(replica.processes)
+        return CrewSender(self._crew, self._transport, sender, engines)
+
     def _destination(self, replica: Replica) -> Destination:
         actor, timeout_s = replica.actor, self._timeout_s
-        return Destination(
-            num_workers=self._workers_per_engine,
-            is_local=replica.is_local,
-            prepare_relay=lambda: actor.prepare_relay.remote(),
-            relay=lambda number, bucket: actor.relay.remote(number, bucket, timeout_s),
+        relay = Relay(
+            prepare=lambda: actor.prepare_relay.remote(),
+            bring=lambda number, bucket: actor.relay.remote(number, bucket, timeout_s),
         )
+        return Destination(self._workers_per_engine, None if replica.is_local else relay)
 
 
 def _noting(

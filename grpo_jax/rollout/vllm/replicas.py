@@ -11,6 +11,7 @@ from grpo_jax.config import RolloutSection
 from grpo_jax.rollout.base import EngineError, SamplingParams
 from grpo_jax.rollout.vllm.check import VllmInstallation
 from grpo_jax.rollout.vllm.cluster import Cluster, explain_start, root_cause
+from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.processes import end
 from grpo_jax.rollout.vllm.server import Request
 
@@ -56,9 +57,11 @@ class Replica:
     pid: int = 0
     """Of the actor's process; 0 until it is ready."""
     processes: dict[int, int] = dataclasses.field(default_factory=dict)
-    """See `processes.family`; of an engine on the trainer's host."""
+    """See `processes.family`."""
     is_local: bool = True
-    """On the trainer's host."""
+    """On this process's host."""
+    place: int = 0
+    """The process of the run that it is beside."""
     num_restarts: int = 0
 
 
@@ -109,16 +112,19 @@ class Replicas:
         *,
         num_replicas: int,
         installation: VllmInstallation,
+        crew: Crew | None = None,
     ):
         """Launches the engines, which go on starting when this returns.
 
         Args:
             options: fields of vLLM's `AsyncEngineArgs`.
             installation: the vLLM of the engines.
+            crew: all processes of the run; None: there are no others.
         """
-        self._section, self._options = section, options
-        self._cluster = Cluster(section, num_replicas=num_replicas, uses_gpus=not installation.is_cpu)
-        self._replicas = [Replica(number) for number in range(num_replicas)]
+        self._section, self._options, self._crew = section, options, crew
+        uses_gpus = not installation.is_cpu
+        self._cluster = Cluster(section, num_replicas=num_replicas, uses_gpus=uses_gpus, crew=crew)
+        self._replicas = [Replica(number, place=place) for number, place in enumerate(self._cluster.places)]
         text = "Starting %d vLLM engine(s), version %s, while the trainer loads"
         logger.info(text, num_replicas, installation.version)
         for replica in self._replicas:
@@ -175,7 +181,7 @@ class Replicas:
         """Ends an engine, whether or not it still answers."""
         replica = self._replicas[number]
         self._cluster.kill(replica.actor)
-        end(replica.processes)  # vLLM's own outlive an actor that was killed
+        self._end(replica)
 
     def sick(self, timeout_s: float = HEALTH_S) -> list[int]:
         """Numbers of the engines of which vLLM's own process is gone, or does not answer in time."""
@@ -187,6 +193,14 @@ class Replicas:
         """Ends all engines, and Ray if it was started for them."""
         self._cluster.close([replica.actor for replica in self._replicas])
         for replica in self._replicas:
+            self._end(replica)
+
+    def _end(self, replica: Replica) -> None:
+        """Ends what is left of an engine: vLLM's own processes outlive an actor that was killed."""
+        if replica.place and self._crew is not None:
+            processes = list(replica.processes.items())
+            self._crew.ask("end_engine", rank=replica.place, processes=processes)
+        elif replica.is_local:
             end(replica.processes)
 
     def _starting(self) -> list[Replica]:
@@ -209,7 +223,7 @@ class Replicas:
             replica.starting = None
         replica.is_local = about["node_id"] == self._cluster.node_id
         replica.pid = next(iter(about["processes"]))
-        replica.processes = about["processes"] if replica.is_local else {}
+        replica.processes = about["processes"]
         logger.info("engine %d is ready: vLLM %s on %s", replica.number, about["vllm"], about["device"])
         if about["why_not_our_scheduler"] and replica.number == 0:
             logger.warning(SCHEDULER_LINE, about["why_not_our_scheduler"])

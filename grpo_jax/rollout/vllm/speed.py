@@ -11,7 +11,7 @@ import math
 from grpo_jax.config import RolloutSection
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import cache_bytes, head_weights, layer_weights
+from grpo_jax.model.counts import active_weights, cache_bytes, head_weights, layer_weights
 from grpo_jax.model.transformer import num_params
 from grpo_jax.types import Workload
 
@@ -54,7 +54,7 @@ def gen_seconds(section: RolloutSection, model: ModelConfig, card: Card, work: W
     """
     num = work.num_prompts * work.group_size
     most = min(num, section.max_num_seqs, room(section, model, card, work))
-    prompts = 2 * layer_weights(model) * work.num_prompts * work.prompt_tokens / card.products
+    prompts = 2 * active_weights(model) * work.num_prompts * work.prompt_tokens / card.products
     context = work.prompt_tokens + work.response_tokens / 2
     waves = num / most
     return prompts + waves * work.response_tokens * decode_seconds(model, card, most, context)
@@ -62,8 +62,10 @@ def gen_seconds(section: RolloutSection, model: ModelConfig, card: Card, work: W
 
 def decode_seconds(model: ModelConfig, card: Card, num_sequences: float, context: float) -> float:
     """Of one step. Args: context: tokens of a sequence in the mean."""
-    weights = layer_weights(model) + head_weights(model)
-    products = max(2 * weights * num_sequences / card.products, 2 * weights / card.copying)
+    head = head_weights(model)
+    # Of many sequences, every expert has some.
+    computed, read = active_weights(model) + head, layer_weights(model) + head
+    products = max(2 * computed * num_sequences / card.products, 2 * read / card.copying)
     cache = num_sequences * context * cache_bytes(model) / card.copying
     return products + cache + LAYER_S * model.num_layers + card.sequence * num_sequences
 

@@ -46,6 +46,13 @@ if current_platform.is_cpu():
 
     custom_ops._supports_onednn = False
 
+    from grpo_jax.rollout.vllm.cpu_experts import keep_experts_as_loaded
+
+    keep_experts_as_loaded()
+
+EXPERT_LAYOUTS = {"TRITON", "BATCHED_TRITON", "CPU"}
+"""vLLM's back ends for experts that keep them as they are loaded."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
@@ -91,6 +98,13 @@ def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
     Raises:
         WeightSyncError: the model does not load one of the tensors, or no tensor fills one of its parameters.
     """
+    for name, module in model.named_modules():
+        backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+        if backend is not None and backend.name not in EXPERT_LAYOUTS:
+            rule = (
+                f"the engine keeps the experts {name} in a layout of {backend.value}, not as they are loaded"
+            )
+            raise WeightSyncError(f"{rule}: rollout.engine_args moe_backend=triton does")
     dtype = getattr(torch, layout.dtype)
     sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in layout.tensors.items()}
     recorder = _CopyRecorder(sources)

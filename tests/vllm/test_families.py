@@ -1,0 +1,75 @@
+"""Every row of `family_models.ROWS` in the real vLLM: pushed weights arrive, the text is that of transformers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import vllm_helpers as helpers
+from family_models import FAMILY_ROWS, ROWS, kind_and_fields
+
+from grpo_jax.rollout import SamplingParams
+from grpo_jax.weight_sync import WeightSyncError
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = SamplingParams(num_samples=1, temperature=0.0, max_tokens=24)
+SAMPLED = SamplingParams(num_samples=3, temperature=0.7, max_tokens=24)
+REFUSED = {"qwen3-windows"}
+"""By vLLM, which knows no windows in some of Qwen's layers."""
+LENGTHS = [5, 20, 60]  # shorter and longer than the windows of the rows
+
+
+OLD = {"qwen2", "qwen3", "llama"}
+"""Families of test_one_engine.py."""
+SHORT = {row for row in FAMILY_ROWS if ROWS[row][0] not in OLD} | {"qwen2-yarn"}
+"""The others take a minute each, for a switch that the tests of the trainer know already."""
+PARAMS = [
+    pytest.param(row, marks=() if row in SHORT else pytest.mark.slow) for row in ROWS if row not in REFUSED
+]
+
+
+@pytest.fixture(params=PARAMS)
+def folder(request, tmp_path):
+    kind, fields = kind_and_fields(request.param, {"head_dim": 32} | helpers.SIZES)
+    return helpers.write_model(tmp_path / "model", kind, fields)
+
+
+def test_pushed_weights_arrive(folder, tmp_path):
+    """Greedy text before and after a change of all weights, and log-probabilities of sampled text after it."""
+    mesh = helpers.mesh_of()
+    inspected, params = helpers.load(folder, mesh)
+    moved = helpers.perturbed(params, seed=3)
+    new = helpers.save_as_folder(moved, inspected.config, folder, tmp_path / "new")
+    models = [helpers.reference(path) for path in (folder, new)]
+    batch = helpers.prompts(LENGTHS)
+    expected = [
+        [helpers.reference_greedy(model, prompt.token_ids, 24) for prompt in batch] for model in models
+    ]
+    assert expected[0] != expected[1]  # otherwise this test could not fail
+    engine = helpers.engine_for(folder, mesh, max_model_len=min(512, inspected.max_position))
+    try:
+        for version, weights in enumerate((params, moved)):
+            engine.load_weights(weights, version=version)
+            groups = engine.generate(batch, GREEDY, seed=0)
+            assert [group.completions[0].token_ids for group in groups] == expected[version]
+        groups = engine.generate(batch, SAMPLED, seed=1)
+    finally:
+        engine.close()
+    assert helpers.worst_difference(groups, models[1], temperature=0.7) < helpers.TOLERANCE
+    assert all(np.isfinite(c.sampler_logprobs).all() for group in groups for c in group.completions)
+
+
+def test_experts_in_another_layout_are_refused():
+    """This back end swaps gate and up once they are loaded, where a push would not find them."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    from grpo_jax.rollout.vllm.worker import record_load_plan
+
+    model = torch.nn.ModuleDict({"experts": torch.nn.Module()})
+    method = SimpleNamespace(unquantized_backend=UnquantizedMoeBackend.FLASHINFER_CUTLASS)
+    model["experts"].quant_method = method
+    with pytest.raises(
+        WeightSyncError, match=r"experts experts in a layout of FlashInfer CUTLASS.*moe_backend"
+    ):
+        record_load_plan(model, None)
