@@ -106,9 +106,12 @@ def _check_arguments(args: Any) -> None:
 def make_config(args: Any) -> Config:
     """The configuration of this command: one engine, on the trainer's own devices, given its weights once."""
     base, replace = Config(), dataclasses.replace
+    own_dtype = (
+        "float32" if args.adapter else args.dtype
+    )  # of an adapter, which is merged before it is rounded
     return replace(
         base,
-        model=replace(base.model, path=args.model, dtype=args.dtype, param_dtype=args.dtype),
+        model=replace(base.model, path=args.model, dtype=args.dtype, param_dtype=own_dtype),
         lora=_lora_section(args.adapter),
         data=replace(base.data, max_response_length=args.max_response_length),
         optim=replace(base.optim, offload=False),

@@ -111,6 +111,7 @@ def test_so_does_one_with_its_state_on_the_host_and_a_moving_reference(overrides
     assert helpers.read_checkpoint(tmp_path / "run", 3) == whole
 
 
+@pytest.mark.slow
 def test_it_goes_on_on_another_mesh(overrides, tmp_path):
     """Four devices by width and two by heads; then one."""
     meshed = overrides | {"mesh.fsdp": 4, "mesh.tensor": 2, "trainer.num_steps": 2}
@@ -135,6 +136,7 @@ def test_another_run_goes_on_from_the_folder(overrides, lora_run, model_folder, 
     assert any(matrix.any() for name, matrix in was.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(overrides, tmp_path):
     """Eight devices, in one process or four in each of two; a matrix of some 0.1 after two steps of 1e-2."""
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "trainer.num_steps": 2, "eval.every_steps": 0}

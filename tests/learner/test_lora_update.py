@@ -93,18 +93,17 @@ def first_params(folder, config, *, is_identity=False):
 # ---- meshes ----
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_every_mesh_gives_the_update_of_one_device(folder, sizes):
+def test_eight_devices_give_the_update_of_one(folder):
     """Sums of float32 in another order: 1e-5 of the loss. Where a gradient is near 0, rounding decides Adam's
     step: up to a tenth of one of 1e-2."""
     config = with_adapters(folder.config, LoraSection(rank=4))
     params = first_params(folder, config)
     one, losses = train(config, params, 3)
-    many, losses_of_many = train(config, params, 3, sizes=sizes)
+    many, losses_of_many = train(config, params, 3, sizes=(2, 2, 2))
     assert losses_of_many == pytest.approx(losses, rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), many, one)
-    spread = trained_shardings(config, mesh_of(*sizes))["layers"]["attention"]["q_lora_a"]
-    assert spread.is_fully_replicated == (sizes == (8, 1, 1))
+    spread = trained_shardings(config, mesh_of(2, 2, 2))["layers"]["attention"]["q_lora_a"]
+    assert not spread.is_fully_replicated
 
 
 # ---- next to training everything ----
