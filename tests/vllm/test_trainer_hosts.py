@@ -25,6 +25,13 @@ def test_each_process_pushes_to_its_own_engine_and_both_engines_may_die(tmp_path
     check_run(tmp_path, 2, {"rollout.num_replicas": 2})
 
 
+@pytest.mark.slow
+def test_each_process_pushes_adapters_to_its_own_engine(tmp_path):
+    """An engine that is started again gets the model that they belong to as well."""
+    changes = {"rollout.num_replicas": 2, "lora.rank": 4, "lora.push": "adapter", "optim.offload": False}
+    check_run(tmp_path, 2, changes)
+
+
 def test_two_processes_push_together_and_survive_the_end_of_their_engine(tmp_path):
     """The engine dies while rollouts are awaited: the new one wants the weights, which both bring together."""
     check_run(tmp_path, 1, {})
