@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,38 @@ def weights(size):
 
 # ---- against peft ----
 
+ADAPTED = [family for family in FAMILIES if family not in ("phi3", "qwen3_moe")]
+"""Of which every layer can have an adapter."""
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("phi3", "lora.rank=4: must be 0: this model's folders hold several layers as one tensor"),
+        (
+            "qwen3_moe",
+            "lora.targets='all-linear': experts and their router get no adapters: choose attention",
+        ),
+    ],
+)
+def test_layers_that_cannot_have_adapters_are_named(tmp_path, family, message):
+    save_tiny_model(tmp_path / "model", family, vocab_size=VOCAB)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        with_adapters(inspect_folder(tmp_path / "model").config, LoraSection(rank=4))
+
+
+def test_the_attention_of_a_model_with_experts_can(tmp_path):
+    save_tiny_model(tmp_path / "model", "qwen3_moe", vocab_size=VOCAB)
+    config = inspect_folder(tmp_path / "model").config
+    assert with_adapters(config, LoraSection(rank=4, targets=("attention",))).lora.targets == (
+        "q",
+        "k",
+        "v",
+        "o",
+    )
+
+
+@pytest.mark.parametrize("family", ADAPTED)
 def test_log_probabilities_are_pefts(adapted, family):
     model = adapted(family)
     inspect_adapter(model.path, model.config, model.folder)
@@ -154,7 +185,7 @@ def test_log_probabilities_are_pefts(adapted, family):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_gradients_are_pefts(adapted, family, remat):
     """Of a weighted sum of log-probabilities, by both programs of an update: within 1e-5 of the largest."""
     model = adapted(family)
