@@ -46,6 +46,7 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=256,
     bos_token_id=None,
+    pad_token_id=None,
 )
 
 

@@ -34,6 +34,7 @@ def main() -> None:
         parser.add_argument(flag, required=True)
     for flag in ("--prompts", "--samples", "--prompt_tokens", "--new", "--steps", "--micro_batch"):
         parser.add_argument(flag, type=int, required=True)
+    parser.add_argument("--lora_rank", type=int, default=0, help="peft's, on all linear layers; 0: none")
     parser.add_argument("--kl", type=float, default=0.001)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--learning_rate", type=float, default=1e-6)
@@ -47,6 +48,7 @@ def main() -> None:
         args=settings(args),
         train_dataset=Dataset.from_list(read_prompts(args, tokenizer)),
         processing_class=tokenizer,
+        **adapters(args),
     )
     report = Report(trainer)
     trainer.add_callback(report)
@@ -71,7 +73,8 @@ def settings(args: Any) -> Any:
         num_generations=args.samples,
         max_completion_length=args.new,
         use_vllm=args.vllm,
-        model_init_kwargs={"dtype": "float32"},  # master weights; on a GPU the computation is in bfloat16
+        # Master weights; on a GPU the computation is in bfloat16. With adapters, only these have masters.
+        model_init_kwargs={"dtype": "bfloat16" if args.lora_rank else "float32"},
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=True,
@@ -85,6 +88,15 @@ def settings(args: Any) -> Any:
         disable_tqdm=True,
         **engine,
     )
+
+
+def adapters(args: Any) -> dict[str, Any]:
+    if not args.lora_rank:
+        return {}
+    from peft import LoraConfig
+
+    wanted = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules="all-linear")
+    return {"peft_config": wanted}
 
 
 def read_prompts(args: Any, tokenizer: Any) -> list[dict[str, str]]:

@@ -38,6 +38,9 @@ OWN_ENGINE_ARGS = (
 )  # fmt: skip
 """vLLM engine arguments that `rollout/vllm/server.py` needs to be what it sets them to."""
 
+MOST_ADAPTER_RANK = 512
+"""Of vLLM's adapters."""
+
 NO_SECTION = "must be a section, with keys of its own"
 
 
@@ -292,6 +295,16 @@ def _sizes(config: Config) -> Rules:
 def _lora(config: Config) -> Rules:
     has_adapters = config.lora.rank > 0
     yield has_adapters and not config.lora.targets, "lora.targets", "must name at least one set or layer"
+    if has_adapters and config.lora.push == "adapter":
+        rollout = config.rollout
+        rule = "is for rollout.engine=vllm: the local engine computes with the adapters"
+        yield rollout.engine != "vllm", "lora.push", rule
+        rule = "needs rollout.sleep=False: an engine that sleeps forgets the model that they belong to"
+        yield rollout.sleep, "lora.push", rule
+        rule = "needs rollout.api_port=0: its server answers without adapters"
+        yield bool(rollout.api_port), "lora.push", rule
+        rule = f"vLLM takes ranks up to {MOST_ADAPTER_RANK}: choose merged"
+        yield config.lora.rank > MOST_ADAPTER_RANK, "lora.push", rule
     rule = "needs lora.rank above 0: that of the folder"
     yield bool(config.lora.path) and not has_adapters, "lora.path", rule
 

@@ -174,6 +174,7 @@ def make_engine(
     mesh: Mesh,
     tokenizer: Any,
     max_model_len: int,
+    lora_push: str = "merged",
     channel: Channel | None = None,
 ) -> RolloutEngine:
     """Makes the engine. It may still be starting when this returns.
@@ -184,6 +185,7 @@ def make_engine(
         mesh: the trainer's.
         tokenizer: decodes completions.
         max_model_len: tokens of the longest prompt and completion together.
+        lora_push: as in the configuration; for engines with a copy of the parameters.
         channel: to the other processes of the run, which share the engine; None: there are none.
     """
     stops = {*folder.eos_token_ids, *section.stop_token_ids, tokenizer.eos_token_id} - {None}
@@ -193,6 +195,7 @@ def make_engine(
         tokenizer=tokenizer,
         stop_token_ids=tuple(sorted(stops)),
         max_model_len=max_model_len,
+        lora_push=lora_push,
     )
     if channel is None:
         return _engine(section).make_engine(section, **arguments)

@@ -120,6 +120,7 @@ def make_engine(
     tokenizer: Any,
     stop_token_ids: tuple[int, ...],
     max_model_len: int,
+    lora_push: str,
 ) -> RolloutEngine:
     """See `rollout.make_engine`. A cache is made for each batch, so `max_model_len` does not matter."""
     return LocalEngine(folder.config, mesh, tokenizer, stop_token_ids, section.batch_size)

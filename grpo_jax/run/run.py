@@ -174,6 +174,7 @@ class Run:
                 mesh=self._mesh,
                 tokenizer=self._inputs.tokenizer,
                 max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+                lora_push=config.lora.push,
                 channel=None if self._hosts.count == 1 else self._hosts,
             )
             self._close_at_end("the engine", self.engine.close)

@@ -69,30 +69,35 @@ class PushPlan:
     """Of the adapters that are merged into the kernels."""
 
 
-def make_push_plan(config: ModelConfig, bucket_bytes: int) -> PushPlan:
+def make_push_plan(
+    config: ModelConfig, bucket_bytes: int, specs: Sequence[TensorSpec] | None = None
+) -> PushPlan:
     """Plans the buckets of a model, in its dtype of computation.
 
     Args:
+        specs: of what travels; None: of the model, adapters merged into their kernels.
         bucket_bytes: the most that one bucket may take; a tensor that is larger and cannot be cut travels alone.
     """
     params = abstract_params(config)[0]
-    shapes = {spec: _shape_of_one(params, spec) for spec in tensor_specs(config)}
+    specs = tensor_specs(config) if specs is None else specs
+    shapes = {spec: _shape_of_one(params, spec) for spec in specs}
     dtype = np.dtype(config.dtype)
     itemsize = dtype.itemsize
     size = lambda spec: _padded_bytes(math.prod(shapes[spec]) * itemsize)
-    stacked = [spec for spec in tensor_specs(config) if spec.is_stacked]
-    single = [spec for spec in tensor_specs(config) if not spec.is_stacked and spec.name not in HEAD_TENSORS]
-    heads = [spec for spec in tensor_specs(config) if spec.name in HEAD_TENSORS]
+    stacked = [spec for spec in specs if spec.is_stacked]
+    single = [spec for spec in specs if not spec.is_stacked and spec.name not in HEAD_TENSORS]
+    heads = [spec for spec in specs if spec.name in HEAD_TENSORS]
     programs: list[tuple[BucketProgram, int, int]] = []
     for spec in heads:
         programs += _row_programs(spec, shapes[spec], itemsize, bucket_bytes)
     programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
-    programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
+    if single:
+        programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
     buckets = tuple(
         Bucket(program, layer, row, _pieces(program, layer, row, shapes, itemsize))
         for program, layer, row in programs
     )
-    tensors = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config)}
+    tensors = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config, specs)}
     layout = Layout(str(dtype), tensors, tuple(bucket.pieces for bucket in buckets))
     return PushPlan(buckets, dtype, layout, scale_of(config))
 

@@ -133,7 +133,7 @@ def make_configs_of_models(copy):
     copy("endless", num_hidden_layers=2**31 - 1)
     copy("odd-heads", num_key_value_heads=3)
     copy("rope-text", rope_parameters="yarn")
-    copy("rope-unknown", rope_parameters={"rope_type": "yarn"})
+    copy("rope-unknown", rope_parameters={"rope_type": "ntk"})
     copy("architectures", architectures=5)
     copy("eos-is-text", eos_token_id=["x"])
     (copy("eos-is-text", exist=True) / "generation_config.json").unlink(missing_ok=True)

@@ -328,7 +328,7 @@ TRAIN = [
     train("model-heads-do-not-divide", {"model.path": f"{MODELS}/odd-heads"},
           ("num_key_value_heads=3", "must divide num_attention_heads=2")),
     train("model-rope-is-text", {"model.path": f"{MODELS}/rope-text"}, ("rope_parameters='yarn'", "an object")),
-    train("model-rope-unknown", {"model.path": f"{MODELS}/rope-unknown"}, ("rope_type=yarn", "linear or llama3")),
+    train("model-rope-unknown", {"model.path": f"{MODELS}/rope-unknown"}, ("rope_type=ntk", "longrope or llama3")),
     train("model-architectures-are-a-number", {"model.path": f"{MODELS}/architectures"},
           ("model.path=5", "Qwen2ForCausalLM")),
     model_case("index-missing-shard", "model-00002-of-00002.safetensors", "missing"),

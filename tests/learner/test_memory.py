@@ -84,6 +84,15 @@ def test_windows_change_nothing_of_what_a_kernel_keeps():
     assert kept_for_backward(windowed, 3, 128) == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
+def test_nothing_is_kept_of_what_experts_compute(remat):
+    """Of each expert more, its scores and shares for 3 x 128 tokens: less than one of the MLP's F numbers each."""
+    model = dataclasses.replace(MODEL, remat=remat, experts_per_token=2)
+    of = lambda n: kept_for_backward(dataclasses.replace(model, num_experts=n), 3, 128)
+    assert 0 <= of(12) - of(6) < 6 * MODEL.num_layers * 3 * 128 * 8 * 4
+    assert MODEL.intermediate_size * 2 > 8 * 4
+
+
 def test_without_fused_attention_the_scores_are_kept():
     """Of 3 rows, 4 heads, 128 x 128 scores, the weights at least: 2 bytes each."""
     of = lambda kernel: kept_for_backward(dataclasses.replace(MODEL, attention=kernel), 3, 128)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,22 @@ def weights(size):
 
 
 # ---- against peft ----
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("phi3", "lora.rank=4: must be 0: this model's folders hold several layers as one tensor"),
+        (
+            "qwen3_moe",
+            "lora.targets='all-linear': experts and their router get no adapters: choose attention",
+        ),
+    ],
+)
+def test_layers_that_cannot_have_adapters_are_named(tmp_path, family, message):
+    save_tiny_model(tmp_path / "model", family, vocab_size=VOCAB)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        with_adapters(inspect_folder(tmp_path / "model").config, LoraSection(rank=4))
 
 
 @pytest.mark.parametrize("family", WITH_ADAPTERS)
@@ -401,19 +418,6 @@ def test_targets_that_are_no_layers(targets, words):
     with pytest.raises(ConfigError, match=r"lora\.targets") as caught:
         with_adapters(tiny_config(), dataclasses.replace(SECTION, targets=(targets,)))
     assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_kernels_without_adapters():
-    fused = tiny_config(is_fused=True, qkv_bias=False, qk_norm=False)
-    with pytest.raises(ConfigError, match=r"lora\.rank=4: .*several layers as one tensor"):
-        with_adapters(fused, SECTION)
-    experts = tiny_config(num_experts=4, experts_per_token=2)
-    with pytest.raises(ConfigError, match=r"lora\.targets='all-linear': experts"):
-        with_adapters(experts, SECTION)
-    assert (
-        with_adapters(experts, dataclasses.replace(SECTION, targets=("attention",))).lora.targets
-        == KERNELS[:4]
-    )
 
 
 def test_a_folder_that_holds_a_model_and_an_adapter_is_no_model(adapted, tmp_path):

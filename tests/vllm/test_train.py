@@ -54,6 +54,33 @@ def test_float16_in_trainer_and_engine(tmp_path, reward_file):
         assert 0 < line["training/rollout_probs_diff_max"] < 5e-3
 
 
+def test_adapters_alone_are_pushed_and_rollouts_keep_theirs(tmp_path, reward_file):
+    """With a batch ahead, the engine has adapters of several versions at once; each probe is of the last one."""
+    overrides = VLLM | {
+        "lora.rank": 4,
+        "lora.push": "adapter",
+        "reward.function": f"{reward_file}:score",
+        "rollout.probe_every": 1,
+        "rollout.max_lag": 1,
+        "algorithm.rollout_is": "token",
+        "optim.offload": False,
+        "optim.learning_rate": 1e-2,
+        "trainer.num_steps": 4,
+        "trainer.total_epochs": 2,
+        "logging.save_rollouts": True,
+    }
+    workdir = tmp_path / "run"
+    out = commands.train_ok(workdir, overrides)
+    assert out.count("nats a token") == 5
+    for step in range(1, 5):
+        records = commands.read_jsonl(workdir / "rollouts" / f"step-{step:06d}.jsonl")
+        assert {r["policy_version"] for r in records} == {max(0, step - 2)}
+    lines = [line for line in commands.read_lines(workdir) if line["step"]]
+    assert lines[0]["training/rollout_probs_diff_max"] < CLOSE
+    # Of the step before: the weights have moved since, by much more than rounding.
+    assert all(line["training/rollout_probs_diff_max"] > 10 * CLOSE for line in lines[1:])
+
+
 def test_adapters_arrive_merged(tmp_path, reward_file):
     """The engine computes with W + A B what the trainer computes with W and A B apart: the probe compares them."""
     overrides = VLLM | {

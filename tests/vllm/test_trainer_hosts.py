@@ -25,16 +25,27 @@ def test_each_process_pushes_to_its_own_engine_and_both_engines_may_die(tmp_path
     check_run(tmp_path, 2, {"rollout.num_replicas": 2})
 
 
+@pytest.mark.slow
+def test_each_process_pushes_adapters_to_its_own_engine(tmp_path):
+    """An engine that is started again gets the model that they belong to as well."""
+    changes = {"rollout.num_replicas": 2, "lora.rank": 4, "lora.push": "adapter", "optim.offload": False}
+    check_run(tmp_path, 2, changes)
+
+
 def test_two_processes_push_together_and_survive_the_end_of_their_engine(tmp_path):
     """The engine dies while rollouts are awaited: the new one wants the weights, which both bring together."""
     check_run(tmp_path, 1, {})
 
 
 def wait_for_step(number, processes):
+    """Returns what the first process prints until the step is done."""
+    said = ""
     for line in processes[0].stdout:
+        said += line
         if line.startswith(f"  Step {number}/3"):
             break
     time.sleep(0.2)
+    return said
 
 
 def check_run(tmp_path, num_engines, changes):
@@ -54,18 +65,18 @@ def check_run(tmp_path, num_engines, changes):
     }
     argv = commands.train_argv(workdir, overrides)
     with hosts.started(argv, 2, GRPO_JAX_TEST_MARK=mark) as processes:
-        wait_for_step(1, processes)
+        said = wait_for_step(1, processes)
         victims = actors(mark)
         assert len(victims) == num_engines
         os.kill(victims.pop(), signal.SIGKILL)
         for victim in victims:
-            wait_for_step(2, processes)
+            said += wait_for_step(2, processes)
             if victim in actors(mark):  # it was not started anew together with the other one
                 os.kill(victim, signal.SIGKILL)
         first, second = hosts.finish(processes, timeout=500)
     assert (first.code, second.code) == (0, 0), first.err[-2000:] + second.err[-2000:]
     for number in range(num_engines):
-        assert f"engine {number} failed and is started again" in first.out
+        assert f"engine {number} failed and is started again" in said + first.out
     assert second.err == second.out == ""
     lines = [line for line in commands.read_lines(workdir) if line["step"]]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -73,6 +84,6 @@ def check_run(tmp_path, num_engines, changes):
     assert all(
         line["training/rollout_probs_diff_max"] < 1e-4 or line["training/policy_lag"] for line in lines
     )
-    assert "nats a token" in first.out
+    assert "nats a token" in said + first.out
     result = commands.call(audit.main, [workdir])
     assert result.code == 0, result.out

@@ -137,6 +137,7 @@ def make_engine(
     tokenizer: Any,
     stop_token_ids: tuple[int, ...],
     max_model_len: int,
+    lora_push: str,
 ) -> RolloutEngine:
     """See `rollout.make_engine`."""
     from grpo_jax.rollout.vllm.engine import VllmEngine
@@ -148,23 +149,31 @@ def make_engine(
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids,
         max_model_len=max_model_len,
+        lora_push=lora_push,
     )
 
 
 def share_engine(
-    section: RolloutSection, channel: Channel, *, folder: ModelFolder, mesh: Mesh, **arguments: Any
+    section: RolloutSection,
+    channel: Channel,
+    *,
+    folder: ModelFolder,
+    mesh: Mesh,
+    lora_push: str,
+    **arguments: Any,
 ) -> RolloutEngine:
     """The engine of a run with several processes: the first one has it, and all take part in pushes."""
     from grpo_jax.rollout.shared import SharedEngine
+    from grpo_jax.rollout.vllm.cargo import make_cargos
     from grpo_jax.rollout.vllm.crew import Crew, Member
     from grpo_jax.rollout.vllm.engine import VllmEngine
-    from grpo_jax.weight_sync.buckets import make_push_plan
 
     def make(tell: Callable[[Any], bool]) -> RolloutEngine:
         crew = Crew(channel, tell, is_spread=section.placement == "colocated" and not section.ray_address)
-        return VllmEngine(section, folder=folder, mesh=mesh, crew=crew, **arguments)
+        return VllmEngine(section, folder=folder, mesh=mesh, lora_push=lora_push, crew=crew, **arguments)
 
     def make_member() -> Member:
-        return Member(channel, section, make_push_plan(folder.config, section.bucket_mb * 2**20), mesh)
+        cargos = make_cargos(section, folder.config, lora_push)
+        return Member(channel, section, [cargo for cargo in cargos if cargo is not None], mesh)
 
     return SharedEngine(channel, make, make_member)

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import RolloutSection
 from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.vllm.cargo import Cargo
 from grpo_jax.rollout.vllm.local_ray import RayNode
 from grpo_jax.rollout.vllm.processes import GONE_S, are_gone, end
 from grpo_jax.types import Params
 from grpo_jax.weight_sync import Sender, make_sender
-from grpo_jax.weight_sync.buckets import PushPlan, pack_buckets
 from grpo_jax.weight_sync.wire import Destination, WeightSyncError, deadline_check
 
 T = TypeVar("T")
@@ -88,19 +88,27 @@ class Crew:
 class CrewSender:
     """See `Sender`. Every process packs, and those that have engines send."""
 
-    def __init__(self, crew: Crew, transport: str, own: Sender, engines: Sequence[Sequence[dict[int, int]]]):
+    def __init__(
+        self,
+        crew: Crew,
+        transport: str,
+        cargo: str,
+        own: Sender,
+        engines: Sequence[Sequence[dict[int, int]]],
+    ):
         """Args:
-        transport: as `make_sender`; own: the sender of this process.
+        transport: as `make_sender`; cargo: its method; own: the sender of this process.
         engines: of each process, the first one's first, for each of its engines: its `processes.family`.
         """
-        self._crew, self._transport, self._own, self._engines = crew, transport, own, engines
+        self._crew, self._own, self._engines = crew, own, engines
+        self._kind = {"transport": transport, "cargo": cargo}
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
         if not self._crew.is_spread:
             return self._own.links()
         engines = [[list(family.items()) for family in of_process] for of_process in self._engines]
-        every = self._crew.ask("open", self._own.links, transport=self._transport, engines=engines)
+        every = self._crew.ask("open", self._own.links, engines=engines, **self._kind)
         return [link for links in every for link in links]
 
     def connect(self, check: Callable[[], None]) -> None:
@@ -121,7 +129,7 @@ class CrewSender:
                 for _ in buckets:  # the others pack all of them, whatever has happened here
                     pass
 
-        self._crew.ask("send", send)
+        self._crew.ask("send", send, cargo=self._kind["cargo"])
 
     def give_up(self) -> None:
         """See `Sender.give_up`."""
@@ -142,8 +150,10 @@ class CrewSender:
 class Member:
     """A process other than the first one: `member(command, params)` does what `Crew.ask` asks for."""
 
-    def __init__(self, channel: Channel, section: RolloutSection, plan: PushPlan, mesh: Mesh):
-        self._channel, self._section, self._plan, self._mesh = channel, section, plan, mesh
+    def __init__(self, channel: Channel, section: RolloutSection, cargos: Sequence[Cargo], mesh: Mesh):
+        """Args: cargos: all that may be pushed."""
+        self._channel, self._section, self._mesh = channel, section, mesh
+        self._cargos = {cargo.method: cargo for cargo in cargos}
         self._ray: RayNode | None = None
         self._sender: Sender | None = None
         self._processes: dict[int, int] = {}
@@ -179,12 +189,12 @@ class Member:
             )
 
     def open(
-        self, transport: str, engines: Sequence[Sequence[list[list[int]]]]
+        self, transport: str, cargo: str, engines: Sequence[Sequence[list[list[int]]]]
     ) -> list[dict[str, Any] | None]:
         """Opens a sender to the engines here. Returns what `Sender.links` does.
 
         Args:
-        transport: as `make_sender`.
+        transport: as `make_sender`; cargo: its method.
         engines: of each process, for each of its engines, the `processes.family` of that as pairs.
         """
         self.close_sender()
@@ -193,7 +203,7 @@ class Member:
         if not here:
             return []
         destinations = [Destination(self._section.tensor_parallel_size)] * len(here)
-        layout, timeout_s = self._plan.layout, self._section.timeout_s
+        layout, timeout_s = self._cargos[cargo].plan.layout, self._section.timeout_s
         self._sender = make_sender(transport, layout, self._mesh, destinations, timeout_s=timeout_s)
         return self._sender.links()
 
@@ -202,7 +212,7 @@ class Member:
         if self._sender is not None:
             self._sender.reset(lambda: None)
 
-    def send(self) -> None:
+    def send(self, cargo: str) -> None:
         """Packs all buckets, and sends them to the engines here until the first process says `stop`."""
         in_time = deadline_check(self._section.timeout_s, "the engines here did not take the weights")
 
@@ -211,7 +221,7 @@ class Member:
             if self._channel.is_called:
                 raise WeightSyncError("the first process gave this push up")
 
-        packed = (flat for _, flat, _ in pack_buckets(self._params, self._plan, self._mesh))
+        packed = (flat for _, flat, _ in self._cargos[cargo].pack(self._params, self._mesh))
         try:
             if self._sender is not None:
                 self._sender.send(packed, check)

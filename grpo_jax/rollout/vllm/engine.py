@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from grpo_jax.config import RolloutSection
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.rollout.base import EngineError, PendingGroups, SamplingParams
+from grpo_jax.rollout.vllm.cargo import make_cargos
 from grpo_jax.rollout.vllm.check import installed_vllm
 from grpo_jax.rollout.vllm.cluster import root_cause
 from grpo_jax.rollout.vllm.crew import Crew
@@ -24,7 +25,6 @@ from grpo_jax.rollout.vllm.push import WeightPusher
 from grpo_jax.rollout.vllm.replicas import Replicas, call_errors
 from grpo_jax.rollout.vllm.requests import PendingRollouts, make_requests
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
-from grpo_jax.weight_sync.buckets import make_push_plan
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class VllmEngine:
         tokenizer: Any,
         stop_token_ids: tuple[int, ...],
         max_model_len: int,
+        lora_push: str,
         crew: Crew | None = None,
     ):
         """See `rollout.make_engine`. Args: crew: all processes of the run; None: there are no others."""
@@ -50,23 +51,28 @@ class VllmEngine:
         self._is_asleep = False
         self._pending: list[PendingRollouts] = []
         transport, num_replicas = plan_engines(section, mesh)
-        plan = make_push_plan(folder.config, section.bucket_mb * 2**20)
+        before, cargo = make_cargos(section, folder.config, lora_push)
+        rank = cargo.adapters.rank if cargo.adapters is not None else 0
         self._replicas = Replicas(
             section,
-            engine_options(section, folder, max_model_len),
+            engine_options(section, folder, max_model_len, adapter_rank=rank),
             num_replicas=num_replicas,
             installation=installed_vllm(section),
             crew=crew,
         )
-        self._pusher = WeightPusher(
+        make_pusher = lambda cargo: WeightPusher(
             self._replicas,
-            plan,
+            cargo,
             mesh,
             transport=transport,
             workers_per_engine=section.tensor_parallel_size,
             timeout_s=section.timeout_s,
             crew=crew,
         )
+        self._pusher = make_pusher(cargo)
+        self._base_pusher = None if before is None else make_pusher(before)
+        self._needs_base = before is not None
+        """Whether an engine has not got the model that the adapters belong to."""
 
     # ---- rollouts ----
 
@@ -148,9 +154,10 @@ class VllmEngine:
             WeightSyncError: the weights did not arrive as they were sent.
             EngineError: an engine cannot be started, or not once more.
         """
-        if self._section.update_weights != "during":
+        if self._section.update_weights != "during" and self._base_pusher is None:
             for pending in self._pending:
-                # The old weights may be gone, so engines that fail now are not revived before the push.
+                # The old weights may be gone, so engines that fail now are not revived before the push. Adapters
+                # stay with the rollouts that have begun with them.
                 pending.drain()
         self._params, self._version = params, version
         self._replicas.wait_until_ready()
@@ -181,6 +188,10 @@ class VllmEngine:
                 if self._is_asleep:
                     limit = self._section.timeout_s
                     self._replicas.results([r.actor.wake_up.remote(limit) for r in self._replicas], "wake_up")
+                if self._base_pusher is not None and self._needs_base:
+                    self._base_pusher.push(self._params, self._version)
+                    self._base_pusher.disconnect()
+                    self._needs_base = False
                 self._pusher.push(self._params, self._version)
                 self._is_asleep = False
                 return
@@ -195,6 +206,7 @@ class VllmEngine:
             EngineError: one has been restarted too often, or does not start.
         """
         self._pusher.disconnect()
+        self._needs_base = True
         self._replicas.restart(numbers, error)
 
     def _revive(self, number: int, error: Exception) -> None:

@@ -10,18 +10,23 @@ from grpo_jax.model.hf import ModelFolder
 
 MIN_BATCHED_TOKENS = 8192
 """`max_num_batched_tokens`, unless one sequence may be longer. vLLM's own 2,048 let prompts wait."""
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Which vLLM knows; an adapter of another rank takes the room of the next one."""
 GRAPH_ARGUMENTS = {
     "cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "speculative_config"
 }  # fmt: skip
 """Where `rollout.engine_args` has one of these, vLLM chooses the sizes of CUDA graphs itself."""
 
 
-def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: int) -> dict[str, Any]:
+def engine_options(
+    section: RolloutSection, folder: ModelFolder, max_model_len: int, *, adapter_rank: int = 0
+) -> dict[str, Any]:
     """Fields of vLLM's `AsyncEngineArgs`. `rollout.engine_args` come last and win, `hf_overrides` key by key.
 
     Args:
         folder: of the model.
         max_model_len: tokens of the longest prompt and completion together.
+        adapter_rank: of the adapters that the engine gets as such; 0: none.
     """
     options: dict[str, Any] = {
         "model": str(folder.path.absolute()),
@@ -35,6 +40,13 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
         "enable_prefix_caching": True,
         "seed": 0,
     }
+    if adapter_rank:
+        options |= {
+            "enable_lora": True,
+            "max_loras": num_adapters(section),
+            "max_cpu_loras": num_adapters(section),
+            "max_lora_rank": next(rank for rank in ADAPTER_RANKS if rank >= adapter_rank),
+        }
     if overrides := _position_overrides(folder, max_model_len):
         options["hf_overrides"] = overrides
     if section.tensor_parallel_size > 1:
@@ -50,6 +62,11 @@ def engine_options(section: RolloutSection, folder: ModelFolder, max_model_len: 
     if not options["enforce_eager"] and not GRAPH_ARGUMENTS & options.keys():
         options["cudagraph_capture_sizes"] = graph_sizes(num_seqs)
     return options
+
+
+def num_adapters(section: RolloutSection) -> int:
+    """How many versions of the adapters an engine holds: each that rollouts under way may have, and the next."""
+    return section.max_lag + 2
 
 
 def _position_overrides(folder: ModelFolder, max_model_len: int) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.vllm.cargo import Cargo
 from grpo_jax.rollout.vllm.cluster import root_cause
 from grpo_jax.rollout.vllm.crew import Crew, CrewSender
 from grpo_jax.rollout.vllm.replicas import Replica, Replicas, call_errors, is_refusal
 from grpo_jax.types import Params
 from grpo_jax.weight_sync import Sender, make_sender
-from grpo_jax.weight_sync.buckets import PushPlan, pack_buckets
 from grpo_jax.weight_sync.wire import Destination, Relay, compare_checksums, piece_checksums
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class WeightPusher:
     def __init__(
         self,
         replicas: Replicas,
-        plan: PushPlan,
+        cargo: Cargo,
         mesh: Mesh,
         *,
         transport: str,
@@ -41,7 +41,7 @@ class WeightPusher:
         timeout_s: what one push may take.
         crew: all processes of the run; None: there are no others.
         """
-        self._replicas, self._plan, self._mesh = replicas, plan, mesh
+        self._replicas, self._cargo, self._mesh = replicas, cargo, mesh
         self._transport, self._workers_per_engine = transport, workers_per_engine
         self._timeout_s, self._crew = timeout_s, crew
         self._sender: Sender | None = None
@@ -63,12 +63,13 @@ class WeightPusher:
     def _push(self, params: Params, version: int) -> None:
         sender = self._connect()
         sender.reset(self._replicas.make_check("did not prepare for the weights"))
-        calls = [replica.actor.push.remote(version, self._timeout_s) for replica in self._replicas]
+        take = lambda actor: getattr(actor, self._cargo.method).remote(version, self._timeout_s)
+        calls = [take(replica.actor) for replica in self._replicas]
         blocks: list[jax.Array] = []
-        buckets = pack_buckets(params, self._plan, self._mesh)
+        buckets = self._cargo.pack(params, self._mesh)
         check = self._replicas.make_check("did not take the weights", calls)
         sender.send(_noting(buckets, blocks), check)
-        layout = self._plan.layout
+        layout = self._cargo.plan.layout
         sent = [
             piece_checksums(np.asarray(sums), pieces)
             for sums, pieces in zip(blocks, layout.buckets, strict=True)
@@ -102,12 +103,14 @@ class WeightPusher:
         """Opens the transport, unless it is open."""
         if self._sender is not None:
             return self._sender
-        transport, layout = self._transport, self._plan.layout
+        transport, layout = self._transport, self._cargo.plan.layout
         sender = self._sender = (
             self._make_sender()
         )  # from now on `disconnect` closes it, if what follows fails
         calls = [
-            replica.actor.connect.remote(transport, link, layout.to_dict(), self._timeout_s)
+            replica.actor.connect.remote(
+                transport, link, layout.to_dict(), self._timeout_s, adapters=self._cargo.adapters
+            )
             for replica, link in zip(self._replicas, sender.links(), strict=True)
         ]
         sender.connect(self._replicas.make_check("did not join the trainer's group", calls))
@@ -126,14 +129,14 @@ class WeightPusher:
     def _make_sender(self) -> Sender:
         is_spread = self._crew is not None and self._crew.is_spread
         here = [self._destination(replica) for replica in self._replicas if not (is_spread and replica.place)]
-        layout, timeout_s = self._plan.layout, self._timeout_s
+        layout, timeout_s = self._cargo.plan.layout, self._timeout_s
         sender = make_sender(self._transport, layout, self._mesh, here, timeout_s=timeout_s)
         if self._crew is None:
             return sender
         engines: list[list[dict[int, int]]] = [[] for _ in range(self._crew.channel.count)]
         for replica in self._replicas:
             engines[replica.place].append(replica.processes)
-        return CrewSender(self._crew, self._transport, sender, engines)
+        return CrewSender(self._crew, self._transport, self._cargo.method, sender, engines)
 
     def _destination(self, replica: Replica) -> Destination:
         actor, timeout_s = replica.actor, self._timeout_s

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rollout.base import EngineError, SamplingParams
+from grpo_jax.rollout.vllm.adapters import Adapters, adapter_number, adapter_request
 from grpo_jax.rollout.vllm.processes import family
 from grpo_jax.rollout.vllm.scheduler_choice import choose_scheduler
 from grpo_jax.weight_sync.wire import Mailbox, deadline_check
@@ -46,6 +47,10 @@ class EngineActor:
         self._is_whole.set()
         self._num_failed_pushes = 0
         self._mailbox: Mailbox | None = None
+        self._adapter: Any = None
+        """vLLM's request of the adapter for what is sampled from now on; None: there are none."""
+        self._adapters: Adapters | None = None
+        """How the weights that change are made into vLLM's adapters; None: they are the model's own."""
         self._server: asyncio.Task | None = None
 
     async def start(self, options: dict[str, Any], api_port: int) -> dict[str, Any]:
@@ -126,7 +131,12 @@ class EngineActor:
     # ---- weights ----
 
     async def connect(
-        self, transport: str, link: dict[str, Any] | None, layout: dict[str, Any], timeout_s: float
+        self,
+        transport: str,
+        link: dict[str, Any] | None,
+        layout: dict[str, Any],
+        timeout_s: float,
+        adapters: Adapters | None = None,
     ) -> None:
         """Opens the workers' end of the transport of the weights.
 
@@ -134,8 +144,11 @@ class EngineActor:
             transport: "ipc", "nccl" or "host".
             link: of `Sender.links`; None: the trainer is on another host, and `relay` will bring the buckets.
             layout: `Layout.to_dict`.
+            adapters: what the tensors are; None: those of the model.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._adapters = adapters
 
         if link is None:
             from grpo_jax.weight_sync.host import NUM_SLOTS
@@ -146,7 +159,7 @@ class EngineActor:
             workers = self._llm.vllm_config.parallel_config.world_size
             self._mailbox = Mailbox.create(workers, NUM_SLOTS, Layout.from_dict(layout).bucket_bytes)
             link = {"mailbox": self._mailbox.address, "first_reader": 0}
-        info = {"transport": transport, "link": link, "layout": layout}
+        info = {"transport": transport, "link": link, "layout": layout, "is_adapter": adapters is not None}
         opening = self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
         await self._ended(timeout_s, "open its end of the transport of the weights", opening)
         if self._mailbox is not None:
@@ -179,6 +192,37 @@ class EngineActor:
         """Sets the counters of the mailbox to zero, before the trainer sends."""
         if self._mailbox is not None:
             self._mailbox.reset()
+
+    async def push_adapter(self, version: int, timeout_s: float) -> list[list[list[int]]]:
+        """Takes an adapter that the trainer sends meanwhile. Running rollouts keep the one that they began with.
+
+        Args, returns: as `push`.
+        """
+        async with self._alone(timeout_s):
+            about = self._adapters
+            assert about is not None
+            taking = self._llm.collective_rpc(
+                "grpo_jax_take_adapter",
+                args=(adapter_number(version), about.rank, about.alpha, about.num_kept, timeout_s),
+            )
+            [checksums] = await self._ended(timeout_s, "take the adapter", taking)
+            self._version, self._adapter = version, adapter_request(adapter_number(version))
+            self._heard = time.monotonic()
+        return checksums
+
+    async def push_base(self, version: int, timeout_s: float) -> list[list[list[int]]]:
+        """Takes the model that adapters belong to. Running rollouts are frozen, and go on with their adapters.
+
+        Args, returns: as `push`; no version is that of the model alone.
+        """
+        async with self._alone(timeout_s):
+            is_busy = bool(self._in_flight)
+            try:
+                return await self._take_weights(timeout_s, is_busy)
+            finally:
+                if is_busy:
+                    resuming = self._llm.engine_core.resume_scheduler_async()
+                    await self._ended(timeout_s, "go on after a push", resuming)
 
     async def push(self, version: int, timeout_s: float) -> list[list[list[int]]]:
         """Takes the weights that the trainer sends meanwhile, and drops what was cached with the old ones.
@@ -304,7 +348,7 @@ class EngineActor:
             name = f"rollout-{next(self._ids)}"
             with self._under_way(name) as changes:
                 prompt = {"prompt_token_ids": token_ids}
-                async for output in self._llm.generate(prompt, params, name):
+                async for output in self._llm.generate(prompt, params, name, lora_request=self._adapter):
                     result = output
             if failed == self._num_failed_pushes:
                 return version, changes, result

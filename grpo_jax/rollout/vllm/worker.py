@@ -7,6 +7,7 @@ there is no second copy of any tensor, none of vLLM's loaders runs, and CPU and 
 backwards reads the parameters out again, and their checksums are compared with the trainer's.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.platforms import current_platform
 
+from grpo_jax.rollout.vllm.adapters import adapter_request
 from grpo_jax.weight_sync.host import HostReceiver
 from grpo_jax.weight_sync.ipc import IpcReceiver
 from grpo_jax.weight_sync.nccl import NcclReceiver
@@ -67,6 +69,24 @@ class Copy:
 
 LoadPlan = dict[str, list[Copy]]
 """Hugging Face name -> the copies that load it."""
+
+
+@contextlib.contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Has the layers of a model in the places of vLLM's wrappers that add adapters to them."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "base_layer")
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child.base_layer
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 class _CopyRecorder(TorchDispatchMode):
@@ -166,6 +186,8 @@ class InitInfo(WeightTransferInitInfo):
     transport: str
     link: dict[str, Any]
     layout: dict[str, Any]
+    is_adapter: bool = False
+    """The tensors are an adapter's: none of the model's parameters."""
 
 
 @dataclasses.dataclass
@@ -185,8 +207,16 @@ class PushReceiver(WeightTransferEngine):
         """Records the load plan and opens the worker's end of the transport, in place of an earlier one."""
         self.shutdown()
         self._layout = Layout.from_dict(init_info.layout)
-        plan = record_load_plan(self.model, self._layout)
         self._dtype = getattr(torch, self._layout.dtype)
+        self.adapter: dict[str, torch.Tensor] = {}
+        """What has arrived of an adapter, by name."""
+        if init_info.is_adapter:
+            new = lambda shape: torch.zeros(shape, dtype=self._dtype, device=self.device)
+            self.adapter = {name: new(shape) for name, shape in self._layout.tensors.items()}
+            plan = {name: [Copy(x, 0, tuple(x.size()), x.stride())] for name, x in self.adapter.items()}
+        else:
+            with without_adapters(self.model):
+                plan = record_load_plan(self.model, self._layout)
         self._copies = [
             [
                 copy
@@ -196,7 +226,7 @@ class PushReceiver(WeightTransferEngine):
             for pieces in self._layout.buckets
         ]
         self._weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(self.device)
-        self._is_whole = self.parallel_config.tensor_parallel_size == 1
+        self._is_whole = init_info.is_adapter or self.parallel_config.tensor_parallel_size == 1
         self.checksums: list[list[int]] = []
         receiver = RECEIVERS[init_info.transport]
         self._receiver = receiver(init_info.link, self.parallel_config.rank, self.device)
@@ -272,10 +302,51 @@ class WorkerExtension:
     weight_transfer_engine: Any
     device: Any
     get_model: Any
+    model_runner: Any
 
     def grpo_jax_checksums(self) -> list[list[int]]:
         """Checksums of the last push, in the order of the buckets and their pieces."""
         return self.weight_transfer_engine.checksums
+
+    def grpo_jax_take_adapter(
+        self, number: int, rank: int, alpha: float, num_kept: int, timeout_s: float
+    ) -> list[list[int]]:
+        """Takes an adapter that the trainer sends meanwhile, and keeps it beside those of earlier versions.
+
+        Args: number: vLLM's of this one; rank, alpha: of `lora`; num_kept: how many are kept, the last ones.
+        Returns: its checksums, as `grpo_jax_checksums`.
+        """
+        engine = self.weight_transfer_engine
+        engine.receive_weights(UpdateInfo(timeout_s))
+        store = self._grpo_jax_adapters()
+        store[number] = {name: tensor.clone() for name, tensor in engine.adapter.items()}
+        for old in sorted(store)[:-num_kept]:
+            del store[old]
+        self._grpo_jax_scale = (rank, alpha)
+        self.model_runner.lora_manager.add_adapter(adapter_request(number))
+        return engine.checksums
+
+    def _grpo_jax_adapters(self) -> dict[int, dict[str, torch.Tensor]]:
+        """The adapters by their numbers. vLLM's own way to get one is to read a folder."""
+        if not hasattr(self, "_grpo_jax_store"):
+            self._grpo_jax_store: dict[int, dict[str, torch.Tensor]] = {}
+            self.model_runner.lora_manager._load_adapter = self._grpo_jax_load
+        return self._grpo_jax_store
+
+    def _grpo_jax_load(self, request: Any) -> Any:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        tensors = self._grpo_jax_store[request.lora_int_id]
+        rank, alpha = self._grpo_jax_scale
+        # Copies: vLLM multiplies the scale into them.
+        return LoRAModel.from_lora_tensors(
+            request.lora_int_id,
+            {name: tensor.clone() for name, tensor in tensors.items()},
+            PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
+            device=self.device,
+            dtype=self.model_runner.lora_config.lora_dtype,
+        )
 
     def grpo_jax_disconnect(self) -> None:
         """Closes the worker's end of the transport of the weights."""
