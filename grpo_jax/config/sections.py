@@ -98,7 +98,7 @@ class LoraSection:
     rank: int = key(0, "r, width of the adapters; 0: none, every parameter is trained", at_least=0, resume=ARRAYS)
     alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", above=0, only=LORA)
     targets: tuple[str, ...] = key(("all-linear",), "layers that get one", rule=TARGETS, resume=ARRAYS, only=LORA)
-    push: str = key("merged", "what vLLM gets after each step: the kernels with what the adapters add, or the adapters alone", choices="merged adapter", only=LORA)
+    push: str = key("merged", "what vLLM gets: merged kernels, or the adapters alone", choices="merged adapter", only=LORA)
     path: str = key("", "PEFT folder to begin with; empty: adapters that add nothing yet", rule="a folder of this rank", only=LORA)
 
 

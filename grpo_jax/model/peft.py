@@ -206,7 +206,8 @@ def read_section(folder: Path) -> LoraSection:
     targets = {".".join(module.split(".")[-2:]) for module in modules if module}
     if not targets:
         raise ConfigError(KEY, str(folder), f"there is no adapter of LoRA in its {WEIGHTS}")
-    return LoraSection(int(content["r"]), float(content["lora_alpha"]), tuple(sorted(targets)), str(folder))
+    rank, alpha = int(content["r"]), float(content["lora_alpha"])
+    return LoraSection(rank=rank, alpha=alpha, targets=tuple(sorted(targets)), path=str(folder))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -431,6 +431,6 @@ def test_the_section_of_a_folder(adapted):
     """Whatever peft has written for the names of its layers."""
     model = adapted()
     section = read_section(model.path)
-    assert (section.rank, section.alpha) == (RANK, ALPHA)
+    assert (section.rank, section.alpha, section.path) == (RANK, ALPHA, str(model.path))
     plain = inspect_folder(model.folder.path).config
     assert with_adapters(plain, section).lora == model.config.lora
