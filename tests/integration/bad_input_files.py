@@ -134,6 +134,8 @@ def make_configs_of_models(copy):
     copy("odd-heads", num_key_value_heads=3)
     copy("rope-text", rope_parameters="yarn")
     copy("rope-unknown", rope_parameters={"rope_type": "ntk"})
+    copy("yarn-without-a-window", rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    copy("switches", mlp_bias=True, hidden_act="relu")
     copy("architectures", architectures=5)
     copy("eos-is-text", eos_token_id=["x"])
     (copy("eos-is-text", exist=True) / "generation_config.json").unlink(missing_ok=True)
