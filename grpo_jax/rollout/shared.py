@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import itertools
 import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -174,24 +175,19 @@ def unpack_groups(data: bytes, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
     start = 8 + int(np.frombuffer(data, np.int64, 1)[0])
     head = json.loads(data[8:start])
     total = sum(head["lengths"])
-    ids = np.frombuffer(data, np.int32, total, start).tolist()
-    logprobs = np.frombuffer(data, np.float64, total, start + 4 * total).tolist()
+    of_ids, of_logprobs = start, start + 4 * total
     words, at = np.frombuffer(data[start + 12 * total :], np.uint32), 0
     completions, first = [], 0
     for length, (text, reason, version, changes), width in zip(
         head["lengths"], head["rest"], head["words"], strict=True
     ):
-        end, drawable = (
-            first + length,
-            words[at : at + length * width].reshape(length, width) if width else None,
-        )
+        # Straight to tuples: to lists of all numbers first takes twice as long.
+        ids = struct.unpack_from(f"{length}i", data, of_ids + 4 * first)
+        logprobs = struct.unpack_from(f"{length}d", data, of_logprobs + 8 * first)
+        drawable = words[at : at + length * width].reshape(length, width) if width else None
         changed = tuple((token, version) for token, version in changes)
-        completions.append(
-            Completion(
-                tuple(ids[first:end]), tuple(logprobs[first:end]), text, reason, version, changed, drawable
-            )
-        )
-        first, at = end, at + length * width
+        completions.append(Completion(ids, logprobs, text, reason, version, changed, drawable))
+        first, at = first + length, at + length * width
     rest = iter(completions)
     return [
         RolloutGroup(prompt, tuple(itertools.islice(rest, size)))
