@@ -12,12 +12,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from jax.sharding import Mesh
 
 from grpo_jax.config import RolloutSection
 from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.shared import Channel
 from grpo_jax.rollout.vllm.cargo import Cargo
 from grpo_jax.rollout.vllm.local_ray import RayNode
 from grpo_jax.rollout.vllm.processes import GONE_S, are_gone, end
@@ -25,27 +26,9 @@ from grpo_jax.types import Params
 from grpo_jax.weight_sync import Sender, make_sender
 from grpo_jax.weight_sync.wire import Destination, WeightSyncError, deadline_check
 
-T = TypeVar("T")
-
 STOP = {"task": "stop"}
 """The first process has failed in a task. Whoever waits within it is to wait no longer."""
 LOOK_S = 0.05  # between two looks whether engines are gone
-
-
-class Channel(Protocol):
-    """The processes of the run: `run.hosts.Hosts`."""
-
-    rank: int
-    count: int
-
-    @property
-    def address(self) -> str: ...
-
-    @property
-    def is_called(self) -> bool: ...
-
-    def from_all(self, value: T) -> list[T]:
-        """What each process says, in their order."""
 
 
 @dataclasses.dataclass(frozen=True)
