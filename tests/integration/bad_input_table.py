@@ -132,6 +132,16 @@ TRAIN = [
     # Adapters
     lora_case("rank-below-0", "lora.rank", -1, "at least 0"),
     lora_case("rank-beyond-the-width", "lora.rank", 33, "hidden_size=32"),
+    lora_case("push-to-the-local-engine", "lora.push", "adapter", "is for rollout.engine=vllm"),
+    *(
+        config_case(f"lora-push-{name}", "lora.push", "adapter", rule,
+                    also={"lora.rank": 2, "rollout.engine": "vllm", "lora.push": "adapter"} | also)
+        for name, rule, also in (
+            ("to-engines-that-sleep", "needs rollout.sleep=False", {"rollout.sleep": True}),
+            ("with-a-server", "needs rollout.api_port=0", {"rollout.api_port": 8000}),
+            ("of-a-rank-beyond-vllms", "ranks up to 512", {"lora.rank": 513}),
+        )
+    ),
     lora_case("no-targets", "lora.targets", "()", "at least one", shown="()"),
     lora_case("unknown-target", "lora.targets", "('q_poj',)", "matches no layer", "q_proj", shown="'q_poj'"),
     lora_case("tied-embedding", "lora.targets", "('embed_tokens',)", "get no adapter", shown="'embed_tokens'"),

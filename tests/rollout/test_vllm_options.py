@@ -19,9 +19,10 @@ def options(rollout_section, tmp_path):
     config = ModelConfig(**sizes, **switches, head_dim=8, dtype=jnp.bfloat16)
     folder = ModelFolder(tmp_path, config, {}, "F32", (), max_position=900)
 
-    def options(max_model_len=900, rope_scaling=None, **changes):
+    def options(max_model_len=900, rope_scaling=None, adapter_rank=0, **changes):
         model = folder.with_config(rope_scaling=rope_scaling)
-        return engine_options(rollout_section(**changes), model, max_model_len)
+        section = rollout_section(**changes)
+        return engine_options(section, model, max_model_len, adapter_rank=adapter_rank)
 
     return options
 
@@ -46,6 +47,15 @@ def test_options_follow_from_the_configuration(options, tmp_path):
         "max_num_batched_tokens": 8192,
     }
     assert expected.items() <= got.items()
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (20, 32), (257, 320), (512, 512)])
+def test_an_engine_has_room_for_the_adapters_of_all_that_is_under_way(options, rank, room):
+    """Of the batch that is trained on, of one ahead, and of the next version."""
+    got = options(adapter_rank=rank, max_lag=1)
+    assert (got["enable_lora"], got["max_loras"], got["max_cpu_loras"]) == (True, 3, 3)
+    assert got["max_lora_rank"] == room
+    assert "enable_lora" not in options()
 
 
 def test_a_step_of_the_engine_can_read_the_longest_sequence(options):

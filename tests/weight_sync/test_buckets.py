@@ -18,10 +18,11 @@ from weight_sync_helpers import (
     unpack,
 )
 
-from grpo_jax.config import LoraSection
+from grpo_jax.config import LoraSection, RolloutSection
 from grpo_jax.model.hf import stored_tensors
 from grpo_jax.model.lora import abstract_trained, join
 from grpo_jax.model.peft import PREFIX, adapter_specs, with_adapters
+from grpo_jax.rollout.vllm.cargo import make_cargos
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, bucket_size, piece_checksums
 
@@ -94,6 +95,24 @@ def test_adapters_arrive_within_their_kernels(models, dtype, sizes):
         tolerance = dict(float32=dict(atol=2e-6, rtol=0), bfloat16=dict(rtol=2.0**-7, atol=0))[dtype]
         np.testing.assert_allclose(array(held), expected, **tolerance)
         assert dtype == "float32" or np.mean(array(held) != expected) < 0.01
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_adapters_travel_alone_as_a_folder_would_hold_them(models, sizes):
+    model, mesh = models("qwen2-untied"), mesh_of(*sizes)
+    section = LoraSection(rank=4, alpha=6.0, push="adapter")
+    config = with_adapters(model.config, section)
+    draw = lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    adapters = jax.tree.map(draw, abstract_trained(config))
+    before, cargo = make_cargos(RolloutSection(bucket_mb=1, max_lag=1), config, section.push)
+    policy = join(model.params(*sizes), adapters)
+    got = unpack(cargo.plan.layout, [flat for _, flat, _ in cargo.pack(policy, mesh)])
+    matrices = stored_tensors(adapters, adapter_specs(config), config, np.dtype(np.float32))
+    assert got == {name: (x.shape, x.tobytes()) for name, x in matrices.items()}
+    assert (cargo.adapters.rank, cargo.adapters.alpha, cargo.adapters.num_kept) == (4, 6.0, 3)
+    # What comes before them is the model without them.
+    held = unpack(before.plan.layout, [flat for _, flat, _ in before.pack(policy, mesh)])
+    assert held == model.expected("float32")
 
 
 # Meshes
