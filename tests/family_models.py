@@ -1,6 +1,6 @@
 """One row for each family of models, and for each switch of one that config.json has.
 
-Every test of `model/test_families.py` and `vllm/test_families.py` runs for each row by itself.
+Every test of `model/test_families.py` and `vllm/test_vllm_families.py` runs for each row by itself.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ def test_every_engine_has_the_same_functions(engine, name):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_is_made_in_the_same_way(engine):
     make = importlib.import_module(ENGINES[engine]).make_engine
-    parameters = ["section", "folder", "mesh", "tokenizer", "stop_token_ids", "max_model_len"]
+    parameters = ["section", "folder", "mesh", "tokenizer", "stop_token_ids", "max_model_len", "lora_push"]
     assert list(inspect.signature(make).parameters) == parameters
 
 
