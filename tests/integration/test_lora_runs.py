@@ -99,6 +99,7 @@ def test_a_resumed_run_ends_in_the_same_bits(overrides, lora_run, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_so_does_one_with_its_state_on_the_host_and_a_moving_reference(overrides, tmp_path):
     changes = {"optim.offload": True, "model.dtype": "bfloat16", "algorithm.ref_refresh_every": 1}
     changes |= {"eval.every_steps": 0, "checkpoint.every_steps": 1, "checkpoint.max_to_keep": 9}
@@ -121,6 +122,7 @@ def test_it_goes_on_on_another_mesh(overrides, tmp_path):
     assert "Going on after step 2 of 3." in out
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_from_the_folder(overrides, lora_run, model_folder, tmp_path):
     """Its policy and its reference are what the first run has trained."""
     changes = {"model.path": model_folder, "trainer.num_steps": 1}
@@ -147,6 +149,7 @@ def test_two_processes_train_the_adapters_of_one(overrides, tmp_path):
         np.testing.assert_allclose(two[name], matrix, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_after_a_warm_start_the_base_is_the_warm_started_model(overrides, tmp_path):
     changes = {"sft.num_steps": 2, "arithmetic.direct_share": 1.0, "trainer.num_steps": 1}
     helpers.train_ok(tmp_path / "run", overrides | changes | {"actor.num_minibatches": 1})
@@ -158,6 +161,7 @@ def test_after_a_warm_start_the_base_is_the_warm_started_model(overrides, tmp_pa
     assert helpers.call(export.main, argv).code == 0
 
 
+@pytest.mark.slow
 def test_other_ways_to_compute(overrides, tmp_path):
     changes = {"model.dtype": "float16", "algorithm.kl_in": "reward", "lora.targets": ("attention",)}
     changes |= {"model.remat": "dots", "model.scan_layers": True, "trainer.num_steps": 2}

@@ -165,6 +165,7 @@ def test_at_full_rank_it_learns_what_training_the_kernels_learns(folder):
 # ---- optimizers and dtypes ----
 
 
+@pytest.mark.slow
 def test_the_state_on_the_host_gives_the_same_updates(folder):
     config = with_adapters(folder.config, LoraSection(rank=4))
     params = first_params(folder, config)
@@ -174,6 +175,7 @@ def test_the_state_on_the_host_gives_the_same_updates(folder):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), there, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "offload"), [("bfloat16", True), ("float16", False)])
 def test_masters_stay_float32(folder, dtype, offload):
     """The base is in the dtype of the computation; an update of 1e-5 would be lost in it, and is not."""
@@ -225,6 +227,7 @@ def test_the_learner_holds_what_is_frozen_once(folder):
     assert 2 * frozen + 18 * trained < sizes["optimizer"] < 2 * frozen + 40 * trained
 
 
+@pytest.mark.slow
 def test_policy_and_reference_share_what_is_frozen(folder):
     config = small_run(4)
     model, mesh = with_adapters(folder.config, config.lora), mesh_of(1, 1, 1)

@@ -106,6 +106,7 @@ def test_kernels_are_told_the_window_of_each_layer(model):
     np.testing.assert_allclose(run(with_kernel, (2, 2, 2), *arrays), plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILY_ROWS, indirect=True)
 def test_gradients_do_not_depend_on_what_is_recomputed(model):
     config, params = model.folder.config, model.params(1, 1, 1)
