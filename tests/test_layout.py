@@ -15,6 +15,7 @@ FLOORS = (  # a folder imports from the floors below its own, never from beside 
     {"learner", "weight_sync"},
     {"rollout"},
     {"run"},
+    {"report"},
     COMMANDS,
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in sorted(floor)}
