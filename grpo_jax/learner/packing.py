@@ -6,6 +6,7 @@ steps are compiled once, whatever lengths the policy comes to.
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from grpo_jax.config import ActorSection, Config
 from grpo_jax.model.fused_attention import max_sequences
+from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import bucket_length
 from grpo_jax.types import TrainBatch
 
@@ -90,6 +92,27 @@ def pack(batch: TrainBatch, rows: int, length: int) -> tuple[list[TrainBatch], P
     packed = jax.tree.map(lambda field: places.pack(np.asarray(field), num_micro * rows, length), batch)
     split = lambda i: jax.tree.map(lambda field: field[i * rows : (i + 1) * rows], packed)
     return [split(i) for i in range(num_micro)], places
+
+
+def rows_of_tokens(
+    micro_batches: Sequence[Sequence[Any]],
+    *,
+    rows: Sequence[np.ndarray],
+    places: Sequence[Places],
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """Puts values of tokens back into the rows of the whole batch.
+
+    Args:
+        micro_batches: of each mini-batch, those of its micro-batches, each [R, T'], on the devices or the host.
+        rows: the rows of each mini-batch; places: where they went.
+        shape: [B, T], of what is returned, which is on the host and 0 where there is no token.
+    """
+    values = [np.concatenate(fetch(list(each))) for each in micro_batches]
+    whole = np.zeros(shape, values[0].dtype)
+    for of_minibatch, at, packed in zip(rows, places, values, strict=True):
+        whole[of_minibatch] = at.unpack(packed, shape[1])
+    return whole
 
 
 def micro_batch_rows(actor: ActorSection, length: int) -> int:

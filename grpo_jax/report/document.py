@@ -1,8 +1,8 @@
 """One HTML file that needs no other: styles, scripts and data are in it, and it runs no script but its own.
 
-Data are gzipped JSON in base64, so that nothing that a model has written is ever read as HTML or as a script; texts
-of the templates are escaped. A Content-Security-Policy names the scripts by their hashes and forbids all others, and
-everything that would be fetched.
+Data are gzipped JSON in base64, so that nothing that a model has written is ever read as HTML or as a script;
+texts of the templates are escaped. A Content-Security-Policy names the scripts by their hashes and forbids all
+others, and everything that would be fetched.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """Which charts the page of a run has, and their curves.
 
-A chart is JSON for `assets/run.js`: {"title", "about", "kind": "lines" | "bands" | "bars", "curves": [...]}. A curve
-is {"label", "run": its number, "x", "y"}; charts without any are left out.
+A chart is JSON for `assets/run.js`: {"title", "about", "kind": "lines" | "bands" | "bars", "curves": [...]}. A
+curve is {"label", "run": its number, "x", "y"}; charts without any are left out.
 """
 
 import dataclasses

@@ -57,6 +57,7 @@ from grpo_jax.run.probe import make_probe
 from grpo_jax.run.saving import Saver, is_due
 from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
+from grpo_jax.run.token_file import write_tokens
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
 from grpo_jax.types import Metrics, StepResult, TrainState
@@ -386,6 +387,7 @@ class Run:
         metrics |= timings | performance_metrics(
             self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
         )
+        metrics |= self._speed.as_metrics(metrics)
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result.updates)
         if self._hosts.is_first:
@@ -509,11 +511,14 @@ class Run:
                 logger.info(line)
         records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
         writer.write_text("rollouts", self._samples(records), step=done)
-        if self.config.logging.save_rollouts:
+        if self.config.saves_rollouts(done):
             if (dropped := rollouts.dropped) is not None:
                 left_out = rollout_records(dropped.groups, dropped.rewards.rewards)
                 records += [record | {"is_dropped": True} for record in left_out]
             write_jsonl(self._workdir.rollouts / f"step-{done:06d}.jsonl", records)
+            write_tokens(
+                self._workdir.rollouts / f"step-{done:06d}.parquet", result, self.config.trainer.seed
+            )
 
     def _samples(self, records: Sequence[dict[str, Any]]) -> list[str]:
         """The first completions as texts."""
