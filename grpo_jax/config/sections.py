@@ -283,9 +283,9 @@ class LoggingSection:
     project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
     experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
     num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard", resume=FREE)
-    save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`, its tokens to `.parquet` (docs/run_page.md)", resume=FREE)
-    save_rollouts_every: int = key(1, "of every how many steps", unit="steps", at_least=1, only="logging.save_rollouts=True", resume=FREE)
-    report_every_s: float = key(300.0, "until `report.html` is written again; 0: at the end alone", unit="seconds", at_least=0, at_most=10**6, resume=FREE)
+    save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`, its tokens to `.parquet`", resume=FREE)
+    save_rollouts_every: int = key(1, "of every how many steps", unit="steps", at_least=1, resume=FREE)
+    report_every_s: float = key(300.0, "until `report.html` is made again; 0: at the end", unit="seconds", at_least=0, at_most=1e6, resume=FREE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ def rows_of_tokens(
     *,
     rows: Sequence[np.ndarray],
     places: Sequence[Places],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
 ) -> np.ndarray:
     """Puts values of tokens back into the rows of the whole batch.
 

@@ -35,7 +35,8 @@ def step_page(saved: SavedStep, neighbours: dict[str, str]) -> str:
 
 def _within(groups: Sequence[Group]) -> list[Group]:
     """All groups, or those with the largest mismatch that a page can hold, in their order."""
-    kept, num_tokens = [], 0
+    kept: list[Group] = []
+    num_tokens = 0
     for group in sorted(groups, key=lambda group: -group.mismatch):
         num_tokens += group.num_tokens
         if kept and num_tokens > MOST_TOKENS:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 from grpo_jax.run import lock
@@ -278,7 +280,7 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         logger.removeHandler(handler)
         handler.close()
     if console:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Terminal() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     elif file is None:
@@ -287,6 +289,13 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _Terminal(logging.Handler):
+    """Prints messages above the lines that are alive."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
 
 
 def _with_way_out(error: ConfigError) -> ConfigError:
