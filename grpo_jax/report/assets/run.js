@@ -123,11 +123,21 @@ const kinds = { lines: linesOf, bands: bandsOf, bars: barsOf };
 
 function zoomAll(from) {
   const { min, max } = from.scales.x;
-  if (zooming) return;
-  zooming = true;
-  for (const plot of plots) if (plot !== from) plot.setScale("x", { min, max });
-  zooming = false;
+  for (const plot of plots) {
+    if (plot !== from && (plot.scales.x.min !== min || plot.scales.x.max !== max)) plot.setScale("x", { min, max });
+  }
 }
+
+// From the first step of any curve to the last, and half a step on both sides, for bars.
+function wholeRange() {
+  const steps = hosts.flatMap(([chart]) => chart.curves.flatMap(({ x }) => [x[0], x[x.length - 1]]));
+  return { min: Math.min(...steps) - 0.5, max: Math.max(...steps) + 0.5 };
+}
+
+const showWhole = (u) => () => {
+  u.setScale("x", wholeRange());
+  return null;
+};
 
 function draw(chart, host) {
   const about = host.querySelector(".about");
@@ -140,7 +150,7 @@ function draw(chart, host) {
     scales: { x: { time: false }, y },
     axes: [axis, { ...axis, size: 58, values: (u, ticks) => ticks.map((v) => (v == null ? "" : shown(v))) }],
     series: [{ label: "step" }, ...series],
-    cursor: { sync: { key: "steps" }, points: { size: 6 }, drag: { x: true, y: false } },
+    cursor: { sync: { key: "steps" }, points: { size: 6 }, drag: { x: true, y: false }, bind: { dblclick: showWhole } },
     legend: { live: true },
     hooks: { draw: [drawAlarms(chart)], setCursor: [nameAlarms(chart, about)], setScale: [(u, key) => key === "x" && ready && zoomAll(u)] },
   };
@@ -151,6 +161,7 @@ function drawAll() {
   ready = false;
   for (const plot of plots.splice(0)) plot.destroy();
   for (const [chart, host] of hosts) draw(chart, host);
+  for (const plot of plots) plot.setScale("x", wholeRange());
   document.querySelectorAll(".dot").forEach((dot) => (dot.style.background = color(+dot.dataset.run)));
   setTimeout(() => (ready = true)); // uPlot sets the first scales in a microtask
 }
@@ -193,7 +204,7 @@ function listen() {
 
 const settings = { smooth: 1, log: false };
 const plots = [], hosts = [];
-let page, ready = false, zooming = false;
+let page, ready = false;
 
 readData().then((data) => {
   page = data;
