@@ -268,10 +268,10 @@ class Learner:
         clipped = [list(map(self._clipped, *pair)) for pair in zip(last, placed, strict=True)]
         whole = functools.partial(rows_of_tokens, rows=rows, places=places, shape=batch.tokens.shape)
         has_ref = placed[0][0].ref_logprobs is not None
-        is_sampler = self._config.algorithm.old_logprobs == "sampler"
+        of_old = whole(old)
         return TokenValues(
-            trainer_logprobs=whole(first if is_sampler else old),
-            old_logprobs=whole(old),
+            trainer_logprobs=whole(first) if self._config.algorithm.old_logprobs == "sampler" else of_old,
+            old_logprobs=of_old,
             logprobs=whole(last),
             ref_logprobs=whole([[micro.ref_logprobs for micro in m] for m in placed]) if has_ref else None,
             advantages=np.asarray(batch.advantages),

@@ -17,7 +17,7 @@ from grpo_jax.report.thin import bin_means, thin
 MOST_BARS = 200
 DEVICE_PHASES = ("gen", "old_log_prob", "ref", "update_actor")
 """In which a device of the run computes; in the others all of them wait for a host."""
-BESIDE = ("testing", "save_checkpoint", "ledger", "report", "roll_back")
+BESIDE = ("testing", "save_checkpoint", "ledger", "save_rollouts", "roll_back")
 """Phases that are no part of `timing_s/step`."""
 
 
@@ -213,7 +213,7 @@ def _idle_chart(runs: Sequence[RunFacts]) -> dict[str, Any]:
     about = (
         "share of the time in which no phase that computes on them was running: rewards, pushes of weights, "
     )
-    about += "validation's and saving's waits, and what lies between"
+    about += "waits for saving, and what lies between"
     return {
         "title": "Devices idle",
         "about": about,
@@ -224,5 +224,5 @@ def _idle_chart(runs: Sequence[RunFacts]) -> dict[str, Any]:
 
 def _idle(line: Line) -> float:
     of = lambda phase: _value(line, f"timing_s/{phase}")
-    whole = of("step") + of("save_checkpoint") + of("ledger")
+    whole = of("step") + of("save_checkpoint") + of("ledger") + of("save_rollouts")
     return max(0.0, 1 - sum(map(of, DEVICE_PHASES)) / whole)

@@ -7,7 +7,7 @@ from typing import Any
 from grpo_jax.report.document import render
 from grpo_jax.report.rollouts import TOKEN_COLUMNS, Completion, Group, SavedStep, is_all_wrong, mismatch
 
-MOST_TOKENS = 250_000
+MOST_TOKENS = 180_000
 """Of a page, which keeps it below 5 MB."""
 
 

@@ -9,6 +9,7 @@ async function readData() {
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const color = (i) => css(`--c${i % 8}`);
+const barColor = (i) => `hsl(${(210 + i * 137.5) % 360} 55% ${i % 2 ? 45 : 58}%)`; // as many as there are phases
 const element = (tag, name, text) => {
   const node = document.createElement(tag);
   if (name) node.className = name;
@@ -80,7 +81,7 @@ function barsOf(chart) {
     return {
       sums: below,
       series: {
-        label: curve.label, fill: color(i), stroke: color(i), width: 0, points: { show: false },
+        label: curve.label, fill: barColor(i), stroke: barColor(i), width: 0, points: { show: false },
         paths: uPlot.paths.bars({ size: [0.9, 60] }), value: (u, v, si, j) => (j == null ? "–" : shown(own[j])),
       },
     };
