@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_jax.config import ConfigError
@@ -18,7 +19,7 @@ TOKEN_COLUMNS = (
     *("token_advantages", "is_clipped", "weighs", "token_versions"),
 )
 Completion = dict[str, Any]
-"""Column -> value; a list a token where it is one of `TOKEN_COLUMNS`."""
+"""Column -> value; [n] numpy, an element a token, where it is one of `TOKEN_COLUMNS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(c["token_ids"]) for c in self.completions if c.get("token_ids"))
+        return sum(map(num_tokens, self.completions))
 
     @property
     def mismatch(self) -> float:
@@ -55,12 +56,33 @@ class SavedStep:
     """What is missing, a line each."""
 
 
+def has(completion: Completion, name: str) -> bool:
+    """Whether a completion has values of its tokens in a column."""
+    values = completion.get(name)
+    return values is not None and len(values) > 0
+
+
+def num_tokens(completion: Completion) -> int:
+    """Tokens of a completion whose tokens are known, else 0."""
+    return len(completion["token_ids"]) if has(completion, "token_ids") else 0
+
+
+def length(completion: Completion) -> int:
+    """Tokens of a completion, be they known or only counted."""
+    return num_tokens(completion) or int(completion.get("num_tokens", 0))
+
+
+def num_clipped(completion: Completion) -> int:
+    """Its tokens that were clipped."""
+    return int(np.sum(completion["is_clipped"])) if has(completion, "is_clipped") else 0
+
+
 def mismatch(completion: Completion) -> float:
     """The largest |log p_trainer - log p_sampler| of a completion's tokens, 0 where it is not known."""
-    ours, theirs = completion.get("trainer_logprobs"), completion.get("sampler_logprobs")
-    pairs = zip(ours or [], theirs or [], strict=False)
-    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    return max((gap for gap in gaps if math.isfinite(gap)), default=0.0)
+    if not (has(completion, "trainer_logprobs") and has(completion, "sampler_logprobs")):
+        return 0.0
+    gaps = np.abs(completion["trainer_logprobs"] - completion["sampler_logprobs"])
+    return float(np.max(gaps, initial=0.0, where=np.isfinite(gaps)))
 
 
 def read_step(workdir: Workdir, step: int) -> SavedStep:
@@ -70,14 +92,15 @@ def read_step(workdir: Workdir, step: int) -> SavedStep:
     """
     notes: list[str] = []
     rows = _read_parquet(files_of(workdir, step)[0], notes)
-    if rows is None:
+    if not rows:
         rows = _read_jsonl(files_of(workdir, step)[1], notes)
     if not rows:
         why = "; ".join(notes) or f"{workdir.rollouts} has none"
         raise ConfigError("--step", step, f"there are no rollouts of it to be read: {why}")
     keyed = itertools.groupby(rows, key=lambda row: (row.get("is_dropped", False), row["group"]))
     groups = [Group(number, list(each)) for number, (_, each) in enumerate(keyed)]
-    used = {i for group in groups for c in group.completions for i in c.get("token_ids") or ()}
+    ids = [c["token_ids"] for c in rows if has(c, "token_ids")]
+    used = np.unique(np.concatenate(ids)).tolist() if ids else []
     return SavedStep(step, groups, _texts(workdir, used, notes), notes)
 
 
@@ -92,11 +115,23 @@ def _read_parquet(path: Path, notes: list[str]) -> list[Completion] | None:
         notes.append(f"{path.name} is missing: there are no tokens to show")
         return None
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
+        return _rows(pq.read_table(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__}): there are no tokens to show")
         return None
-    return rows if rows and {"group", "token_ids"} <= rows[0].keys() else None
+
+
+def _rows(table: pa.Table) -> list[Completion]:
+    """The rows of a table; what its tokens have as arrays, since Python takes seconds for as many numbers."""
+    lists = [name for name in TOKEN_COLUMNS if name in table.column_names]
+    rows = table.drop_columns(lists).to_pylist()
+    for name in lists:
+        column = table.column(name).combine_chunks()
+        ends, is_there = column.offsets.to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
+        values = column.values.to_numpy(zero_copy_only=False)
+        for i, row in enumerate(rows):
+            row[name] = values[ends[i] : ends[i + 1]] if is_there[i] else None
+    return rows if rows and {"group", "token_ids"} <= rows[0].keys() else []
 
 
 def _read_jsonl(path: Path, notes: list[str]) -> list[Completion]:
@@ -118,7 +153,7 @@ def _read_jsonl(path: Path, notes: list[str]) -> list[Completion]:
     return rows
 
 
-def _texts(workdir: Workdir, ids: set[int], notes: list[str]) -> dict[int, str]:
+def _texts(workdir: Workdir, ids: Sequence[int], notes: list[str]) -> dict[int, str]:
     """What each token id stands for, by the tokenizer of the run's model."""
     if not ids:
         return {}
@@ -129,11 +164,7 @@ def _texts(workdir: Workdir, ids: set[int], notes: list[str]) -> dict[int, str]:
     except Exception as error:  # its own, and none but the base class
         notes.append(f"the tokenizer in model_files cannot be read ({type(error).__name__}): ids are shown")
         return {}
-    return {i: tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
-
-
-def repeats(completion: Completion) -> bool:
-    return bool(completion.get("repeats"))
+    return {i: tokenizer.decode([i], skip_special_tokens=False) for i in ids}
 
 
 def is_all_wrong(group: Sequence[Completion]) -> bool:

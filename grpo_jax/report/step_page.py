@@ -4,8 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from grpo_jax.report.document import render
-from grpo_jax.report.rollouts import TOKEN_COLUMNS, Completion, Group, SavedStep, is_all_wrong, mismatch
+from grpo_jax.report.rollouts import (
+    TOKEN_COLUMNS,
+    Completion,
+    Group,
+    SavedStep,
+    has,
+    is_all_wrong,
+    length,
+    mismatch,
+)
 
 MOST_TOKENS = 180_000
 """Of a page, which keeps it below 5 MB."""
@@ -59,12 +70,12 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def _completion(c: Completion) -> dict[str, Any]:
-    advantages = c.get("token_advantages") or []
+    advantage = float(np.mean(c["token_advantages"])) if has(c, "token_advantages") else None
     parts = {n.removeprefix("reward/"): _short(v) for n, v in c.items() if n.startswith("reward/")}
     facts = {
         "reward": _short(c.get("reward")),
         "parts": parts,
-        "advantage": _short(sum(advantages) / len(advantages)) if advantages else None,
+        "advantage": _short(advantage),
         "finish": c.get("finish_reason", ""),
         "seed": None if c.get("seed") is None else str(c["seed"]),
         "version": c.get("policy_version"),
@@ -72,15 +83,28 @@ def _completion(c: Completion) -> dict[str, Any]:
         "repeats": bool(c.get("repeats")),
         "text": c.get("completion", ""),
         "mismatch": _short(mismatch(c)),
-        "length": len(c["token_ids"]) if c.get("token_ids") else c.get("num_tokens", 0),
+        "length": length(c),
     }
-    return facts | {"tokens": {name: _tokens(c[name]) for name in TOKEN_COLUMNS if c.get(name)}}
+    return facts | {"tokens": {name: _tokens(c[name]) for name in TOKEN_COLUMNS if has(c, name)}}
 
 
-def _tokens(values: Sequence[Any]) -> Any:
-    """The values of a completion's tokens; one alone where all are the same."""
-    numbers = [_short(v) if isinstance(v, float) else int(v) if isinstance(v, bool) else v for v in values]
-    return numbers[0] if len(set(numbers)) == 1 and len(numbers) > 1 else numbers
+def _tokens(values: np.ndarray) -> Any:
+    """The values of a completion's tokens as JSON, to 4 digits; one alone where all are the same."""
+    if values.dtype.kind == "f":
+        values = _rounded(values)
+    elif values.dtype.kind == "b":
+        values = values.astype(int)
+    if len(values) > 1 and (values == values[0]).all():
+        return values[0].item()
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """[n] float64, to 4 digits."""
+    exact = values.astype(np.float64)
+    size = np.abs(exact, where=np.isfinite(exact) & (exact != 0), out=np.ones_like(exact))
+    digits = 10.0 ** (3 - np.floor(np.log10(size)))
+    return np.round(exact * digits) / digits
 
 
 def _short(value: Any) -> Any:

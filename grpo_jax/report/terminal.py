@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.panel import Panel
@@ -14,7 +15,16 @@ from rich.text import Text
 from grpo_jax.config import ConfigError
 from grpo_jax.report.page import SHOWN
 from grpo_jax.report.read import RunFacts, expected
-from grpo_jax.report.rollouts import Completion, Group, SavedStep, is_all_wrong, mismatch
+from grpo_jax.report.rollouts import (
+    Completion,
+    Group,
+    SavedStep,
+    has,
+    is_all_wrong,
+    length,
+    mismatch,
+    num_clipped,
+)
 
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 """Characters that cannot be seen, or that would move others or the cursor."""
@@ -61,7 +71,7 @@ QUANTITIES: dict[str, tuple[Value, float, float]] = {
 SORTS: dict[str, Callable[[Group], float]] = {
     "sampled": lambda group: group.number,
     "mismatch": lambda group: -group.mismatch,
-    "longest": lambda group: -max(_length(c) for c in group.completions),
+    "longest": lambda group: -max(map(length, group.completions)),
     "reward": lambda group: sum(c.get("reward", 0.0) for c in group.completions),
 }
 FILTERS: dict[str, Callable[[Group], bool]] = {
@@ -70,7 +80,7 @@ FILTERS: dict[str, Callable[[Group], bool]] = {
     "mixed": lambda group: len({c.get("reward") for c in group.completions}) > 1,
     "repeats": lambda group: any(c.get("repeats") for c in group.completions),
     "cut": lambda group: any(c.get("finish_reason") == "length" for c in group.completions),
-    "clipped": lambda group: any(any(c.get("is_clipped") or ()) for c in group.completions),
+    "clipped": lambda group: any(map(num_clipped, group.completions)),
 }
 
 
@@ -135,30 +145,28 @@ def facts(c: Completion) -> str:
     """What is known of a completion, in a line."""
     parts = [f"reward {c.get('reward', math.nan):.4g}"]
     parts += [f"{visible(n)} {v:.4g}" for n, v in c.items() if n.startswith("reward/") and v is not None]
-    advantages = c.get("token_advantages")
-    parts += [f"advantage {sum(advantages) / len(advantages):.4g}"] if advantages else []
-    parts += [f"{_length(c)} tokens", visible(str(c.get("finish_reason", "")))]
+    parts += [f"advantage {np.mean(c['token_advantages']):.4g}"] if has(c, "token_advantages") else []
+    parts += [f"{length(c)} tokens", visible(str(c.get("finish_reason", "")))]
     parts += [f"seed {c['seed']}"] if c.get("seed") is not None else []
     parts += [f"version {c.get('policy_version')}", f"mismatch {mismatch(c):.3g}"]
     parts += [
         name for name, key in {"repeats itself": "repeats", "dropped": "is_dropped"}.items() if c.get(key)
     ]
-    clipped = sum(c.get("is_clipped") or ())
-    return " · ".join(parts + ([f"{clipped} clipped"] if clipped else []))
+    parts += [f"{num_clipped(c)} clipped"] if num_clipped(c) else []
+    return " · ".join(parts)
 
 
 def tokens(c: Completion, saved: SavedStep, quantity: str) -> Text:
     """The tokens of a completion: blue above where the colour begins, red below; clipped ones underlined."""
-    ids = c.get("token_ids")
-    if not ids:
+    if not has(c, "token_ids"):
         return Text(visible(str(c.get("completion", ""))))
     value, start, full = QUANTITIES[quantity]
     text = Text()
-    versions = sorted(set(c.get("token_versions") or ()))
-    for i, token in enumerate(ids):
+    versions = np.unique(c["token_versions"]).tolist() if has(c, "token_versions") else []
+    for i, token in enumerate(c["token_ids"].tolist()):
         at = value(c, i)
         style = _by_number(versions, at) if quantity == "version" else _shade(at, start, full)
-        if c.get("is_clipped") and c["is_clipped"][i]:
+        if has(c, "is_clipped") and c["is_clipped"][i]:
             style += " underline"
         text.append(
             visible(saved.texts[token]) if token in saved.texts else f"[{token}]", style=style.strip()
@@ -180,7 +188,3 @@ def _by_number(values: Sequence[Any], value: Any) -> str:
     colours = ("rgb(20,50,140)", "rgb(120,60,10)", "rgb(20,100,50)", "rgb(100,20,110)")
     number = values.index(value) if value in values else 0
     return f"white on {colours[number % len(colours)]}"
-
-
-def _length(c: Completion) -> int:
-    return len(c["token_ids"]) if c.get("token_ids") else int(c.get("num_tokens", 0))

@@ -36,9 +36,10 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
 
 def write_missing_steps(workdir: Workdir) -> list[str]:
     """Writes the pages of the last steps that have none, or an older one. Returns what went wrong, a line each."""
-    notes = []
-    for step in saved_steps(workdir)[-MOST_PAGES:]:
-        changed = max(file.stat().st_mtime for file in files_of(workdir, step) if file.exists())
+    notes, steps = [], saved_steps(workdir)
+    for step in steps[-MOST_PAGES:]:
+        sources = [s for s in steps if s >= step][:2]  # the next one, too, since the page has a link to it
+        changed = max(f.stat().st_mtime for s in sources for f in files_of(workdir, s) if f.exists())
         page = page_of(workdir, step)
         if page.exists() and page.stat().st_mtime >= changed:
             continue

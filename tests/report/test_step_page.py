@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import step_files
@@ -82,6 +83,28 @@ def test_the_page_of_the_run_links_to_it(workdir):
     assert '<a href="../report.html">' in step and '<a href="step-000010.html">step 10 →</a>' in step
 
 
+def test_a_page_gets_the_link_to_a_step_that_came_later(workdir):
+    write.write_report([workdir.path])
+    page = workdir.step_pages / "step-000002.html"
+    assert "→" not in page.read_text()
+    write_step(workdir.path, 3)
+    write.write_report([workdir.path])
+    assert "step 3 →" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.0, -0.123456, 1e-7 / 3, 98765.4], [0.0, -0.1235, 3.333e-08, 98770.0]),
+        ([float("nan"), -1.0, float("-inf")], [None, -1.0, None]),
+        ([-0.5, -0.5], -0.5),
+        ([2.0], [2.0]),
+    ],
+)
+def test_numbers_to_four_digits(values, shown):
+    assert page_module._tokens(np.array(values)) == shown
+
+
 def test_a_page_is_made_again_when_its_rollouts_have_changed(workdir):
     write.write_report([workdir.path])
     page = workdir.step_pages / "step-000002.html"
@@ -136,6 +159,7 @@ def test_without_the_tokenizer_ids_are_shown(workdir):
 
 
 def test_mismatch_of_values_that_are_not_finite():
-    assert mismatch({"trainer_logprobs": [-1.0, float("nan")], "sampler_logprobs": [-1.5, -1.0]}) == 0.5
-    assert mismatch({"trainer_logprobs": None, "sampler_logprobs": [-1.0]}) == 0
+    sampler = np.array([-1.5, -1.0])
+    assert mismatch({"trainer_logprobs": np.array([-1.0, np.nan]), "sampler_logprobs": sampler}) == 0.5
+    assert mismatch({"trainer_logprobs": None, "sampler_logprobs": sampler}) == 0
     assert json.dumps(mismatch({})) == "0.0"
