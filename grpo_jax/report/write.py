@@ -6,12 +6,13 @@ from pathlib import Path
 
 from grpo_jax.config import ConfigError
 from grpo_jax.report.page import run_page
-from grpo_jax.report.read import RunFacts, read_run, saved_steps
+from grpo_jax.report.read import RunFacts, check_is_run, read_run, saved_steps
 from grpo_jax.report.rollouts import files_of, read_step
 from grpo_jax.report.step_page import step_page
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.storage.files import write_whole
 
+COMPARISON = "comparison.html"
 MOST_PAGES = 100
 """Pages of steps that are made unasked, those of the last steps: one can have 5 MB."""
 
@@ -19,12 +20,13 @@ MOST_PAGES = 100
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Writes the page of one run, or of several beside one another, and the missing pages of their steps.
 
-    Args:    paths: workdirs, at least one; output: the file; None: report.html of the first.
+    Args:    paths: workdirs, at least one; output: the file; None: report.html, or of several, comparison.html
+             in the first.
     Returns: the file.
     Raises:  ConfigError: a workdir holds no run. OSError: a file cannot be written.
     """
     runs = [read_run(path) for path in paths]
-    file = output or Workdir(paths[0]).report
+    file = output or (Workdir(paths[0]).report if len(paths) == 1 else paths[0] / COMPARISON)
     file.parent.mkdir(parents=True, exist_ok=True)
     notes = [write_missing_steps(Workdir(path)) for path in paths]
     links = [_links(run, file.absolute().parent) for run in runs]
@@ -55,6 +57,7 @@ def write_step(workdir: Workdir, step: int) -> Path:
 
     Raises: ConfigError: it has no rollouts that could be read. OSError: it cannot be written.
     """
+    check_is_run(workdir)
     steps = saved_steps(workdir)
     neighbours = {"The run": f"../{workdir.report.name}"}
     before, after = [s for s in steps if s < step][-1:], [s for s in steps if s > step][:1]

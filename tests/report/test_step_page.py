@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from step_files import write_step
 from test_run_page import HOSTILE, data_of
 
 from grpo_jax.config import ConfigError
+from grpo_jax.report import __main__ as report_command
 from grpo_jax.report import step_page as page_module
 from grpo_jax.report import write
 from grpo_jax.report.rollouts import mismatch, read_step
@@ -163,3 +165,45 @@ def test_mismatch_of_values_that_are_not_finite():
     assert mismatch({"trainer_logprobs": np.array([-1.0, np.nan]), "sampler_logprobs": sampler}) == 0.5
     assert mismatch({"trainer_logprobs": None, "sampler_logprobs": sampler}) == 0
     assert json.dumps(mismatch({})) == "0.0"
+
+
+def reported(monkeypatch, capsys, *argv):
+    """(exit code, what was printed)"""
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, argv)])
+    code = 0
+    try:
+        report_command.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, "".join(capsys.readouterr())
+
+
+def test_the_command(workdir, tmp_path, monkeypatch, capsys):
+    code, out = reported(monkeypatch, capsys, workdir.path)
+    assert code == 0 and out.startswith(f"{workdir.report}   (0.") and out.endswith("MB)\n")
+    other = write_run(tmp_path / "other", 2)
+    code, out = reported(monkeypatch, capsys, workdir.path, other)
+    assert code == 0 and data_of(workdir.path / "comparison.html")["runs"] == ["run", "other"]
+    (workdir.step_pages / "step-000002.html").unlink()
+    assert reported(monkeypatch, capsys, workdir.path, "--step=2")[0] == 0
+    assert (workdir.step_pages / "step-000002.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["RUN", "--step=7"], "--step=7: there are no rollouts of it to be read"),
+        (["RUN", "RUN", "--step=2"], "--step is for one WORKDIR"),
+        (["EMPTY", "--step=2"], "holds no run"),
+        (["EMPTY"], "holds no run"),
+        (["RUN", "EMPTY/none"], "there is no such folder"),
+        (["RUN", "--ouput=x"], "did you mean --output"),
+        ([], "required: WORKDIR"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(workdir, tmp_path, monkeypatch, capsys, argv, told):
+    (tmp_path / "empty").mkdir()
+    names = {"RUN": str(workdir.path), "EMPTY": str(tmp_path / "empty")}
+    argv = [names.get(arg, arg.replace("EMPTY", names["EMPTY"])) for arg in argv]
+    code, out = reported(monkeypatch, capsys, *argv)
+    assert code == 2 and told in out and out.count("\n") == 1

@@ -2,6 +2,8 @@
 
 import datetime
 import io
+import logging
+import re
 import time
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from grpo_jax.run import progress
 from grpo_jax.run.metrics import Timers
 from grpo_jax.run.progress import Progress, live_line
+from grpo_jax.run.workdir import start_logging
 
 NOON = datetime.datetime(2026, 3, 2, 12, 0)  # a Monday
 
@@ -50,3 +53,19 @@ def test_it_is_for_terminals_alone(monkeypatch, is_terminal):
     with live_line(at("compile", time.monotonic()), is_shown=True):
         time.sleep(0.3)
     assert ("Starting: compile 0 s" in out.getvalue()) == is_terminal
+
+
+def test_messages_are_printed_above_it(monkeypatch):
+    out = io.StringIO()
+    out.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    start_logging()
+    with live_line(at("compile", time.monotonic()), is_shown=True):
+        time.sleep(0.1)
+        logging.getLogger("grpo_jax").info("a message\nof two lines")
+        time.sleep(0.1)
+    monkeypatch.undo()
+    start_logging()
+    # The line is cleared, the message stands alone, and the line is there again.
+    assert re.search(r"\r +\ra message\nof two lines\n\r?Starting: compile", out.getvalue())
