@@ -4,8 +4,8 @@
     python -m grpo_jax.report WORKDIR --step=N
 
 The page of one run is WORKDIR/report.html, with a page for each of the last 100 steps whose rollouts were saved;
-that of several, beside one another, is comparison.html in the first; or FILE.html. With --step, the page of that step
-alone is written. Works on a run that is under way, has failed, or has damaged files.
+that of several, beside one another, is comparison.html in the first; or FILE.html. With --step, the page of that
+step alone is written. Works on a run that is under way, has failed, or has damaged files.
 """
 
 from pathlib import Path
