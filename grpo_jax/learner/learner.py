@@ -35,6 +35,7 @@ from grpo_jax.learner.batching import (
     split_minibatches,
     take_rows,
 )
+from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.forward import abstract_micro_batches, make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.optimizer import read_leaf
@@ -85,7 +86,8 @@ class Learner:
         )
         loss = functools.partial(grpo_loss, algorithm=algorithm)
         weigh = functools.partial(tokens_that_weigh, section=config.algorithm)
-        self._clipped = jax.jit(functools.partial(tokens_clipped, algorithm=algorithm))
+        clipped = functools.partial(tokens_clipped, algorithm=algorithm)
+        self._clipped = jax.jit(functools.update_wrapper(clipped, tokens_clipped))
         self._update = make_update_step(
             model,
             mesh,
@@ -265,19 +267,21 @@ class Learner:
             ]
             for pair in zip(placed, first, strict=True)
         ]
-        clipped = [list(map(self._clipped, *pair)) for pair in zip(last, placed, strict=True)]
+        on_devices = {
+            "trainer_logprobs": first if self._config.algorithm.old_logprobs == "sampler" else old,
+            "old_logprobs": old,
+            "logprobs": last,
+            "is_clipped": [list(map(self._clipped, *pair)) for pair in zip(last, placed, strict=True)],
+        }
+        if placed[0][0].ref_logprobs is not None:
+            on_devices["ref_logprobs"] = [[micro.ref_logprobs for micro in each] for each in placed]
+        fetched = fetch(on_devices)
+        if weighing[0]:
+            fetched["weighs"] = weighing
         whole = functools.partial(rows_of_tokens, rows=rows, places=places, shape=batch.tokens.shape)
-        has_ref = placed[0][0].ref_logprobs is not None
-        of_old = whole(old)
-        return TokenValues(
-            trainer_logprobs=whole(first) if self._config.algorithm.old_logprobs == "sampler" else of_old,
-            old_logprobs=of_old,
-            logprobs=whole(last),
-            ref_logprobs=whole([[micro.ref_logprobs for micro in m] for m in placed]) if has_ref else None,
-            advantages=np.asarray(batch.advantages),
-            is_clipped=whole(clipped),
-            weighs=whole(weighing) if weighing[0] else np.asarray(batch.completion_mask) > 0,
-        )
+        known: dict[str, Any] = {"ref_logprobs": None, "weighs": np.asarray(batch.completion_mask) > 0}
+        known |= {name: whole(values) for name, values in fetched.items()}
+        return TokenValues(advantages=np.asarray(batch.advantages), **known)
 
     def _place(self, minibatch: TrainBatch) -> tuple[list[TrainBatch], Places]:
         """The micro-batches of a mini-batch, on the devices, and where its rows went."""
@@ -340,6 +344,8 @@ class Learner:
             ((logprobs, _), _), sizes["score"] = self._forward.compile(params, micro)
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
         sizes |= self._update.compile(self.optimizer, params, micro)
+        if self._config.logging.save_rollouts:
+            compile_ahead(self._clipped, micro.advantages, micro)
         # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.
         reference = device_bytes(self.reference.abstract()) if self._config.uses_reference else 0
         copy = 0 if trained is state.params else device_bytes(trained)

@@ -14,7 +14,6 @@ import numpy as np
 
 from grpo_jax.config import ActorSection, Config
 from grpo_jax.model.fused_attention import max_sequences
-from grpo_jax.model.sharding import fetch
 from grpo_jax.model.transformer import bucket_length
 from grpo_jax.types import TrainBatch
 
@@ -95,7 +94,7 @@ def pack(batch: TrainBatch, rows: int, length: int) -> tuple[list[TrainBatch], P
 
 
 def rows_of_tokens(
-    micro_batches: Sequence[Sequence[Any]],
+    micro_batches: Sequence[Sequence[np.ndarray]],
     *,
     rows: Sequence[np.ndarray],
     places: Sequence[Places],
@@ -104,11 +103,11 @@ def rows_of_tokens(
     """Puts values of tokens back into the rows of the whole batch.
 
     Args:
-        micro_batches: of each mini-batch, those of its micro-batches, each [R, T'], on the devices or the host.
+        micro_batches: of each mini-batch, those of its micro-batches, each [R, T'].
         rows: the rows of each mini-batch; places: where they went.
-        shape: [B, T], of what is returned, which is on the host and 0 where there is no token.
+        shape: [B, T], of what is returned, which is 0 where there is no token.
     """
-    values = [np.concatenate(fetch(list(each))) for each in micro_batches]
+    values = [np.concatenate(each) for each in micro_batches]
     whole = np.zeros(shape, values[0].dtype)
     for of_minibatch, at, packed in zip(rows, places, values, strict=True):
         whole[of_minibatch] = at.unpack(packed, shape[1])
