@@ -18,8 +18,10 @@ The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash
 from pathlib import Path
 
 from grpo_jax.config import Config
-from grpo_jax.config.command_line import one_line_errors, parse_command_line
+from grpo_jax.config.command_line import config_parser, one_line_errors, read_command_line
 from grpo_jax.learner.batching import make_train_batch
+from grpo_jax.report.live import reported
+from grpo_jax.report.starts import Recipe
 from grpo_jax.run.hosts import ALONE, Hosts, joined
 from grpo_jax.run.run import Run, open_run
 from grpo_jax.types import StepResult, TrainState
@@ -38,13 +40,14 @@ def grpo_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, StepR
     return state, result
 
 
-def train(config: Config, path: Path, hosts: Hosts = ALONE) -> None:
+def train(config: Config, path: Path, hosts: Hosts = ALONE, recipe: Recipe | None = None) -> None:
     """Runs the whole training of a configuration in the workdir `path`, or what is left of it.
 
-    Args:   hosts: the processes of the run, of which this is one.
+    Args:   hosts: the processes of the run, of which this is one; recipe: where the configuration comes from.
     Raises: as `open_run` and `Run.after_step`.
     """
-    with open_run(config, path, hosts) as run:
+    with reported(config, path, hosts, recipe) as report, open_run(config, path, hosts) as run:
+        report.begin(run.num_steps)
         state = run.begin()
         for step in run.steps():
             with run.timers("step"):
@@ -55,9 +58,9 @@ def train(config: Config, path: Path, hosts: Hosts = ALONE) -> None:
 
 def main() -> None:
     with one_line_errors():
-        config, path = parse_command_line("grpo_jax.train", __doc__)
+        config, path, args = read_command_line(config_parser("grpo_jax.train", __doc__))
         with joined(config, path) as hosts:
-            train(config, path, hosts)
+            train(config, path, hosts, Recipe(args.config, args.replaced))
 
 
 if __name__ == "__main__":

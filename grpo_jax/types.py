@@ -173,6 +173,28 @@ class TokenUse:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenValues:
+    """What the updates of a step computed of its tokens (host); arrays are [B, T], in group order, each row
+    prompt, completion, padding. They mean something on the completions' tokens only."""
+
+    trainer_logprobs: np.ndarray
+    """float32; the trainer's own before the first update, or where it is never computed apart, of the first update
+    of its mini-batch."""
+    old_logprobs: np.ndarray
+    """float32; what ratios are taken to: the same, or the sampler's (`algorithm.old_logprobs`)."""
+    logprobs: np.ndarray
+    """float32; of the policy that the last update of its mini-batch differentiated."""
+    ref_logprobs: np.ndarray | None
+    """float32; the reference's; None where there is none."""
+    advantages: np.ndarray
+    """float32."""
+    is_clipped: np.ndarray
+    """bool; where a bound changed the policy loss in that update."""
+    weighs: np.ndarray
+    """bool; what weighs in the policy loss at all."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the reports (host)."""
 
@@ -182,6 +204,8 @@ class StepResult:
     """The metrics of each update, by name."""
     metrics: Metrics
     """The step's, by name."""
+    tokens: TokenValues | None = None
+    """In steps whose rollouts are saved."""
 
 
 @flax.struct.dataclass

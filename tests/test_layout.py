@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "grpo_jax"
-COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit"}
+COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit", "inspect"}
 FLOORS = (  # a folder imports from the floors below its own, never from beside it
     {"config"},
     {"types", "storage"},
@@ -15,6 +15,7 @@ FLOORS = (  # a folder imports from the floors below its own, never from beside 
     {"learner", "weight_sync"},
     {"rollout"},
     {"run"},
+    {"report"},
     COMMANDS,
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in sorted(floor)}

@@ -117,9 +117,7 @@ def grpo_loss(
     logprobs = where_completion(logprobs, mask)
     entropy = where_completion(entropy, mask)
     old_logprobs, sampler_logprobs = _fixed_logprobs(logprobs, batch)
-    advantages = where_completion(batch.advantages, mask)
-
-    tokens = PolicyTokens(logprobs, old_logprobs, advantages, mask, segment_ids, batch.token_ages)
+    tokens = _policy_tokens(logprobs, old_logprobs, batch)
     per_token, clipped, clipped_lower = algorithm.policy_loss(tokens, section)
     values = {
         "actor/entropy": entropy,
@@ -151,6 +149,20 @@ def tokens_that_weigh(logprobs: jax.Array, batch: TrainBatch, section: Algorithm
     fixed = _fixed_logprobs(where_completion(logprobs, mask), batch)
     factor, *_ = correction(*fixed, mask, segment_ids, section, batch.token_ages)
     return (factor > 0) & (mask > 0)
+
+
+def tokens_clipped(logprobs: jax.Array, batch: TrainBatch, algorithm: Algorithm) -> jax.Array:
+    """[R, T] bool: the tokens where a bound has changed the policy loss. Args: as `grpo_loss`."""
+    logprobs = where_completion(logprobs, batch.completion_mask)
+    tokens = _policy_tokens(logprobs, _fixed_logprobs(logprobs, batch)[0], batch)
+    _, clipped, clipped_lower = algorithm.policy_loss(tokens, algorithm.section)
+    return (clipped + clipped_lower > 0) & (batch.completion_mask > 0)
+
+
+def _policy_tokens(logprobs: jax.Array, old_logprobs: jax.Array, batch: TrainBatch) -> PolicyTokens:
+    """What the policy loss reads. Args: both 0 outside the completions."""
+    mask, advantages = batch.completion_mask, where_completion(batch.advantages, batch.completion_mask)
+    return PolicyTokens(logprobs, old_logprobs, advantages, mask, batch.segment_ids, batch.token_ages)
 
 
 def _fixed_logprobs(logprobs: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:

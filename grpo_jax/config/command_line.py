@@ -232,7 +232,8 @@ def read_command_line(
     """Reads the command line of a command that takes a configuration.
 
     Args:    parser: of `config_parser`.
-    Returns: the checked configuration, the workdir, and all flags, the command's own among them.
+    Returns: the checked configuration, the workdir, and all flags, the command's own among them; beside them
+        `replaced`: the keys that flags have set -> the file's own values.
     Raises:  ConfigError: a bad flag, file, key or value, or the flag of a key that nothing in this run reads.
     """
     args, unknown = parser.parse_known_args(argv)
@@ -244,7 +245,10 @@ def read_command_line(
         if value is None:
             raise ConfigError(name, "", "needs a value")
     raw = _load_config_file(args.config)
+    args.replaced = {}
     for key, value in given.items():
+        section, _, name = key.partition(".")
+        args.replaced[key] = raw[section][name]
         _override(raw, key, value)
     config = parse_config(raw.to_dict())
     unread = unread_keys(config)

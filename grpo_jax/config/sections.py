@@ -284,7 +284,9 @@ class LoggingSection:
     project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
     experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
     num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard", resume=FREE)
-    save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`", resume=FREE)
+    save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`, its tokens to `.parquet`", resume=FREE)
+    save_rollouts_every: int = key(1, "of every how many steps", unit="steps", at_least=1, resume=FREE)
+    report_every_s: float = key(300.0, "until `report.html` is made again; 0: at the end", unit="seconds", at_least=0, at_most=1e6, resume=FREE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +362,10 @@ class Config:
     def corrects_sampler(self) -> bool:
         """Whether the loss knows which distribution the tokens came from."""
         return self.algorithm.rollout_is != "none" or self.algorithm.old_logprobs == "sampler"
+
+    def saves_rollouts(self, step: int) -> bool:
+        """Whether the completions of a step, counted from 1, are saved."""
+        return self.logging.save_rollouts and step % self.logging.save_rollouts_every == 0
 
     @property
     def needs_old_logprobs(self) -> bool:

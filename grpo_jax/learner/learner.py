@@ -23,7 +23,7 @@ from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm.advantages import estimate_advantages
 from grpo_jax.algorithm.corrections import leaves_out
 from grpo_jax.algorithm.kl import kl_of_tokens
-from grpo_jax.algorithm.loss import grpo_loss, merge_updates, tokens_that_weigh
+from grpo_jax.algorithm.loss import grpo_loss, merge_updates, tokens_clipped, tokens_that_weigh
 from grpo_jax.config import Config
 from grpo_jax.learner import make_optimizer
 from grpo_jax.learner.batching import (
@@ -35,10 +35,11 @@ from grpo_jax.learner.batching import (
     split_minibatches,
     take_rows,
 )
+from grpo_jax.learner.compiling import compile_ahead
 from grpo_jax.learner.forward import abstract_micro_batches, make_forward_step, score_rows, to_micro_batches
 from grpo_jax.learner.offload import device_bytes
 from grpo_jax.learner.optimizer import read_leaf
-from grpo_jax.learner.packing import Places, micro_batch_shape
+from grpo_jax.learner.packing import Places, micro_batch_shape, rows_of_tokens
 from grpo_jax.learner.reference import Reference
 from grpo_jax.learner.update import make_update_step
 from grpo_jax.model.config import ModelConfig
@@ -53,6 +54,7 @@ from grpo_jax.types import (
     StepResult,
     Timer,
     TokenUse,
+    TokenValues,
     TrainBatch,
     TrainState,
 )
@@ -84,6 +86,8 @@ class Learner:
         )
         loss = functools.partial(grpo_loss, algorithm=algorithm)
         weigh = functools.partial(tokens_that_weigh, section=config.algorithm)
+        clipped = functools.partial(tokens_clipped, algorithm=algorithm)
+        self._clipped = jax.jit(functools.update_wrapper(clipped, tokens_clipped))
         self._update = make_update_step(
             model,
             mesh,
@@ -130,10 +134,10 @@ class Learner:
         batch = self.with_penalty_logprobs(batch, state)
         batch, penalty = self.with_advantages(batch, rollouts.rewards.rewards)
         batch = self.with_loss_terms(batch, rollouts)
-        state, updates, use = self._run_updates(state, batch, step)
+        state, updates, use, tokens = self._run_updates(state, batch, step)
         metrics = merge_updates(updates, self._config.algorithm) | penalty
         metrics |= self.move_reference(state.params, metrics, step + 1)
-        return state, StepResult(rollouts, use, updates, metrics)
+        return state, StepResult(rollouts, use, updates, metrics, tokens)
 
     def with_penalty_logprobs(self, batch: TrainBatch, state: TrainState) -> TrainBatch:
         """Adds the old and the reference log-probabilities where the rewards hold a KL penalty."""
@@ -208,7 +212,7 @@ class Learner:
 
     def _run_updates(
         self, state: TrainState, batch: TrainBatch, step: int
-    ) -> tuple[TrainState, list[Metrics], TokenUse]:
+    ) -> tuple[TrainState, list[Metrics], TokenUse, TokenValues | None]:
         """One optimizer step a mini-batch, `num_epochs` times over the same mini-batches.
 
         All work is dispatched first and then awaited in order, so that the devices stay busy and the timers see
@@ -222,11 +226,15 @@ class Learner:
         for phase, field in missing:
             with self._timer(phase):
                 placed = self._add_logprobs(field, state, placed)
-        metrics, weighing = [], []
+        is_kept = self._config.saves_rollouts(step + 1)
+        metrics, weighing, scored = [], [], []
         with self._timer("update_actor"):
             for _ in range(actor.num_epochs):
                 for minibatch in placed:
-                    state, update_metrics, marks = self._update.accounted(state, minibatch, self.frozen)
+                    state, update_metrics, marks, logprobs = self._update.accounted(
+                        state, minibatch, self.frozen
+                    )
+                    scored.append(logprobs if is_kept else [])
                     metrics.append(update_metrics)
                     weighing.append(marks)
         for phase, field in missing:
@@ -234,7 +242,46 @@ class Learner:
                 jax.block_until_ready([getattr(micro, field) for minibatch in placed for micro in minibatch])
         with self._timer("update_actor"):
             metrics, weighing = fetch((metrics, weighing[: len(rows)]))  # the same in every epoch
-        return state, metrics, _token_use(batch, rows, [places for _, places in laid_out], weighing)
+        places = [of_minibatch for _, of_minibatch in laid_out]
+        use, values = _token_use(batch, rows, places, weighing), None
+        if is_kept:
+            with self._timer("token_values"):
+                values = self._token_values(batch, rows, places, placed, scored, weighing)
+        return state, metrics, use, values
+
+    def _token_values(
+        self,
+        batch: TrainBatch,
+        rows: Sequence[np.ndarray],
+        places: Sequence[Places],
+        placed: Sequence[Sequence[TrainBatch]],
+        scored: Sequence[Sequence[jax.Array]],
+        weighing: Sequence[Sequence[np.ndarray]],
+    ) -> TokenValues:
+        """Args: scored: the log-probabilities that each update differentiated; others: as `_token_use`."""
+        first, last = scored[: len(rows)], scored[-len(rows) :]
+        old = [
+            [
+                at if micro.old_logprobs is None else micro.old_logprobs
+                for micro, at in zip(*pair, strict=True)
+            ]
+            for pair in zip(placed, first, strict=True)
+        ]
+        on_devices = {
+            "trainer_logprobs": first if self._config.algorithm.old_logprobs == "sampler" else old,
+            "old_logprobs": old,
+            "logprobs": last,
+            "is_clipped": [list(map(self._clipped, *pair)) for pair in zip(last, placed, strict=True)],
+        }
+        if placed[0][0].ref_logprobs is not None:
+            on_devices["ref_logprobs"] = [[micro.ref_logprobs for micro in each] for each in placed]
+        fetched = fetch(on_devices)
+        if weighing[0]:
+            fetched["weighs"] = weighing
+        whole = functools.partial(rows_of_tokens, rows=rows, places=places, shape=batch.tokens.shape)
+        known: dict[str, Any] = {"ref_logprobs": None, "weighs": np.asarray(batch.completion_mask) > 0}
+        known |= {name: whole(values) for name, values in fetched.items()}
+        return TokenValues(advantages=np.asarray(batch.advantages), **known)
 
     def _place(self, minibatch: TrainBatch) -> tuple[list[TrainBatch], Places]:
         """The micro-batches of a mini-batch, on the devices, and where its rows went."""
@@ -297,6 +344,8 @@ class Learner:
             ((logprobs, _), _), sizes["score"] = self._forward.compile(params, micro)
             micro = dataclasses.replace(micro, **{field: logprobs for _, field in missing})
         sizes |= self._update.compile(self.optimizer, params, micro)
+        if self._config.logging.save_rollouts:
+            compile_ahead(self._clipped, micro.advantages, micro)
         # A program's own size holds its arguments: parameters and sums; the optimizer's, the whole state and sums.
         reference = device_bytes(self.reference.abstract()) if self._config.uses_reference else 0
         copy = 0 if trained is state.params else device_bytes(trained)

@@ -6,6 +6,7 @@ steps are compiled once, whatever lengths the policy comes to.
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,27 @@ def pack(batch: TrainBatch, rows: int, length: int) -> tuple[list[TrainBatch], P
     packed = jax.tree.map(lambda field: places.pack(np.asarray(field), num_micro * rows, length), batch)
     split = lambda i: jax.tree.map(lambda field: field[i * rows : (i + 1) * rows], packed)
     return [split(i) for i in range(num_micro)], places
+
+
+def rows_of_tokens(
+    micro_batches: Sequence[Sequence[np.ndarray]],
+    *,
+    rows: Sequence[np.ndarray],
+    places: Sequence[Places],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """Puts values of tokens back into the rows of the whole batch.
+
+    Args:
+        micro_batches: of each mini-batch, those of its micro-batches, each [R, T'].
+        rows: the rows of each mini-batch; places: where they went.
+        shape: [B, T], of what is returned, which is 0 where there is no token.
+    """
+    values = [np.concatenate(each) for each in micro_batches]
+    whole = np.zeros(shape, values[0].dtype)
+    for of_minibatch, at, packed in zip(rows, places, values, strict=True):
+        whole[of_minibatch] = at.unpack(packed, shape[1])
+    return whole
 
 
 def micro_batch_rows(actor: ActorSection, length: int) -> int:

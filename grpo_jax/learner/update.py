@@ -61,21 +61,23 @@ class UpdateStep:
     def __call__(
         self, state: TrainState, micro_batches: Sequence[TrainBatch], frozen: Params = NOTHING
     ) -> tuple[TrainState, Metrics]:
-        state, metrics, _ = self.accounted(state, micro_batches, frozen)
+        state, metrics, _, _ = self.accounted(state, micro_batches, frozen)
         return state, metrics
 
     def accounted(
         self, state: TrainState, micro_batches: Sequence[TrainBatch], frozen: Params
-    ) -> tuple[TrainState, Metrics, list[jax.Array]]:
-        """The update, and the tokens of each micro-batch that weigh in the policy loss; []: all do."""
-        params, weighing = join(frozen, self.to_compute_dtype(state.params)), []
+    ) -> tuple[TrainState, Metrics, list[jax.Array], list[jax.Array]]:
+        """The update; the tokens of each micro-batch that weigh in the policy loss, []: all do; and the policy's
+        log-probabilities of each micro-batch, [R, T] float32."""
+        params, weighing, scored = join(frozen, self.to_compute_dtype(state.params)), [], []
         total = self.zeros(params, micro_batches[0])
         for micro in micro_batches:
             total, logprobs = self._add_gradients(params, total, micro, state)
+            scored.append(logprobs)
             if self.weigh is not None:
                 weighing.append(self.weigh(logprobs, micro))
         total = total if self.add_up is None else self.add_up(total)
-        return *self.apply(state, total), weighing
+        return *self.apply(state, total), weighing, scored
 
     def _add_gradients(
         self, params: Params, total: Any, micro: TrainBatch, state: TrainState

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ from grpo_jax.run.ledger import Ledger, ledger_entry
 from grpo_jax.run.memory import Budget, memory_limit
 from grpo_jax.run.metrics import Timers, performance_metrics, rollout_metrics, sequence_lengths
 from grpo_jax.run.probe import make_probe
+from grpo_jax.run.progress import Progress, live_line
 from grpo_jax.run.saving import Saver, is_due
 from grpo_jax.run.speed import WARM_UP, Speed
 from grpo_jax.run.stopping import RunWatch, TrainingStopped, quietly, reported_failure, stop_on_signal
+from grpo_jax.run.token_file import write_tokens
 from grpo_jax.run.workdir import Workdir, start_logging
 from grpo_jax.run.writer import MetricsWriter
 from grpo_jax.types import Metrics, StepResult, TrainState
@@ -78,7 +81,7 @@ def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"
         SystemExit: 1 after a failure, 130 after Ctrl-C; a checkpoint is left in both cases.
     """
     workdir, timers = Workdir(path), Timers()
-    with contextlib.ExitStack() as resources:
+    with live_line(timers, is_shown=hosts.is_first) as progress, contextlib.ExitStack() as resources:
         # Closed last: what closes before it may hang too.
         watch = resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
         resources.enter_context(hosts.watched(timers, watch))
@@ -105,6 +108,7 @@ def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"
             start_logging(workdir.log_of(hosts.rank), console=False)
         resources.enter_context(gpus.hold(gpus.gpus_of(mesh)))
         run = Run(config, algorithm, workdir, inputs, reward, budget, timers, resources, hosts)
+        run.progress = progress
         with (
             reported_failure(timers, run.checkpointer, budget.explain, run.rescue, hosts),
             jax.set_mesh(mesh),
@@ -123,6 +127,7 @@ class Run:
 
     rollouts: RolloutBatches
     learner: Learner
+    progress: Progress
 
     def __init__(
         self,
@@ -348,6 +353,7 @@ class Run:
         """
         with stop_on_signal() as self._stop, self.timers.within("report"):  # what is not another phase
             while self._next_step < self.num_steps:  # which a roll-back puts back
+                self.progress.step_done(self._next_step, self.num_steps, time.monotonic())
                 yield self._next_step
 
     def give_weights(self, state: TrainState, version: int, *, is_first: bool = False) -> None:
@@ -387,6 +393,7 @@ class Run:
         metrics |= timings | performance_metrics(
             self.folder.config, lengths, timings, num_devices=num_devices, num_passes=num_passes
         )
+        metrics |= self._speed.as_metrics(metrics)
         metrics["perf/memory_planned_gb"] = self._budget.plan.peak / 1e9
         self._watch.note(result.updates)
         if self._hosts.is_first:
@@ -405,6 +412,9 @@ class Run:
             with self.timers("ledger"):
                 entry = ledger_entry(config, result, position, step=done, steps_per_epoch=per_epoch)
                 self._ledger.append(entry)
+            if config.saves_rollouts(done):
+                with self.timers("save_rollouts"):
+                    self._save_rollouts(result, done)
             self._report(result, metrics | self.timers.collect(), done)
         self.checkpointer.commit()  # not before the step's line is on disk
         self._next_step = done
@@ -510,11 +520,15 @@ class Run:
                 logger.info(line)
         records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
         writer.write_text("rollouts", self._samples(records), step=done)
-        if self.config.logging.save_rollouts:
-            if (dropped := rollouts.dropped) is not None:
-                left_out = rollout_records(dropped.groups, dropped.rewards.rewards)
-                records += [record | {"is_dropped": True} for record in left_out]
-            write_jsonl(self._workdir.rollouts / f"step-{done:06d}.jsonl", records)
+
+    def _save_rollouts(self, result: StepResult, done: int) -> None:
+        rollouts = result.rollouts
+        records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
+        if (dropped := rollouts.dropped) is not None:
+            left_out = rollout_records(dropped.groups, dropped.rewards.rewards)
+            records += [record | {"is_dropped": True} for record in left_out]
+        write_jsonl(self._workdir.rollouts / f"step-{done:06d}.jsonl", records)
+        write_tokens(self._workdir.rollouts / f"step-{done:06d}.parquet", result, self.config.trainer.seed)
 
     def _samples(self, records: Sequence[dict[str, Any]]) -> list[str]:
         """The first completions as texts."""

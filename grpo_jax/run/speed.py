@@ -55,6 +55,19 @@ class Speed:
         data, group_size = self.config.data, self.config.algorithm.group_size
         return Workload(data.train_batch_size, group_size, data.max_prompt_length, data.max_response_length)
 
+    def as_metrics(self, metrics: Metrics) -> Metrics:
+        """ "expected_s/PHASE" -> seconds, for the lengths that the completions of a step had; {} where unknown."""
+        return {f"expected_s/{phase}": s for phase, s in self._expected_of([metrics]).items()}
+
+    def _expected_of(self, lines: Sequence[Metrics]) -> dict[str, float]:
+        """As `expected`, for the median lengths of some steps."""
+        work = dataclasses.replace(
+            self.planned_work(),
+            prompt_tokens=_median(lines, "prompt_length/mean"),
+            response_tokens=_median(lines, "response_length/mean"),
+        )
+        return self.expected(work)
+
     def compared(self, lines: Sequence[Metrics]) -> list[str]:
         """Expected and measured seconds as a table, for the lengths that the completions had; [] where unknown.
 
@@ -62,22 +75,20 @@ class Speed:
         """
         if not lines:
             return []
-        median = lambda name: statistics.median(line.get(name, 0.0) for line in lines)
-        work = dataclasses.replace(
-            self.planned_work(),
-            prompt_tokens=median("prompt_length/mean"),
-            response_tokens=median("response_length/mean"),
-        )
-        expected = self.expected(work)
+        expected = self._expected_of(lines)
         if not expected:
             return []
-        pairs = {phase: (seconds, median(f"timing_s/{phase}")) for phase, seconds in expected.items()}
+        pairs = {phase: (s, _median(lines, f"timing_s/{phase}")) for phase, s in expected.items()}
         origin = "" if CARDS[self.card].is_measured else ", by its data sheet"
         return [
             f"Seconds of a step, expected of {self.mesh.size} x {self.card}{origin} / measured "
             '(docs/performance.md, "Is my speed normal?"):',
             *(_row(phase, *pair) for phase, pair in pairs.items()),
         ]
+
+
+def _median(lines: Sequence[Metrics], name: str) -> float:
+    return statistics.median(line.get(name, 0.0) for line in lines)
 
 
 def _row(phase: str, expected: float, measured: float) -> str:

@@ -45,6 +45,7 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
     for row in speed.compared(steady(lines, first_step)):
         logger.info(row)
     logger.info("Learning curve:  %s", workdir.learning_curve)
+    logger.info("The run's page:  %s", workdir.report)
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
     logger.info("Trained model:   %s   (a %s folder)", model, "PEFT" if config.lora.rank else "Hugging Face")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 from grpo_jax.run import lock
@@ -46,6 +48,10 @@ class Workdir:
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
         self.alarms = path / "alarms.jsonl"
+        self.starts = path / "starts.jsonl"
+        """A line each time that a process took the run up: its command, versions, devices."""
+        self.report = path / "report.html"
+        self.step_pages = path / "report"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model_files = path / "model_files"
@@ -274,7 +280,7 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         logger.removeHandler(handler)
         handler.close()
     if console:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Terminal() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     elif file is None:
@@ -283,6 +289,13 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _Terminal(logging.Handler):
+    """Prints messages above the lines that are alive."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
 
 
 def _with_way_out(error: ConfigError) -> ConfigError:

@@ -22,6 +22,7 @@ from loss_helpers import (
     unpack,
 )
 
+from grpo_jax.algorithm import Algorithm
 from grpo_jax.algorithm import loss as losses
 from grpo_jax.algorithm.policy_losses import POLICY_LOSSES
 from grpo_jax.config import MeshSection
@@ -267,3 +268,28 @@ def test_the_same_inputs_give_the_same_bits(name):
     _, packed = packed_inputs(18, fill=7)
     first, second = (jax.device_get(step(*packed)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_the_clipped_tokens_are_those_that_the_metrics_count(name):
+    logprobs, entropy, batch = random_batch(3, num_rows=20)
+    section = dataclasses.replace(ALGORITHM, policy_loss=name, dual_clip=1.5, clip_low=0.1, clip_high=0.1)
+    weights = losses.loss_weights(batch.completion_mask, "token-mean", 1)
+    metrics = grpo_loss(logprobs, entropy, batch, weights, section)[1].summary()
+    clipped = np.asarray(losses.tokens_clipped(logprobs, batch, Algorithm.of(section)))
+    assert clipped.dtype == bool and not clipped[np.asarray(batch.completion_mask) == 0].any()
+    share = clipped.sum() / np.asarray(batch.completion_mask).sum()
+    # With "clip" a token can be both, where the first bound has no part in the loss any more.
+    low, high = metrics["actor/pg_clipfrac"], metrics["actor/pg_clipfrac_lower"]
+    assert max(low, high) - 1e-6 <= share <= low + high + 1e-6
+    assert (share > 0) == (name in ("clip", "gspo", "cispo", "geo_mean"))
+
+
+def test_a_clipped_token_is_one_beyond_its_bound():
+    old = np.log([[0.5, 0.5, 0.5, 0.5]])
+    batch = make_batch([[0, 1, 1, 1]], advantages=[[0, 1, 1, -1]], old=old)
+    ratios = np.log(
+        [[9.0, 1.05, 1.3, 1.3]]
+    )  # within; beyond, and good; beyond, but bad: its loss is not bounded
+    clipped = losses.tokens_clipped(array(old + ratios), batch, Algorithm.of(ALGORITHM))
+    assert np.asarray(clipped).tolist() == [[False, False, True, False]]

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax.rollout.local import LocalEngine
 
-STEPS = ("forward_pass", "zeros", "backward", "apply")
+STEPS = ("forward_pass", "zeros", "backward", "apply", "tokens_clipped")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import hosts_helpers as hosts
 import integration_helpers as helpers
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -72,8 +73,14 @@ def same_numbers(workdir, expected):
         assert line.keys() == other.keys()
         for name, value in line.items():
             assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
-    for file in sorted((expected / "rollouts").iterdir()):
+    for file in sorted((expected / "rollouts").glob("*.jsonl")):
         assert (workdir / "rollouts" / file.name).read_text() == file.read_text()
+    for file in sorted((expected / "rollouts").glob("*.parquet")):
+        tokens, others = (pq.read_table(folder / "rollouts" / file.name) for folder in (workdir, expected))
+        assert tokens.column("token_ids") == others.column("token_ids")
+        for name in ("trainer_logprobs", "logprobs", "token_advantages"):
+            values, expected_values = (t.column(name).combine_chunks().values for t in (tokens, others))
+            np.testing.assert_allclose(values, expected_values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def same_model(workdir, expected):

@@ -59,7 +59,7 @@ def test_two_hosts_train_as_one(tmp_path, reward_file):
     assert len(lines) == len(expected) == 2
     for line, other in zip(lines, expected, strict=True):
         assert helpers.without_clock(line) == pytest.approx(helpers.without_clock(other), rel=1e-4, abs=1e-5)
-    for file in (tmp_path / "alone" / "rollouts").iterdir():
+    for file in (tmp_path / "alone" / "rollouts").glob("*.jsonl"):
         assert (tmp_path / "run" / "rollouts" / file.name).read_text() == file.read_text()
 
 

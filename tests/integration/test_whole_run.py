@@ -63,7 +63,7 @@ def test_every_file_is_there(workdir):
     # Steps 4 (every_steps) and 6 (the last).
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "6"]
     assert sorted(p.name for p in (workdir / "rollouts").iterdir()) == [
-        f"step-{step:06d}.jsonl" for step in range(1, 7)
+        f"step-{step:06d}.{end}" for step in range(1, 7) for end in ("jsonl", "parquet")
     ]
     assert (workdir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(workdir.rglob("*.tmp"))
@@ -106,6 +106,36 @@ def test_rollouts_are_groups_of_fresh_prompts(rollouts):
     for ids in seen.values():
         assert len(set(ids)) == 12 and set(ids) <= {f"train/{i}" for i in range(13)}
     assert seen[1] != seen[2]  # shuffled anew
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_the_tokens_say_what_the_metrics_say(step, lines, rollouts, workdir):
+    """With two mini-batches a step: metrics are means over the updates, of the tokens of each."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(workdir / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
+    for row, record in zip(rows, [r for group in rollouts[step] for r in group], strict=True):
+        assert {name: row[name] for name in record if name != "num_tokens"} == {
+            name: record[name] for name in record if name != "num_tokens"
+        }
+        assert len(row["token_ids"]) == len(row["logprobs"]) == record["num_tokens"]
+        assert np.allclose(row["trainer_logprobs"], row["sampler_logprobs"], atol=1e-4)
+    entry = json.loads((workdir / "ledger" / "steps.jsonl").read_text().splitlines()[step - 1].split("\t")[0])
+    of = lambda number: [row for row, at in zip(rows, entry["minibatch"], strict=True) if at == number]
+    flat = lambda number, name: np.concatenate([row[name] for row in of(number)])
+    mean = lambda value: np.mean([np.mean(value(number)) for number in (0, 1)])
+    names = {
+        "actor/ppo_kl": lambda n: flat(n, "old_logprobs") - flat(n, "logprobs"),
+        "actor/pg_clipfrac": lambda n: flat(n, "is_clipped"),
+        "training/rollout_probs_diff_mean": lambda n: abs(
+            np.exp(flat(n, "trainer_logprobs")) - np.exp(flat(n, "sampler_logprobs"))
+        ),
+    }
+    for name, value in names.items():
+        assert mean(value) == pytest.approx(lines[step][name], abs=1e-6), name
+    assert (flat(0, "logprobs") == flat(0, "old_logprobs")).all()  # before anything was updated
+    assert (flat(1, "logprobs") != flat(1, "old_logprobs")).any()
+    assert all(row["weighs"] == [True] * len(row["token_ids"]) for row in rows)
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
