@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
@@ -35,6 +36,30 @@ def test_each_process_pushes_adapters_to_its_own_engine(tmp_path):
 def test_two_processes_push_together_and_survive_the_end_of_their_engine(tmp_path):
     """The engine dies while rollouts are awaited: the new one wants the weights, which both bring together."""
     check_run(tmp_path, 1, {})
+
+
+@pytest.mark.slow
+def test_the_end_of_ray_beside_one_process_ends_the_run_in_one_line(tmp_path):
+    """Its engine cannot be started again: there is no place for it any more."""
+    reward, mark = tmp_path / "my_reward.py", uuid.uuid4().hex
+    reward.write_text(commands.REWARD_FILE)
+    overrides = VLLM | {"reward.function": f"{reward}:score", "mesh.fsdp": -1, "rollout.num_replicas": 2}
+    overrides |= {"trainer.num_steps": 6, "trainer.total_epochs": 2, "checkpoint.every_steps": 1}
+    with hosts.started(
+        commands.train_argv(tmp_path / "run", overrides), 2, GRPO_JAX_TEST_MARK=mark
+    ) as processes:
+        wait_for_step(2, processes)
+        [node] = [
+            process
+            for process in psutil.Process(processes[1].pid).children()
+            if "node" in process.cmdline() and process.cmdline()[2].endswith("ray_head.py")
+        ]
+        os.killpg(node.pid, signal.SIGKILL)
+        first, second = hosts.finish(processes, timeout=300)
+    assert (first.code, second.code) == (1, 1)
+    [line] = [text for text in first.err.splitlines() if text.startswith("error:")]
+    assert "process 1" in line and "Ray's processes have ended" in line
+    assert second.err == ""
 
 
 def wait_for_step(number, processes):

@@ -158,6 +158,11 @@ class Cluster:
         """To be called when an engine has failed. Raises: EngineError: Ray itself has died."""
         if self._ray is not None:
             self._ray.check(NOTICE_S)
+        if self._crew is not None:
+            try:
+                self._crew.ask("check_ray", timeout_s=NOTICE_S)
+            except WeightSyncError as error:
+                raise EngineError(str(error)) from error
 
     def _reserve(self) -> Any:
         """Returns a placement group with a bundle for each replica."""

@@ -171,6 +171,11 @@ class Member:
                 timeout_s=self._section.start_timeout_s,
             )
 
+    def check_ray(self, timeout_s: float) -> None:
+        """See `LocalRay.check`."""
+        if self._ray is not None:
+            self._ray.check(timeout_s)
+
     def open(
         self, transport: str, cargo: str, engines: Sequence[Sequence[list[list[int]]]]
     ) -> list[dict[str, Any] | None]:
