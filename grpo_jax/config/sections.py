@@ -122,6 +122,7 @@ class DataSection:
     max_prompt_length: int = key(512, "longest prompt, chat template included", unit="tokens", at_least=1, below=2**24)
     max_response_length: int = key(512, "a completion is cut there, in validation too", unit="tokens", at_least=1, below=2**24)
     overlong_prompts: str = key("filter", "prompts that are too long: leave out, or cut their left end", choices="filter truncate")
+    chat_template_args: tuple[str, ...] = key((), "for the chat template, as `enable_thinking=False`", rule='`"NAME=VALUE"` each')
     shuffle: bool = key(True, "anew each epoch, from `trainer.seed`")
 
 

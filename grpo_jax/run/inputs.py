@@ -95,7 +95,9 @@ def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Input
     examples: list[tuple[list[int], list[int]]] = []
     if config.sft.num_steps:
         limits = (config.data.max_prompt_length, config.data.max_response_length)
-        examples, dropped = sft_examples(rows["sft"], tokenizer, *limits, date)
+        examples, dropped = sft_examples(
+            rows["sft"], tokenizer, *limits, date, config.data.chat_template_args
+        )
         logger.info("sft.train_files: %d examples (%d too long, dropped)", len(examples), dropped)
     if len(prompts["train"]) < config.data.train_batch_size:
         rule = f"must be at most the number of training prompts, {len(prompts['train'])}"
@@ -117,6 +119,7 @@ def _encode(
             overlong=config.data.overlong_prompts,
             key=key,
             date=date,
+            template_args=config.data.chat_template_args,
         )
         logger.info(
             "%s: %d prompts (%d longer than %d tokens filtered, %d truncated)",

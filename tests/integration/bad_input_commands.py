@@ -56,6 +56,8 @@ OTHERS = [
     # evaluate
     evaluate("misspelt-flag", [*GOOD, "--temprature=1"], "--temprature", "did you mean --temperature?"),
     evaluate("no-model", GOOD[1:], "--model"),
+    evaluate("template-args", [*GOOD, "--chat_template_args", "enable=1"],
+             "--chat_template_args='enable=1'", "reads no enable"),
     evaluate("wrong-type", [*GOOD, "--num=few"], "--num", "few"),
     evaluate("greedy-samples", [*GOOD, "--num_samples=4"], "--num_samples=4", "--temperature above 0"),
     evaluate("negative-temperature", [*GOOD, "--temperature=-1"], "--temperature=-1.0", "at least 0"),
