@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("configs", "launch")
+SHIPPED = ("configs", "examples", "launch")
 """`python -m grpo_jax.init` copies them out again."""
 
 

@@ -1,10 +1,10 @@
-"""Copies the recipes and launch scripts that came with the package into a folder of yours.
+"""Copies the recipes, examples and launch scripts that came with the package into a folder of yours.
 
     python -m grpo_jax.init FOLDER
 
-FOLDER then holds `configs/` and `launch/`, and every command of the docs works from there, without a clone
-of the repository. Files that are there already and are the same are left alone; if one differs, nothing is
-written.
+FOLDER then holds `configs/`, `examples/` and `launch/`, and every command of the docs works from there,
+without a clone of the repository. Files that are there already and are the same are left alone; if one differs,
+nothing is written.
 """
 
 import filecmp
@@ -14,7 +14,7 @@ from pathlib import Path
 from grpo_jax.config import ConfigError
 from grpo_jax.config.command_line import make_parser, one_line_errors
 
-FOLDERS = ("configs", "launch")
+FOLDERS = ("configs", "examples", "launch")
 EXTENSIONS = (".py", ".sh", ".yaml", ".md", ".jsonl")
 
 

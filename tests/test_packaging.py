@@ -25,7 +25,7 @@ LEFT_OUT = (
     "build",
     "dist",
 )
-SHIPPED = ("configs", "launch")
+SHIPPED = ("configs", "examples", "launch")
 
 
 def call(*command, cwd, code=0):
@@ -84,7 +84,12 @@ def test_commands_work_without_a_clone(python, tmp_path):
     assert str(python.parent.parent) in done.stdout
     done = call(python, "-m", "grpo_jax.init", "mine", cwd=tmp_path)
     mine = tmp_path / "mine"
-    files = {path.relative_to(ROOT) for name in SHIPPED for path in (ROOT / name).glob("*.*")}
+    files = {
+        path.relative_to(ROOT)
+        for name in SHIPPED
+        for path in (ROOT / name).rglob("*.*")
+        if path.suffix != ".pyc"
+    }
     assert {path.relative_to(mine) for path in mine.rglob("*") if path.is_file()} == files
     assert f"mine: {len(files)} files copied" in done.stdout
     for path in files:
