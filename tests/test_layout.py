@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "grpo_jax"
-COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit", "init"}
+COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit", "init", "fetch"}
 FLOORS = (  # a folder imports from the floors below its own, never from beside it
     {"config"},
     {"types", "storage"},
