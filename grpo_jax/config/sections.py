@@ -281,10 +281,10 @@ class CheckpointSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSection:
-    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices="console tensorboard", resume=FREE)
+    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices="console tensorboard wandb mlflow trackio", resume=FREE)
     project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
     experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
-    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard", resume=FREE)
+    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard|wandb|mlflow|trackio", resume=FREE)
     save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`", resume=FREE)
 
 

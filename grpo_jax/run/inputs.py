@@ -26,6 +26,7 @@ from grpo_jax.model.lora import init_adapters, join
 from grpo_jax.model.peft import adapter_readers, inspect_adapter, with_adapters
 from grpo_jax.model.rope import max_position
 from grpo_jax.run.hosts import ALONE, Hosts
+from grpo_jax.run.trackers import check_trackers
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
 from grpo_jax.types import Params, Prompt
@@ -82,6 +83,8 @@ def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Input
 
     Raises: ConfigError: the first thing that is wrong.
     """
+    if hosts.is_first:  # the others write no reports
+        check_trackers(config.logging.loggers)
     rows, generated = _read_rows(config)
     folder, tokenizer = _read_model(config, workdir, rows)
     _check_model(config, folder)
