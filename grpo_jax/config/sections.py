@@ -54,6 +54,7 @@ DTYPES = "float32 bfloat16"
 """Of what is kept; computed is also in float16."""
 NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
 """Of functions: `algorithm.load_algorithm` checks them."""
+LOGGERS = "console tensorboard wandb mlflow trackio"
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
 REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `FILE.py:NAME`"
 TARGETS = "`all-linear`, `attention`, `mlp`, names as `q_proj`, patterns"
@@ -75,6 +76,7 @@ BY_ROWS = "actor.micro_batch_tokens_per_device=0"
 LOCAL, VLLM = "rollout.engine=local", "rollout.engine=vllm"
 TELL_DRAWABLE = ("local",)
 """Engines whose completions say which tokens could be drawn."""
+SHOW_TEXT = "logging.loggers=tensorboard|wandb|mlflow|trackio"
 IN_WORKERS = "reward.function=math or reward.extra_functions=math"
 
 # fmt: off
@@ -281,10 +283,10 @@ class CheckpointSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSection:
-    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices="console tensorboard wandb mlflow trackio", resume=FREE)
+    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices=LOGGERS, resume=FREE)
     project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
     experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
-    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard|wandb|mlflow|trackio", resume=FREE)
+    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only=SHOW_TEXT, resume=FREE)
     save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`", resume=FREE)
 
 
