@@ -1,10 +1,12 @@
 """Checks the installation, and what a configuration would need.
 
-    python -m grpo_jax.doctor
-    python -m grpo_jax.doctor [--hosts] --config=FILE.py [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]
+    python -m grpo_jax.doctor [--json]
+    python -m grpo_jax.doctor [--hosts] [--json] [--sample] --config=FILE.py [--workdir=DIR]
+        [--config.SECTION.KEY=VALUE ...]
 
-With --hosts, started on every host as training is, it checks what the hosts must have in common (docs/hosts.md).
-Writes nothing that stays.
+Each line says ok, or BAD and the command that mends it. With --sample the model of the configuration is loaded and
+says a greedy sentence. With --json one JSON object is printed in place of the lines. With --hosts, started on
+every host as training is, it checks what the hosts must have in common (docs/hosts.md). Writes nothing that stays.
 
 Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
 """
@@ -18,16 +20,20 @@ from typing import Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, unread_keys, unread_warning
 from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
+from grpo_jax.run.checks import GIB, Check, Report, check_clock, check_disk, check_driver, reference_reward
 
-GIB = 1 << 30
+NUM_TOKENS = 32
+"""Of a greedy sample."""
+SHOWN = 300
+"""Characters of a prompt."""
 
 
-def check_packages() -> list[str]:
-    """Prints the version of everything that grpo_jax requires. Returns what is missing or too old."""
+def check_packages(report: Report) -> None:
+    """The version of everything that grpo_jax requires."""
     from packaging.requirements import Requirement
 
-    print(f"Python {platform.python_version()} on {platform.platform()}")
-    problems = []
+    report.text(f"Python {platform.python_version()} on {platform.platform()}")
+    report.values([("python", platform.python_version()), ("platform", platform.platform())])
     for line in importlib.metadata.requires("grpo_jax") or []:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -37,40 +43,42 @@ def check_packages() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             version = "missing"
         is_good = version != "missing" and requirement.specifier.contains(version, prereleases=True)
-        print(f"  {'ok ' if is_good else 'BAD'} {requirement.name} {version} (needs {requirement.specifier})")
-        if not is_good:
-            problems.append(f"{requirement.name} {version}, needs {requirement.specifier}")
-    return problems
+        wanted = f"{requirement.name}{requirement.specifier}"
+        found = f"{version} (needs {requirement.specifier})"
+        report.add(Check(requirement.name, is_good, found, "" if is_good else f"pip install -U '{wanted}'"))
 
 
-def check_devices() -> None:
+def check_devices(report: Report) -> None:
     """Lists the devices and multiplies two matrices on each."""
     import jax
     import jax.numpy as jnp
 
     from grpo_jax.run.devices import find_devices
 
-    for device in find_devices():
+    devices = find_devices()
+    for check in check_driver([device.platform for device in devices]):
+        report.add(check)
+    for device in devices:
         ones = jax.device_put(jnp.ones((256, 256)), device)
         total = float((ones @ ones).sum())
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / GIB:.0f} GiB for JAX" if limit else ""
-        print(
-            f"  {'ok ' if total == 256.0**3 else 'BAD'} {device.platform}:{device.id} {device.device_kind}{memory}"
-        )
+        found, is_ok = f"{device.device_kind}{memory}", total == 256.0**3
+        mend = "" if is_ok else "it computes wrongly: take it out of use (CUDA_VISIBLE_DEVICES)"
+        report.add(Check(f"{device.platform}:{device.id}", is_ok, found, mend))
 
 
-def print_config(config: Config) -> None:
+def print_config(report: Report, config: Config) -> None:
     """Prints every key: what differs from its default, and what nothing reads."""
     unread = unread_keys(config)
     for name, key in KEYS.items():
         value = config.get(name)
         note = f" (nothing reads it with {unread[name]})" if name in unread else ""
-        print(f"  {' ' if value == key.default else '*'} {name} = {value!r}{note}")
+        report.text(f"  {' ' if value == key.default else '*'} {name} = {value!r}{note}")
 
 
-def check_config(config: Config, path: Path) -> None:
-    """Reads all that the run would read, and prints what it would hold.
+def check_config(report: Report, config: Config, path: Path) -> None:
+    """Reads all that the run would read, and says what it would hold.
 
     Raises: ConfigError: the first thing that is wrong.
     """
@@ -90,24 +98,32 @@ def check_config(config: Config, path: Path) -> None:
     check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     algorithm = load_algorithm(config)
-    make_reward(config.reward, max_response_length=config.data.max_response_length).close()
+    with make_reward(config.reward, max_response_length=config.data.max_response_length) as reward:
+        first = inputs.train_prompts[0]
+        report.text(f"  first prompt: {first.text[:SHOWN]!r}")
+        report.add(Check("data", True, f"{first.prompt_id}: {reference_reward(first, reward)}"))
     mesh = open_mesh(config)
     try_functions(algorithm)
     steps = len(inputs.train_prompts) // config.data.train_batch_size
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
-    rows += _memory_rows(config, mesh)
+    held, checkpoint, weights = _memory_rows(config, mesh)
+    rows += held
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     rows += memory_rows(config.rollout)
     rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
-    print(*table_lines(rows), *doubts(config, config.num_steps(steps)), sep="\n")
+    report.values(rows)
+    report.text(*table_lines(rows), *doubts(config, config.num_steps(steps)))
+    epochs = config.num_steps(steps) / steps
+    sizes = {"checkpoint": checkpoint, "weights": weights}
+    report.add(check_disk(config, place=existing, num_epochs=epochs, **sizes))
     for step, found in first_of_each(read_metrics(workdir), config):
-        print(
+        report.text(
             f"WARNING: alarm {found.alarm.name} at step {step}: {found.seen}. Remedy: {found.alarm.remedy}."
         )
 
 
-def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
-    """What `grpo_jax.plan` says in full."""
+def _memory_rows(config: Config, mesh: Any) -> tuple[list[tuple[str, str]], int, int]:
+    """What `grpo_jax.plan` says in full; bytes of a checkpoint, and of the weights in a folder."""
     from grpo_jax.learner.memory import held_in_all
     from grpo_jax.model.transformer import num_params
     from grpo_jax.run.inputs import read_model_config
@@ -128,43 +144,77 @@ def _memory_rows(config: Config, mesh: Any) -> list[tuple[str, str]]:
     ]
     if plan.host:
         rows.append(("the host holds", f"{sum(plan.host.values()) / 1e9:.1f} GB ({', '.join(plan.host)})"))
-    return [*rows, ("one checkpoint", f"{checkpoint / 1e9:.1f} GB")]
+    rows.append(("one checkpoint", f"{checkpoint / 1e9:.1f} GB"))
+    return rows, checkpoint, num_params(model) * (4 if config.model.dtype == "float32" else 2)
 
 
-def _parse() -> tuple[Config, Path, Any]:
+def check_sample(report: Report, config: Config) -> None:
+    """Loads the model and lets it say something. Raises: ConfigError: it cannot be loaded."""
+    from grpo_jax.run.sample import greedy_sample
+
+    if config.model.path == "random":
+        report.add(Check("sample", True, "none: the model is still to be made"))
+        return
+    _, answer = greedy_sample(config.model.path, num_tokens=NUM_TOKENS, dtype=config.model.dtype)
+    report.add(Check("sample", True, repr(answer)))
+
+
+def _parse(argv: list[str]) -> tuple[Config, Path, Any]:
     """Raises: ConfigError: as `read_command_line`."""
-    parser = config_parser("grpo_jax.doctor", __doc__, f"[--hosts] {USAGE}")
+    parser = config_parser("grpo_jax.doctor", __doc__, f"[--hosts] [--json] [--sample] {USAGE}")
     parser.add_argument(
         "--hosts", action="store_true", help="of all hosts of a run: start it on each of them"
     )
-    return read_command_line(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
+    parser.add_argument("--sample", action="store_true", help="load the model, and print a greedy sample")
+    return read_command_line(parser, argv)
 
 
 def main() -> None:
     with one_line_errors():
-        parsed = _parse() if sys.argv[1:] else None
+        argv = sys.argv[1:]
+        parsed = _parse(argv) if [flag for flag in argv if flag != "--json"] else None
         if parsed is not None and parsed[2].hosts:
             from grpo_jax.run.host_check import check_hosts
 
             check_hosts(*parsed[:2])
             return
-        problems = check_packages()
-        if parsed is not None:
-            from grpo_jax.run.devices import prepare_process
+        report = Report(is_json="--json" in argv)
+        try:
+            _check_all(report, parsed)
+        except ConfigError as error:
+            report.checks.append(Check(error.key, False, repr(error.value), error.rule))
+            report.finish()
+            raise
+        report.finish()
+        if problems := report.problems():
+            raise ConfigError(
+                "installation", "; ".join(f"{p.name} {p.found}" for p in problems), problems[0].mend
+            )
+        report.text("Everything is in order.")
 
-            prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
-        print("Devices")
-        check_devices()
-        if parsed is not None:
-            print("Configuration (*: not the default)")
-            print_config(parsed[0])
-            if warning := unread_warning(parsed[0]):
-                print(warning)
-            print("What the run would hold")
-            check_config(*parsed[:2])
-        if problems:
-            raise ConfigError("installation", "; ".join(problems), "run pip install -e . again")
-        print("Everything is in order.")
+
+def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
+    """Raises: ConfigError: the first thing that is wrong with the configuration."""
+    check_packages(report)
+    report.add(check_clock())
+    if parsed is not None:
+        from grpo_jax.run.devices import prepare_process
+
+        prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
+    report.text("Devices")
+    check_devices(report)
+    if parsed is None:
+        return
+    config, path, args = parsed
+    report.text("Configuration (*: not the default)")
+    print_config(report, config)
+    if warning := unread_warning(config):
+        report.text(warning)
+    report.text("What the run would hold")
+    check_config(report, config, path)
+    if args.sample:
+        check_sample(report, config)
 
 
 if __name__ == "__main__":

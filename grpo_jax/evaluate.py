@@ -2,7 +2,7 @@
 
     python -m grpo_jax.evaluate --model=HF_DIR --data=FILE.parquet [--adapter=PEFT_DIR] [--engine=local]
         [--temperature=0] [--num=N] [--num_samples=1] [--json=OUT.json] [--generations=OUT.jsonl]
-        [--phase_timeout_s=86400]
+        [--chat_template_args NAME=VALUE ...] [--phase_timeout_s=86400]
 
 Greedy unless a temperature is given. OUT.json gets {"accuracy": ..., "num": ..., "pass@k": ...}; OUT.jsonl one
 line a completion.
@@ -67,6 +67,13 @@ def main() -> None:
         "--dtype", default="float32", choices=KEYS["model.dtype"].choices, help="of the computation"
     )
     parser.add_argument("--reward", default="gsm8k", help="as reward.function of a configuration")
+    parser.add_argument(
+        "--chat_template_args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="as data.chat_template_args of a configuration",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--phase_timeout_s",
@@ -81,6 +88,7 @@ def main() -> None:
         "lora.path": "--adapter",
         "data.max_prompt_length": "--max_prompt_length",
         "reward.function": "--reward",
+        "data.chat_template_args": "--chat_template_args",
     }
     with one_line_errors(flags):
         args = parser.parse_args()
@@ -185,7 +193,12 @@ def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:
     rows = read_rows([args.data], "--data")
     limit = args.max_prompt_length
     prompts, counts = encode_prompts(
-        rows, tokenizer, max_prompt_length=limit, overlong="filter", key="--data"
+        rows,
+        tokenizer,
+        max_prompt_length=limit,
+        overlong="filter",
+        key="--data",
+        template_args=args.chat_template_args,
     )
     if counts.num_filtered:
         print(f"{counts.num_filtered} prompts longer than {limit} tokens are left out")

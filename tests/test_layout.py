@@ -7,7 +7,9 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "grpo_jax"
-COMMANDS = {"train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit", "inspect"}
+COMMANDS = {
+    "train", "evaluate", "export", "sft", "doctor", "plan", "mismatch", "audit", "inspect", "init", "fetch",
+}  # fmt: skip
 FLOORS = (  # a folder imports from the floors below its own, never from beside it
     {"config"},
     {"types", "storage"},

@@ -54,6 +54,7 @@ DTYPES = "float32 bfloat16"
 """Of what is kept; computed is also in float16."""
 NAMED = "a name in docs/algorithms.md, or `FILE.py:NAME`"
 """Of functions: `algorithm.load_algorithm` checks them."""
+LOGGERS = "console tensorboard wandb mlflow trackio"
 LOSS_AGGS = "token-mean seq-mean-token-sum seq-mean-token-mean seq-mean-token-sum-norm"
 REWARDS = "`gsm8k`, `gsm8k_flexible`, `gsm8k_format`, `think_format`, `math`, `FILE.py:NAME`"
 TARGETS = "`all-linear`, `attention`, `mlp`, names as `q_proj`, patterns"
@@ -75,6 +76,7 @@ BY_ROWS = "actor.micro_batch_tokens_per_device=0"
 LOCAL, VLLM = "rollout.engine=local", "rollout.engine=vllm"
 TELL_DRAWABLE = ("local",)
 """Engines whose completions say which tokens could be drawn."""
+SHOW_TEXT = "logging.loggers=tensorboard|wandb|mlflow|trackio"
 IN_WORKERS = "reward.function=math or reward.extra_functions=math"
 
 # fmt: off
@@ -122,6 +124,7 @@ class DataSection:
     max_prompt_length: int = key(512, "longest prompt, chat template included", unit="tokens", at_least=1, below=2**24)
     max_response_length: int = key(512, "a completion is cut there, in validation too", unit="tokens", at_least=1, below=2**24)
     overlong_prompts: str = key("filter", "prompts that are too long: leave out, or cut their left end", choices="filter truncate")
+    chat_template_args: tuple[str, ...] = key((), "for the chat template, as `enable_thinking=False`", rule='`"NAME=VALUE"` each')
     shuffle: bool = key(True, "anew each epoch, from `trainer.seed`")
 
 
@@ -280,10 +283,10 @@ class CheckpointSection:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSection:
-    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices="console tensorboard", resume=FREE)
+    loggers: tuple[str, ...] = key(("console", "tensorboard"), "where metrics are shown", choices=LOGGERS, resume=FREE)
     project_name: str = key("grpo_jax", "the workdir is `outputs/PROJECT/EXPERIMENT`", rule="below `outputs`: no `..`", resume=FREE)
     experiment_name: str = key("default", "as above", rule="the same", resume=FREE)
-    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only="logging.loggers=tensorboard", resume=FREE)
+    num_text_samples: int = key(3, "completions shown a step and a validation", at_least=0, only=SHOW_TEXT, resume=FREE)
     save_rollouts: bool = key(False, "every completion to `rollouts/step-NNNNNN.jsonl`, its tokens to `.parquet`", resume=FREE)
     save_rollouts_every: int = key(1, "of every how many steps", unit="steps", at_least=1, resume=FREE)
     report_every_s: float = key(300.0, "until `report.html` is made again; 0: at the end", unit="seconds", at_least=0, at_most=1e6, resume=FREE)

@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_jax.config import ConfigError
+from grpo_jax.data.chat_template import ChatTemplate, open_template, read_arguments
 from grpo_jax.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TODAY = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
-"""In a chat template: today's date, in the form between the quotation marks."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them holds the vocabulary
 
 
@@ -69,6 +67,7 @@ def encode_prompts(
     overlong: str,
     key: str,
     date: datetime.datetime | None = None,
+    template_args: Sequence[str] = (),
 ) -> tuple[list[Prompt], PromptCounts]:
     """Encodes rows: chat messages through the chat template, generation prompt included; strings as they are.
 
@@ -78,15 +77,18 @@ def encode_prompts(
         overlong: "filter" drops longer prompts, "truncate" cuts their left end.
         key: the configuration key that named the rows, for messages.
         date: what a chat template takes for today's; None: the day it is.
+        template_args: for the chat template, "NAME=VALUE" each.
 
     Returns:
         The prompts, in the order of the rows, and how many were too long.
 
     Raises:
-        ConfigError: messages without a chat template, a prompt of no tokens, or no prompt left.
+        ConfigError: messages without a chat template, an argument that it does not know, a prompt of no tokens,
+            or no prompt left.
     """
     prompts, num_overlong = [], 0
-    for row, (text, ids) in zip(rows, _encode_rows(rows, tokenizer, key, date), strict=True):
+    encoded = _encode_rows(rows, tokenizer, key, date, template_args)
+    for row, (text, ids) in zip(rows, encoded, strict=True):
         if len(ids) > max_prompt_length:
             num_overlong += 1
             if overlong == "filter":
@@ -124,8 +126,9 @@ def sft_examples(
     max_prompt_length: int,
     max_response_length: int,
     date: datetime.datetime | None = None,
+    template_args: Sequence[str] = (),
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Encodes worked examples: prompts and `date` as in `encode_prompts`, responses `extra_info.answer` and EOS.
+    """Encodes worked examples: prompts as in `encode_prompts`, responses `extra_info.answer` and EOS.
 
     Returns:
         Pairs (prompt ids, response ids), and how many examples were dropped because one part was too long.
@@ -146,7 +149,7 @@ def sft_examples(
     pairs = [
         (prompt_ids, [*response_ids, eos_id])
         for (_, prompt_ids), response_ids in zip(
-            _encode_rows(rows, tokenizer, key, date), responses, strict=True
+            _encode_rows(rows, tokenizer, key, date, template_args), responses, strict=True
         )
     ]
     kept = [
@@ -176,19 +179,26 @@ def _encode_rows(
     tokenizer: "PreTrainedTokenizerBase",
     key: str,
     date: datetime.datetime | None,
+    template_args: Sequence[str],
 ) -> list[tuple[str, list[int]]]:
     """Returns (text, token ids) of each row's prompt.
 
     Templates are rendered one by one, to name the row that one refuses; the tokenizer, where the time goes,
     gets all texts of a kind at once.
     """
+    read_arguments(template_args)
     encoded: list[tuple[str, list[int]]] = [("", [])] * len(rows)
     chats = [i for i, row in enumerate(rows) if not isinstance(row["prompt"], str)]
     plain = [i for i, row in enumerate(rows) if isinstance(row["prompt"], str)]
+    texts_of = {i: rows[i]["prompt"] for i in plain}
+    if chats:
+        _check_has_template(tokenizer, rows[chats[0]]["prompt_id"])
+        template = open_template(tokenizer, date, template_args)
+        texts_of |= {i: _render(rows[i], template, key) for i in chats}
     for indices, is_chat in ((chats, True), (plain, False)):
         if not indices:
             continue
-        texts = [_render(rows[i], tokenizer, key, date) if is_chat else rows[i]["prompt"] for i in indices]
+        texts = [texts_of[i] for i in indices]
         # A rendered template holds its special tokens already.
         ids = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         for i, text, text_ids in zip(indices, texts, ids, strict=True):
@@ -198,36 +208,19 @@ def _encode_rows(
     return encoded
 
 
-def _render(
-    row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", key: str, date: datetime.datetime | None
-) -> str:
+def _check_has_template(tokenizer: "PreTrainedTokenizerBase", prompt_id: str) -> None:
     if tokenizer.chat_template is None:
-        rule = f"its tokenizer has no chat template, and prompt {row['prompt_id']} is a list of chat messages"
+        rule = f"its tokenizer has no chat template, and prompt {prompt_id} is a list of chat messages"
         raise ConfigError("model.path", tokenizer.name_or_path, rule)
+
+
+def _render(row: Mapping[str, Any], template: ChatTemplate, key: str) -> str:
     import jinja2
 
     try:
-        text = tokenizer.apply_chat_template(
-            row["prompt"],
-            chat_template=_template(tokenizer, date),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except jinja2.TemplateError as error:  # templates refuse, say, a system message or a second user turn
+        return template.render(row["prompt"])
+    except jinja2.TemplateError as error:
         raise ConfigError(key, row["prompt_id"], f"the chat template refuses its messages: {error}") from None
-    return str(text)
-
-
-def _template(tokenizer: "PreTrainedTokenizerBase", date: datetime.datetime | None) -> str:
-    """The chat template, which takes `date` for today's; None: the day it is.
-
-    transformers lets nobody choose what `strftime_now` returns, and hands no function to a template. So the date
-    takes the place of the call.
-    """
-    template = tokenizer.get_chat_template()
-    if date is None:
-        return template
-    return TODAY.sub(lambda call: json.dumps(date.strftime(call[1][1:-1]), ensure_ascii=False), template)
 
 
 class PromptIterator:

@@ -94,7 +94,7 @@ def check_rows(
     checked = []
     for number, row in enumerate(rows):
         try:
-            checked.append(_check_row(row) | {"prompt_id": f"{name}/{number}"})
+            checked.append(check_row(row) | {"prompt_id": f"{name}/{number}"})
         except ValueError as error:
             raise ConfigError(key, source, f"row {number}: {error}") from None
     if not checked:
@@ -102,7 +102,7 @@ def check_rows(
     return checked
 
 
-def _check_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Raises ValueError, saying what is wrong."""
     data_source = row.get("data_source")
     if not isinstance(data_source, str):

@@ -26,6 +26,7 @@ from grpo_jax.model.lora import init_adapters, join
 from grpo_jax.model.peft import adapter_readers, inspect_adapter, with_adapters
 from grpo_jax.model.rope import max_position
 from grpo_jax.run.hosts import ALONE, Hosts
+from grpo_jax.run.trackers import check_trackers
 from grpo_jax.run.warm_start import warm_start
 from grpo_jax.run.workdir import Beginning, Workdir
 from grpo_jax.types import Params, Prompt
@@ -82,6 +83,8 @@ def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Input
 
     Raises: ConfigError: the first thing that is wrong.
     """
+    if hosts.is_first:  # the others write no reports
+        check_trackers(config.logging.loggers)
     rows, generated = _read_rows(config)
     folder, tokenizer = _read_model(config, workdir, rows)
     _check_model(config, folder)
@@ -95,7 +98,9 @@ def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Input
     examples: list[tuple[list[int], list[int]]] = []
     if config.sft.num_steps:
         limits = (config.data.max_prompt_length, config.data.max_response_length)
-        examples, dropped = sft_examples(rows["sft"], tokenizer, *limits, date)
+        examples, dropped = sft_examples(
+            rows["sft"], tokenizer, *limits, date, config.data.chat_template_args
+        )
         logger.info("sft.train_files: %d examples (%d too long, dropped)", len(examples), dropped)
     if len(prompts["train"]) < config.data.train_batch_size:
         rule = f"must be at most the number of training prompts, {len(prompts['train'])}"
@@ -117,6 +122,7 @@ def _encode(
             overlong=config.data.overlong_prompts,
             key=key,
             date=date,
+            template_args=config.data.chat_template_args,
         )
         logger.info(
             "%s: %d prompts (%d longer than %d tokens filtered, %d truncated)",

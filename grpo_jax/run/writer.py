@@ -1,4 +1,4 @@
-"""The writer of metrics: console, metrics.jsonl, TensorBoard; and reading metrics.jsonl back."""
+"""The writer of metrics: console, metrics.jsonl, TensorBoard, trackers; and reading metrics.jsonl back."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_jax.config import Config
 from grpo_jax.run.tensorboard import TensorBoard
+from grpo_jax.run.trackers import Trackers
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.storage.files import write_whole
 from grpo_jax.types import Metrics
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes one line of metrics.jsonl a step, and the same numbers to TensorBoard."""
+    """Writes one line of metrics.jsonl a step, and the same numbers to TensorBoard and trackers."""
 
     def __init__(self, workdir: Workdir, config: Config, *, resume_step: int | None):
         """Args: resume_step: the last step of the checkpoint; what was written of later ones is dropped."""
@@ -33,6 +34,7 @@ class MetricsWriter:
         drop_after(self._path, last_step)
         if "tensorboard" in config.logging.loggers:
             self._tensorboard = TensorBoard(workdir.tensorboard, last_step=last_step)
+        self._trackers = Trackers(workdir.path, config)
 
     def write(self, metrics: Metrics, *, step: int, epoch: int) -> None:
         """Writes the metrics of one step. What is not finite becomes null in metrics.jsonl.
@@ -47,12 +49,15 @@ class MetricsWriter:
             os.fsync(file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.write(values, step)
+        self._trackers.write(values, step)
 
     def write_text(self, name: str, texts: Sequence[str], *, step: int) -> None:
-        """Shows texts in TensorBoard, each as it is."""
+        """Shows texts in TensorBoard and trackers, each as it is."""
         if self._tensorboard is not None and texts:
             blocks = ["    " + text.replace("\n", "\n    ") for text in texts]  # Markdown for verbatim
             self._tensorboard.write_text(name, "\n\n---\n\n".join(blocks), step)
+        if texts:
+            self._trackers.write_samples(name, texts, step)
 
     def console(self, metrics: Metrics, *, epoch: int, step: int, steps_per_epoch: int) -> None:
         """Prints the line of a step, and the epoch's where a new one begins. All counted from 1."""
@@ -70,6 +75,7 @@ class MetricsWriter:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._trackers.close()
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:

@@ -334,7 +334,7 @@ RULES = [  # changes, the key that is named, part of the rule
     ({"arithmetic.difficulty": 5}, "arithmetic.difficulty", "from 1 to 4"),
     ({"arithmetic.difficulty": 0}, "arithmetic.difficulty", "from 1 to 4"),
     ({"trainer.seed": 2**31}, "trainer.seed", "below 2**31"),
-    ({"logging.loggers": ("console", "wandb")}, "logging.loggers", "console, tensorboard"),
+    ({"logging.loggers": ("console", "swanlab")}, "logging.loggers", "console, tensorboard"),
     ({"model.path": ""}, "model.path", "Hugging Face folder"),
     ({"random_model.num_kv_heads": 3}, "random_model.num_kv_heads", "divide num_heads=4"),
     ({"random_model.hidden_size": 66}, "random_model.hidden_size", "num_heads=4"),

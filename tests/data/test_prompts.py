@@ -302,3 +302,41 @@ def test_fewer_prompts_than_a_batch_are_refused():
     assert make_iterator(3).steps_per_epoch == 1
     with pytest.raises(ConfigError, match=r"data.train_batch_size=3: must be at most .* 2$"):
         make_iterator(2)
+
+
+THINKING = (
+    "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}<none>{% endif %}"
+)
+
+
+def with_arguments(tokenizer_folder, *arguments):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = THINKING
+    settings = {"max_prompt_length": 1000, "overlong": "filter", "key": KEY, "template_args": arguments}
+    (prompt,), _ = encode_prompts(rows_of(user("Hi")), tokenizer, **settings)
+    (example,), _ = sft_examples(rows_of(user("Hi")), tokenizer, 1000, 1000, None, arguments)
+    assert list(prompt.token_ids) == example[0]
+    return prompt.text
+
+
+def test_arguments_reach_the_template(tokenizer_folder):
+    assert with_arguments(tokenizer_folder) == "Hi"
+    for no in ("False", "false", "0", "None", "null"):  # the word "false" would be true in a template
+        assert with_arguments(tokenizer_folder, f"enable_thinking={no}") == "Hi<none>"
+    for yes in ("True", "true", "1", "high"):
+        assert with_arguments(tokenizer_folder, f"enable_thinking={yes}") == "Hi"
+
+
+def test_arguments_that_nothing_reads_are_refused(tokenizer_folder):
+    for argument, rule in (
+        ("enable_thinkin=False", r"enable_thinkin=False': the chat template of .* reads no enable_thinkin$"),
+        ("enable", "must be like 'NAME=VALUE'"),
+        ("a b=1", "must be like 'NAME=VALUE'"),
+        ("tokenize=True", "tokenize is set by grpo_jax itself"),
+        ("messages=[]", "messages is set by grpo_jax itself"),
+    ):
+        with pytest.raises(ConfigError, match=rule) as caught:
+            with_arguments(tokenizer_folder, argument)
+        assert caught.value.key == "data.chat_template_args"
+    with pytest.raises(ConfigError, match="enable_thinking is there twice"):
+        with_arguments(tokenizer_folder, "enable_thinking=1", "enable_thinking=0")

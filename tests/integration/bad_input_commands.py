@@ -43,6 +43,14 @@ def arithmetic(name, argv, *expected):
     return Case(f"arithmetic-{name}", "grpo_jax.data.arithmetic", argv, expected)
 
 
+def jsonl(name, argv, *expected):
+    return Case(f"jsonl-{name}", "grpo_jax.data.jsonl", argv, expected)
+
+
+def fetch(name, argv, *expected):
+    return Case(f"fetch-{name}", "grpo_jax.fetch", argv, expected)
+
+
 def source(name):
     """Flags of GSM8K from a folder of `bad_input_files.make_sources`."""
     return ["--local_dir=new", f"--source=inputs/sources/{name}"]
@@ -56,6 +64,8 @@ OTHERS = [
     # evaluate
     evaluate("misspelt-flag", [*GOOD, "--temprature=1"], "--temprature", "did you mean --temperature?"),
     evaluate("no-model", GOOD[1:], "--model"),
+    evaluate("template-args", [*GOOD, "--chat_template_args", "enable=1"],
+             "--chat_template_args='enable=1'", "reads no enable"),
     evaluate("wrong-type", [*GOOD, "--num=few"], "--num", "few"),
     evaluate("greedy-samples", [*GOOD, "--num_samples=4"], "--num_samples=4", "--temperature above 0"),
     evaluate("negative-temperature", [*GOOD, "--temperature=-1"], "--temperature=-1.0", "at least 0"),
@@ -163,6 +173,20 @@ OTHERS = [
     mismatch("workdir-is-a-file", {}, "--workdir='inputs/rewards/good.py'", "cannot be read",
              workdir="inputs/rewards/good.py"),
     # data.gsm8k
+    jsonl("no-folder", ["--source=inputs/sources/good/train.jsonl"], "--local_dir"),
+    jsonl("no-validation", ["--source=inputs/sources/good/train.jsonl", "--local_dir=new"],
+          "--num_val=0", "give one of --num_val and --val_source"),
+    jsonl("source-missing", ["--source=absent", "--local_dir=new", "--num_val=1"], "--source='absent'", "no such"),
+    jsonl("source-is-a-folder", ["--source=inputs", "--local_dir=new", "--num_val=1"], "--source=", "a folder"),
+    jsonl("no-such-field", ["--source=inputs/sources/good/train.jsonl", "--local_dir=new", "--num_val=1"],
+          "train.jsonl line 1", "has no field 'prompt' (it has question, answer)"),
+    jsonl("line-cut", ["--source=inputs/sources/cut/train.jsonl", "--local_dir=new", "--num_val=1",
+                       "--prompt=question"], "train.jsonl line 2", "is not JSON"),
+    fetch("no-folder", ["a/b"], "--to"),
+    fetch("to-a-file", ["a/b", "--to=inputs/rewards/good.py"], "--to='inputs/rewards/good.py'", "is a file"),
+    fetch("check-of-nothing", ["a/b", "--to=new", "--check_only"], "--to='new'", "no such folder"),
+    fetch("offline", ["a/b", "--to=new"], "NAME='a/b'", "the hub did not give it"),
+    Case("init-in-a-file", "grpo_jax.init", ["inputs/rewards/good.py"], ("FOLDER=", "is a file")),
     gsm8k("no-folder", ["--source=inputs/sources/good"], "--local_dir"),
     gsm8k("source-missing", ["--local_dir=new", "--source=absent"], "--source='absent'", "no such folder"),
     gsm8k("source-of-no-name", ["--local_dir=new", f"--source={'x' * 300}"], "--source=", "255 bytes"),

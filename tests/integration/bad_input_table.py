@@ -126,8 +126,8 @@ TRAIN = [
                 also={"reward.extra_functions": "('gsm8k_format',)"}, shown="(1.0,)"),
     config_case("unknown-extra-reward", "reward.extra_functions", "('gsm8k_formt',)",
                 "did you mean gsm8k_format?", shown="'gsm8k_formt'"),
-    config_case("unknown-logger", "logging.loggers", "('console','wandb')", "console, tensorboard",
-                shown="'wandb'"),
+    config_case("unknown-logger", "logging.loggers", "('console','swanlab')", "console, tensorboard",
+                shown="'swanlab'"),
     config_case("negative-seed", "trainer.seed", -1, "at least 0"),
     # Adapters
     lora_case("rank-below-0", "lora.rank", -1, "at least 0"),

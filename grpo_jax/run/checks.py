@@ -1,0 +1,131 @@
+"""What `python -m grpo_jax.doctor` looks at: one check a line, ok or with the command that mends it."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_jax.config import Config
+
+if TYPE_CHECKING:
+    from grpo_jax.rewards.base import Reward
+    from grpo_jax.types import Prompt
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    is_ok: bool
+    found: str
+    mend: str = ""
+    """The command or the change that mends it; "" where it is ok."""
+
+
+class Report:
+    """Checks and text, printed as they come, or all checks as one JSON object at the end."""
+
+    def __init__(self, *, is_json: bool):
+        self._is_json = is_json
+        self.checks: list[Check] = []
+        self._values: dict[str, str] = {}
+
+    def text(self, *lines: str) -> None:
+        if not self._is_json:
+            print(*lines, sep="\n")
+
+    def add(self, check: Check) -> None:
+        self.checks.append(check)
+        mend = f"; mend it: {check.mend}" if check.mend else ""
+        self.text(f"  {'ok ' if check.is_ok else 'BAD'} {check.name} {check.found}{mend}")
+
+    def values(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Keeps (name, value) pairs, as of a table, for the JSON object alone."""
+        self._values |= dict(rows)
+
+    def problems(self) -> list[Check]:
+        return [check for check in self.checks if not check.is_ok]
+
+    def finish(self) -> None:
+        """Prints the JSON object, if it was asked for: {"ok", "checks": [fields of `Check`], "run": values}."""
+        if self._is_json:
+            checks = [dataclasses.asdict(check) for check in self.checks]
+            print(json.dumps({"ok": not self.problems(), "checks": checks, "run": self._values}, indent=2))
+
+
+def check_driver(platforms: Sequence[str]) -> list[Check]:
+    """The NVIDIA driver and whether JAX uses its GPUs; nothing on a machine without them.
+
+    Args: platforms: of JAX's devices, as ("cpu",).
+    """
+    has_gpus = any(Path("/dev").glob("nvidia[0-9]*"))
+    if not has_gpus:
+        return []
+    checks = []
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        found, is_ok = (done.stdout or done.stderr).strip().partition("\n")[0], done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found, is_ok = str(error), False
+    checks.append(Check("NVIDIA driver", is_ok, found, "" if is_ok else "install or restart the driver"))
+    is_meant = os.environ.get("JAX_PLATFORMS", "") not in ("cpu",)
+    if is_meant and not {"gpu", "cuda"} & set(platforms):
+        mend = "pip install -e '.[gpu]'; its CUDA 13 needs a driver of version 580 or newer"
+        checks.append(Check("GPUs", False, f"are here, and JAX sees {', '.join(platforms)} only", mend))
+    return checks
+
+
+def check_clock(now: float | None = None) -> Check:
+    """Whether it is later than the package's own files. Args: now: seconds since 1970; None: the clock's."""
+    now = time.time() if now is None else now
+    written = Path(__file__).stat().st_mtime
+    is_ok = now > written - 3600
+    found = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+    return Check("clock", is_ok, found, "" if is_ok else "set it: files of this package are of a later time")
+
+
+def check_disk(config: Config, *, place: Path, checkpoint: int, weights: int, num_epochs: float) -> Check:
+    """Whether the disk holds what the run will write: checkpoints, one of them beside those kept, and HF folders.
+
+    Args:
+        place: a folder on the disk of the workdir.
+        checkpoint, weights: bytes of one checkpoint, and of the weights of one folder.
+        num_epochs: of the whole run.
+    """
+    section = config.checkpoint
+    num_kept = section.max_to_keep + 1 + (section.keep_best != "none")
+    if section.keep_every_epochs:
+        num_kept += math.floor(num_epochs / section.keep_every_epochs)
+    num_folders = math.floor(num_epochs / section.hf_every_epochs) if section.hf_every_epochs else 0
+    needed = num_kept * checkpoint + max(1, num_folders) * weights
+    free = shutil.disk_usage(place).free
+    found = f"{free / 1e9:.0f} GB free, {needed / 1e9:.1f} GB for {num_kept} checkpoints and HF folders"
+    is_ok = needed < free
+    mend = "another --workdir, a lower checkpoint.max_to_keep, or a higher checkpoint.hf_every_epochs"
+    return Check("disk", is_ok, found, "" if is_ok else mend)
+
+
+def reference_reward(prompt: "Prompt", reward: "Reward") -> str:
+    """What the reward gives to the row's own solution, `extra_info.answer`, in words."""
+    from grpo_jax.rewards.base import RewardError
+    from grpo_jax.types import Completion, RolloutGroup
+
+    solution: Any = prompt.extra_info.get("answer")
+    if not isinstance(solution, str):
+        return "the row has no extra_info.answer to try the reward with"
+    completion = Completion((0,), (0.0,), solution, "stop", 0)
+    try:
+        result = reward.score([RolloutGroup(prompt, (completion,))])
+    except RewardError as error:
+        return f"the reward of its own solution fails: {error}"
+    return f"its own solution gets reward {float(result.rewards[0, 0]):g}"
