@@ -9,6 +9,7 @@ writes. One that cannot be compared in time is as good as wrong.
 
 import functools
 import logging
+import time
 from typing import Any
 
 from math_verify import parse, verify
@@ -49,12 +50,17 @@ def explain(solution_str: str, ground_truth: str) -> str:
 
 def _parse(text: str) -> list[Any]:
     """What math-verify finds, or nothing. Raises: UnreadableError: it takes too long."""
+    begin = time.monotonic()
     try:
-        return parse(text, parsing_timeout=PARSE_TIMEOUT_S, raise_on_error=True)
+        found = parse(text, parsing_timeout=PARSE_TIMEOUT_S, raise_on_error=True)
     except TimeoutException:
-        raise UnreadableError(f"could not be read within {PARSE_TIMEOUT_S} s") from None
+        found = None
     except Exception:  # what math-verify itself takes for an answer that is none
-        return []
+        found = []
+    # What it calls may catch the exception of its alarm, and go on with half of an answer.
+    if found is None or time.monotonic() - begin >= PARSE_TIMEOUT_S:
+        raise UnreadableError(f"could not be read within {PARSE_TIMEOUT_S} s")
+    return found
 
 
 def _is_equal(truth: list[Any], answer: list[Any]) -> bool:
