@@ -121,11 +121,11 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
     import jax
     import ray
 
-    from grpo_jax.rollout.vllm import push
+    from grpo_jax.rollout.vllm import cargo
 
     device = jax.local_devices()[0]
     in_use = lambda: (device.memory_stats() or {}).get("bytes_in_use", 0)
-    seen, pack = [before := in_use()], push.pack_buckets
+    seen, pack = [before := in_use()], cargo.pack_buckets
 
     def watched(*args: Any) -> Any:
         for packed in pack(*args):
@@ -134,9 +134,9 @@ def memory_of_a_push(engine: Any, params: Any) -> dict[str, int]:
 
     actor = next(iter(engine._replicas)).actor
     ray.get(actor.memory_peak.remote())
-    push.pack_buckets = watched
+    cargo.pack_buckets = watched
     engine.load_weights(params, version=1)
-    push.pack_buckets = pack
+    cargo.pack_buckets = pack
     slots = getattr(engine._pusher._sender, "_slot_bytes", 0) * 2
     return {"slots": slots, "JAX": max(seen) - before, "engine": ray.get(actor.memory_peak.remote())}
 

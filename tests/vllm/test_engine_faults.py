@@ -12,7 +12,7 @@ import pytest
 import vllm_helpers as helpers
 
 from grpo_jax.rollout import EngineError, SamplingParams
-from grpo_jax.rollout.vllm import push, server
+from grpo_jax.rollout.vllm import cargo, server
 from grpo_jax.rollout.vllm.check import VllmInstallation
 from grpo_jax.rollout.vllm.replicas import Replicas
 
@@ -91,7 +91,7 @@ def test_a_push_that_fails_half_way_leaves_nothing_paused_open_or_half_new(
     changed = dataclasses.replace(engine._section, update_weights="during", max_lag=1)
     monkeypatch.setattr(engine, "_section", changed)
     monkeypatch.setattr(engine, "_stop_token_ids", ())  # so that none ends before the push
-    pack = push.pack_buckets
+    pack = cargo.pack_buckets
 
     def failing(*args):
         yield next(pack(*args))
@@ -105,7 +105,7 @@ def test_a_push_that_fails_half_way_leaves_nothing_paused_open_or_half_new(
     )
     helpers.wait_for_tokens(engine, 20)
     with monkeypatch.context() as patch:
-        patch.setattr(push, "pack_buckets", failing)
+        patch.setattr(cargo, "pack_buckets", failing)
         begin = time.monotonic()
         with pytest.raises(RuntimeError, match="the trainer's device has failed"):
             engine.load_weights(new_params, version=4)

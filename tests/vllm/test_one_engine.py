@@ -258,10 +258,10 @@ def test_weights_change_during_a_batch(made, monkeypatch, tmp_path):
 
 def test_a_changed_weight_on_the_way_is_named(made, engine, monkeypatch):
     """One bit of one tensor, changed between the trainer's checksum and the engine."""
-    from grpo_jax.rollout.vllm import push
+    from grpo_jax.rollout.vllm import cargo
 
-    pack = push.pack_buckets
-    pieces = engine._pusher._plan.layout.buckets[-2]
+    pack = cargo.pack_buckets
+    pieces = engine._pusher._cargo.plan.layout.buckets[-2]
     piece = next(p for p in pieces if p.name.endswith("k_proj.weight"))
 
     def spoiled(*args):
@@ -270,7 +270,7 @@ def test_a_changed_weight_on_the_way_is_named(made, engine, monkeypatch):
                 flat = flat.at[piece.offset // 4 + 5].add(1e-3)
             yield bucket, flat, sums
 
-    monkeypatch.setattr(push, "pack_buckets", spoiled)
+    monkeypatch.setattr(cargo, "pack_buckets", spoiled)
     with pytest.raises(WeightSyncError, match=piece.name.replace(".", r"\.")):
         engine.load_weights(made.params, version=9)
     monkeypatch.undo()
