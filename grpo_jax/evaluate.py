@@ -114,9 +114,8 @@ def _check_arguments(args: Any) -> None:
 def make_config(args: Any) -> Config:
     """The configuration of this command: one engine, on the trainer's own devices, given its weights once."""
     base, replace = Config(), dataclasses.replace
-    own_dtype = (
-        "float32" if args.adapter else args.dtype
-    )  # of an adapter, which is merged before it is rounded
+    # An adapter is merged before it is rounded.
+    own_dtype = "float32" if args.adapter else args.dtype
     return replace(
         base,
         model=replace(base.model, path=args.model, dtype=args.dtype, param_dtype=own_dtype),

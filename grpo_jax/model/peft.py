@@ -82,15 +82,10 @@ def _matches(target: str, kernels: dict[str, TensorSpec]) -> list[str]:
     if target in UNTRAINED:
         rule = "embedding and output head get no adapter, which tied ones would share: name others"
         raise ConfigError("lora.targets", target, rule)
-    if (
-        target in SETS
-        and not any(spec.path[-2] == "mlp" for spec in kernels.values())
-        and target != "attention"
-    ):
-        raise ConfigError(
-            "lora.targets", target, "experts and their router get no adapters: choose attention"
-        )
     if target in SETS:
+        if not {spec.path[-2] for spec in kernels.values()}.issuperset(SETS[target]):
+            rule = "experts and their router get no adapters: choose attention"
+            raise ConfigError("lora.targets", target, rule)
         return [name for name, spec in kernels.items() if spec.path[-2] in SETS[target]]
     outside = {name: module_name(spec).partition(".{}.")[2] for name, spec in kernels.items()}
     known = {name: (name, long.rpartition(".")[2], long) for name, long in outside.items()}

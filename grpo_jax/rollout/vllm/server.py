@@ -221,8 +221,7 @@ class EngineActor:
                 return await self._take_weights(timeout_s, is_busy)
             finally:
                 if is_busy:
-                    resuming = self._llm.engine_core.resume_scheduler_async()
-                    await self._ended(timeout_s, "go on after a push", resuming)
+                    await self._go_on(timeout_s)
 
     async def push(self, version: int, timeout_s: float) -> list[list[list[int]]]:
         """Takes the weights that the trainer sends meanwhile, and drops what was cached with the old ones.
@@ -252,11 +251,15 @@ class EngineActor:
                 self._version = version
             finally:
                 if is_busy:
-                    resuming = self._llm.engine_core.resume_scheduler_async()
-                    await self._ended(timeout_s, "go on after a push", resuming)
+                    await self._go_on(timeout_s)
             self._heard = time.monotonic()
             self._is_whole.set()
         return checksums
+
+    async def _go_on(self, timeout_s: float) -> None:
+        """Has vLLM go on with what `_take_weights` has paused."""
+        resuming = self._llm.engine_core.resume_scheduler_async()
+        await self._ended(timeout_s, "go on after a push", resuming)
 
     @contextlib.asynccontextmanager
     async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
