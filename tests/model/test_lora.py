@@ -44,8 +44,6 @@ from grpo_jax.model.peft import (
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import abstract_params, num_params
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB, RANK, ALPHA = 56, 4, 6.0
 SECTION = LoraSection(rank=RANK, alpha=ALPHA)
 ROWS = [([3, 9, 4], [5, 11, 7, 2]), ([8, 1], [30, 41, 12, 50, 6])]
