@@ -7,6 +7,7 @@ the weights, and bringing those together is the work of all.
 from __future__ import annotations
 
 import array
+import functools
 import itertools
 import json
 import struct
@@ -149,8 +150,15 @@ class SharedEngine:
             result = work()
             self._tell(DONE)
             return result
+        except Exception as error:
+            self._channel.from_first(functools.partial(raise_again, error))  # the others hear of it
+            raise
         finally:
             self._is_heard = False
+
+
+def raise_again(error: Exception) -> Any:
+    raise error
 
 
 def pack_groups(groups: Sequence[RolloutGroup]) -> bytes:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import queue
@@ -55,6 +56,16 @@ CHECKED = (
 LOOK_S = 0.2
 VERDICT_S = 5.0
 """Within which the hub says why another process has gone."""
+FIRST_LEAVES_S = 60.0
+"""Within which the first process closes what it has, after a failure that all know of."""
+AGREE_S = 20.0
+"""Within which all processes say that they can save what a failure has left."""
+SAID, FAILED = b"=", b"!"
+"""What stands before what the first process says, and before why it could not."""
+
+
+class FirstFailed(Exception):
+    """What the first process was to say has failed there; its text is the reason."""
 
 
 class Hosts:
@@ -62,6 +73,7 @@ class Hosts:
 
     def __init__(self, rank: int = 0, count: int = 1, link: "_Link | None" = None):
         self.rank, self.count, self._link = rank, count, link
+        self._failure: BaseException | None = None
 
     @property
     def is_first(self) -> bool:
@@ -84,12 +96,15 @@ class Hosts:
         return self._link is not None and self._link.has_more
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process: a value that JSON can hold. The others do not call it."""
+        """What `make` returns in the first process: a value that JSON can hold. The others do not call it.
+
+        Raises: FirstFailed: in the others, where `make` raises.
+        """
         if self._link is None:
             return make()
         if not self.is_first:
             return json.loads(self._link.take())
-        value = make()
+        value = self._make(make, self._link)
         self._link.give(json.dumps(value).encode())
         return value
 
@@ -97,11 +112,32 @@ class Hosts:
         """As `from_first`, for what is bytes already."""
         if self._link is None:
             return make()
-        return self._link.give(make()) if self.is_first else self._link.take()
+        return self._link.give(self._make(make, self._link)) if self.is_first else self._link.take()
+
+    def _make(self, make: Callable[[], T], link: "_Link") -> T:
+        try:
+            return make()
+        except Exception as error:
+            link.give(f"{type(error).__name__}: {error}".encode(), FAILED)
+            self._failure = error
+            raise
+
+    def fail_together(self, error: BaseException) -> bool:
+        """Whether all processes are at the same place with a failure, and can still do something together.
+
+        They are where what the first one was to say has failed.
+        """
+        if self._link is None:
+            return True
+        if error is not self._failure and not isinstance(error, FirstFailed):
+            return False
+        return self._link.gather(True, AGREE_S) is not None
 
     def from_all(self, value: T) -> list[T]:
         """What each process says, in their order: values that JSON can hold."""
-        return [value] if self._link is None else self._link.gather(value)
+        values = [value] if self._link is None else self._link.gather(value)
+        assert values is not None  # there is no end to the wait
+        return values
 
     def any_of(self, vote: bool) -> bool:
         """Whether any process says so."""
@@ -161,6 +197,8 @@ def joined(config: Config, workdir: Path) -> Iterator[Hosts]:
             hosts.wait_for_all()
         except BaseException as error:
             leaving.code, text = _code_and_text(error)
+            if isinstance(error.__cause__ or error, FirstFailed):
+                link.wait_for_end(FIRST_LEAVES_S)  # it says why
             link.fail(text, leaving.code)
             if isinstance(error, PhaseTimedOut) and hosts.speaks:
                 say(f"error: phase {error.phase}: {error}")
@@ -351,24 +389,31 @@ class _Link:
     def has_more(self) -> bool:
         return not self._given.empty()
 
-    def give(self, data: bytes) -> bytes:
-        self._send_bytes(self._next_head() + data)
+    def give(self, data: bytes, kind: bytes = SAID) -> bytes:
+        self._send_bytes(self._next_head() + kind + data)
         return data
 
     def take(self) -> bytes:
-        head, data = self._next_head(), self._wait(self._given)["data"]
+        message = self._wait(self._given)
+        assert message is not None
+        head, data = self._next_head(), message["data"]
         assert data.startswith(head), "the processes ask for different things"
-        return data[len(head) :]
+        kind, data = data[len(head) : len(head) + 1], data[len(head) + 1 :]
+        if kind == FAILED:
+            raise FirstFailed(data.decode())
+        return data
 
     def _next_head(self) -> bytes:
         """What stands before the data that is given next: the same in all processes."""
         self._num_given += 1
         return BYTES + self._num_given.to_bytes(8, "big")
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, timeout_s: float = math.inf) -> list[T] | None:
+        """None: not all have said something within the time."""
         self._num_gathered += 1
         self._send({"kind": "one of all", "number": self._num_gathered, "value": value})
-        return self._wait(self._gathered)["values"]
+        message = self._wait(self._gathered, timeout_s)
+        return None if message is None else message["values"]
 
     def fail(self, text: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
@@ -396,12 +441,15 @@ class _Link:
     def _tell_overdue(self, text: str) -> None:
         self._send({"kind": "overdue", "text": text})
 
-    def _wait(self, messages: "queue.Queue[Message]") -> Message:
-        while True:
+    def _wait(self, messages: "queue.Queue[Message]", timeout_s: float = math.inf) -> Message | None:
+        """The next message; None: it has not come within the time."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 return messages.get(timeout=LOOK_S)
             if self._end is not None and self._watch is None:
                 raise self._end
+        return None
 
     def _send(self, message: Message) -> None:
         self._send_bytes(json.dumps(message).encode())

@@ -148,11 +148,13 @@ def reported_failure(
     except ConfigError:
         raise
     except (KeyboardInterrupt, Exception, PhaseTimedOut) as raised:
-        error = hosts.reason_behind(hang_behind(raised) or raised)
-        if hosts.count == 1:  # several could save together only
+        error: BaseException = hang_behind(raised) or raised
+        if hosts.fail_together(error):
             if not isinstance(error, KeyboardInterrupt | CheckpointError):
                 quietly("the last whole step could not be saved", rescue)
             quietly("the last checkpoint", checkpointer.wait)
+        else:
+            error = hosts.reason_behind(error)
         step = checkpointer.latest_step
         left = f"the last good checkpoint is that of step {step}" if step else "there is no checkpoint yet"
         if isinstance(error, KeyboardInterrupt):

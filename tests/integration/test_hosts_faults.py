@@ -111,6 +111,31 @@ def test_a_reward_that_fails_ends_all(tmp_path, overrides):
     assert "no reward" in line and line.startswith("error: phase reward: ")
 
 
+def test_what_is_done_is_saved_by_all_where_the_first_one_fails(tmp_path, overrides):
+    """In the fourth step, a reward; nothing was due to be saved before the end."""
+    file = tmp_path / "failing.py"
+    later = "calls = 0\n\ndef failing(**kwargs):\n    global calls\n    calls += 1\n"
+    later += "    assert calls <= 48, 'the fourth step'\n    return score(**kwargs)\n"
+    file.write_text(helpers.REWARD_FILE + "\n" + later)
+    overrides = overrides | {
+        "reward.function": f"{file}:failing",
+        "eval.before_training": False,
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 0,
+        "reward.num_workers": 1,
+        "reward.on_error": "stop",
+    }
+    with hosts.started(helpers.train_argv(tmp_path / "run", overrides), 2) as processes:
+        results = ends_soon(processes)
+    assert [result.code for result in results] == [1, 1]
+    (line,) = error_lines(results)
+    assert "the fourth step" in line and line.endswith("the last good checkpoint is that of step 3")
+    assert line.startswith("error: phase reward: ")
+    assert [line["step"] for line in helpers.read_lines(tmp_path / "run")] == [1, 2, 3]
+    results = hosts.train_ok(tmp_path / "run", overrides, 2)
+    assert "Going on after step 3 of 6." in results[0].out
+
+
 @pytest.mark.parametrize(("place", "phase"), [("advantages", "step"), ("generation", "gen")])
 def test_the_process_that_stands_still_is_named(tmp_path, overrides, place, phase):
     overrides = overrides | {

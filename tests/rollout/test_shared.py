@@ -1,10 +1,12 @@
 """What the first process of a run has, as the others get it."""
 
 import numpy as np
+import pytest
 from group_helpers import make_group
 
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout.shared import SharedEngine, SharedReward, pack_groups, unpack_groups
+from grpo_jax.run.hosts import FirstFailed
 from grpo_jax.types import Completion, RewardResult, RolloutGroup
 
 WORDS = np.arange(6, dtype=np.uint32).reshape(2, 3) + 2**31
@@ -59,8 +61,15 @@ class End:
 
     def from_first(self, make):
         if not self.is_first:
-            return self._wire.said.pop(0)
-        value = make()
+            said = self._wire.said.pop(0)
+            if isinstance(said, Exception):
+                raise FirstFailed(str(said))
+            return said
+        try:
+            value = make()
+        except Exception as error:
+            self._wire.said.append(error)
+            raise
         self._wire.said.append(value)
         return value
 
@@ -119,6 +128,25 @@ def test_the_others_do_what_the_first_tells_them_and_get_its_groups():
     first.close()
     other.close()
     assert helper.is_closed and wire.said == []
+
+
+def test_an_engine_that_fails_in_the_first_process_fails_in_all():
+    wire = Wire()
+
+    class Failing(Engine):
+        def load_weights(self, params, version):
+            assert self.tell("push")
+            raise RuntimeError("no push")
+
+    first = SharedEngine(wire.end(is_first=True), lambda tell: Failing(tell, []), None)
+    helper = Helper()
+    other = SharedEngine(wire.end(is_first=False), None, lambda: helper)
+    with pytest.raises(RuntimeError, match="no push"):
+        first.load_weights("weights", version=1)
+    with pytest.raises(FirstFailed, match="no push"):
+        other.load_weights("their part", version=1)
+    assert helper.told == [("push", "their part")] and wire.said == []
+    first.close()  # and tells nothing: the others do not listen
 
 
 class Scored(Reward):
