@@ -25,17 +25,20 @@ STAGING_GIB = 2
 """Pinned memory that JAX copies through."""
 
 
-def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSection | None) -> Mesh:
+def open_devices(
+    config: Config, model: ModelConfig | None, *, engine: RolloutSection | None, num_processes: int = 1
+) -> Mesh:
     """Prepares the process for the run, and returns the mesh of its devices. Nothing may have touched them before.
 
     Args:
         model: None: a random one, still to be made, which is small.
         engine: the engine that shares the devices; None: there is none.
+        num_processes: of the run, each of which is on a host of its own.
 
     Raises: ConfigError: the mesh or the engine does not fit the devices, or they cannot compute what is
              configured.
     """
-    prepare_process(config, model, engine=engine)
+    prepare_process(config, model, engine=engine, num_processes=num_processes)
     set_products(config.model)
     mesh = open_mesh(config)
     if engine is not None and jax.process_index() == 0:  # the others need not have the engine
@@ -44,12 +47,14 @@ def open_devices(config: Config, model: ModelConfig | None, *, engine: RolloutSe
     return mesh
 
 
-def prepare_process(config: Config, model: ModelConfig | None, *, engine: RolloutSection | None) -> None:
+def prepare_process(
+    config: Config, model: ModelConfig | None, *, engine: RolloutSection | None, num_processes: int = 1
+) -> None:
     """Sets what JAX reads from the environment when it first touches a device. Args: as `open_devices`."""
     _set_determinism(config.trainer)
     if engine is not None:
         share_devices(engine)
-    make_room_on_host(config, model)
+    make_room_on_host(config, model, num_processes)
 
 
 def open_mesh(config: Config) -> Mesh:
@@ -128,12 +133,12 @@ def _keep_compiled_programs(section: TrainerSection) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(section.compile_cache))
 
 
-def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
+def make_room_on_host(config: Config, model: ModelConfig | None, num_processes: int = 1) -> None:
     """Lets JAX pin as much of the host's memory as `optim.offload` and `algorithm.ref_offload` need.
 
     JAX's own limit is 64 GB. Its pool grows by doubling, up to the limit, so the limit is set to what is needed.
 
-    Args: model: None: a random one, which is small.
+    Args: model: None: a random one, which is small; num_processes: over which the state is spread evenly.
     """
     if model is not None and not config.sft.num_steps:  # a warm start trains all parameters
         model = with_adapters(model, config.lora)
@@ -141,7 +146,7 @@ def make_room_on_host(config: Config, model: ModelConfig | None) -> None:
     if not copy_bytes:
         return
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = copy_bytes * max(1, config.mesh.data)
+    needed = copy_bytes * max(1, config.mesh.data) / num_processes
     if needed > host_bytes:
         text = "optim.offload and algorithm.ref_offload take %.0f GB of the host's memory, which has %.0f GB"
         logger.warning(text, needed / 1e9, host_bytes / 1e9)

@@ -95,7 +95,7 @@ def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"
         with timers.within("start_reward"):
             reward = resources.enter_context(_open_reward(config, hosts))
         with timers.within("open_devices"):
-            mesh = open_devices(config, inputs.model_config, engine=config.rollout)
+            mesh = open_devices(config, inputs.model_config, engine=config.rollout, num_processes=hosts.count)
             budget = Budget(config, read_model_config(config), mesh, memory_limit())
             budget.check_plan()
             try_functions(algorithm)

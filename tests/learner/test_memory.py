@@ -162,6 +162,9 @@ def test_jax_may_pin_what_the_host_holds_and_a_little_more(monkeypatch, caplog):
         make_room_on_host(gsm8k(**changes), model)
         assert os.environ.get(name) == expected
     assert "take 213 GB of the host's memory, which has 161 GB" in caplog.text
+    monkeypatch.delenv(name, raising=False)
+    make_room_on_host(gsm8k(**{"mesh.data": 2, "mesh.fsdp": 1}), QWEN_7B, num_processes=2)
+    assert os.environ[name] == "108"  # a copy on each host
     monkeypatch.setenv(name, "77")
     host["SC_PHYS_PAGES"] = 10**7
     make_room_on_host(gsm8k(), QWEN_7B)
