@@ -76,7 +76,7 @@ def ours(command):
 
 
 def test_every_command_of_ours_can_be_read(monkeypatch, capsys):
-    """By its own parser, in the repository's root: a flag, a key, a value or a configuration that is wrong fails."""
+    """By its own parser, in the repository's root: a wrong flag, key, value or configuration fails."""
     monkeypatch.chdir(docs.ROOT)
     found = [(command, *ours(command)) for command in COMMANDS if ours(command)]
     modules = {module for _, module, _ in found}
@@ -143,7 +143,7 @@ def test_files_that_are_named_are_there():
 
 
 def test_keys_that_are_named_are_there():
-    """`--config.KEY` anywhere, and words set as code that look like a key, where no other trainer is the subject."""
+    """`--config.KEY` anywhere, and what looks like a key among words set as code, but for those of other trainers."""
     sections = "|".join(SECTIONS)
     for page in docs.PAGES:
         for key in re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)", page.read_text()):
