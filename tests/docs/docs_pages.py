@@ -57,7 +57,7 @@ class Command:
 
     @property
     def text(self):
-        return shlex.join(self.words).replace("'", "")
+        return " ".join(self.words).replace("'", "")
 
     def __str__(self):
         return f"{self.page}:{self.line}: {self.text}"

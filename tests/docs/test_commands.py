@@ -107,6 +107,24 @@ def test_what_is_wrong_is_found(line, word, monkeypatch, capsys):
     assert word in complaint(command, *ours(command), capsys)
 
 
+def test_every_recipe_has_a_command_on_its_page():
+    page = [command for command in COMMANDS if command.page == "docs/recipes.md"]
+    shown = {word.removeprefix("--config=") for command in page for word in command.words}
+    assert {f"configs/{file.name}" for file in (docs.ROOT / "configs").glob("*.py")} <= shown
+
+
+def test_python_that_is_shown_can_be_compiled():
+    blocks = [
+        (docs.name(page), b[3])
+        for page in docs.PAGES
+        for b in docs.FENCE.finditer(page.read_text())
+        if b[2] == "python"
+    ]
+    assert len(blocks) > 8
+    for page, block in blocks:
+        compile(block, page, "exec")
+
+
 def test_every_script_is_there_and_has_the_flags():
     for command in COMMANDS:
         if command.words[:1] == ("python",) and command.words[1].endswith(".py"):
@@ -143,7 +161,7 @@ def test_files_that_are_named_are_there():
 
 
 def test_keys_that_are_named_are_there():
-    """`--config.KEY` anywhere, and what looks like a key among words set as code, but for those of other trainers."""
+    """`--config.KEY` anywhere, and what looks like a key among words set as code."""
     sections = "|".join(SECTIONS)
     for page in docs.PAGES:
         for key in re.findall(r"--config\.([a-z_]+\.[a-z_0-9]+)", page.read_text()):

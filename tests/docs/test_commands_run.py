@@ -38,7 +38,7 @@ NOT_RUN = [
     (r"^docs/recipes.md: ", "tests/integration/test_recipes.py"),
     (r"^--config\.", NO_COMMAND),
 ]
-"""(what the command is like, why it is not run). The pattern is looked for in the command, and in "PAGE: COMMAND"."""
+"""(what the command is like, why it is not run); the pattern is looked for in it, and in "PAGE: COMMAND"."""
 
 TINY = {
     **{
@@ -81,7 +81,7 @@ def to_run(page):
 
 
 def filled(line, page, index):
-    """The line with what a reader would fill in; runs are tiny, and but for the README's in a folder of their own."""
+    """The line as a reader would fill it in; runs are tiny, and each but the README's has a folder of its own."""
     for name, value in PLACEHOLDERS.items():
         line = line.replace(name, value)
     line = line.replace("WORKDIR", "runs/lora-0" if page.stem == "lora" else "outputs/grpo_jax/qwen-0.5b")
