@@ -43,6 +43,12 @@ def spans(page):
     return re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", prose(page))
 
 
+def spans_of_here(page):
+    """What the second column of its tables sets as code: on a page about another trainer, our names."""
+    rows = [line.split(" | ") for line in prose(page).splitlines() if line.startswith("| ")]
+    return [span for row in rows if len(row) > 1 for span in re.findall(r"`([^`]+)`", row[1])]
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One command of a page."""
