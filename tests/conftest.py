@@ -29,6 +29,8 @@ def compile_once(tmp_path_factory):
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        # Compiling is most of the work, and unoptimized code takes half as long to make.
+        "jax_disable_most_optimizations": True,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -37,14 +39,22 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """For modules in which compiling is most of the work: unoptimized code takes half as long to make."""
+def optimized():
+    """For modules that look at what the compiler makes of a program, or at the time that it takes."""
+    name = "jax_disable_most_optimizations"
+    jax.config.update(name, False)
+    os.environ[name.upper()] = "False"
+    yield
+    jax.config.update(name, True)
+    os.environ[name.upper()] = "True"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models of torch that are too tiny to share, and threads that wait in a loop for each other."""
     import torch
 
-    torch.set_num_threads(1)  # models too tiny to share, and threads that wait in a loop for each other
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    torch.set_num_threads(1)
 
 
 CHAT_TEMPLATE = (

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.config import FIRST_OF_FUSED, ModelConfig
 from grpo_jax.model.fused_attention import KEPT, Sequences, fused_attention
 from grpo_jax.model.rope import apply_rope
 from grpo_jax.model.sharding import constrain
@@ -165,7 +165,8 @@ def linear(
     """Declares a kernel of `module`, with the dtype of its `config`, and multiplies by it. All layers' kernels do.
 
     A kernel among the targets of `config.lora` has an adapter beside it, "NAME_lora_a" (*inputs, r) and
-    "NAME_lora_b" (r, *outputs), whose product is added: x W + scale (x A) B.
+    "NAME_lora_b" (r, *outputs), whose product is added: x W + scale (x A) B. Kernels that are stored as one tensor
+    share the A of the first of them, which must be declared before the others.
 
     Args:
         x: [B, T, ...], its last dimensions those of `inputs`, or these as one.
@@ -181,7 +182,10 @@ def linear(
     lora = config.lora
     if lora is not None and name in lora.targets:
         rank = {"lora_rank": lora.rank}
-        a = parameter(module, f"{name}_lora_a", lora.param_dtype, _uniform, **inputs, **rank)
+        if config.is_fused and name in FIRST_OF_FUSED:
+            a = nn.unbox(module.get_variable("params", f"{FIRST_OF_FUSED[name]}_lora_a"))
+        else:
+            a = parameter(module, f"{name}_lora_a", lora.param_dtype, _uniform, **inputs, **rank)
         b = parameter(module, f"{name}_lora_b", lora.param_dtype, ZEROS, **rank, **outputs)
         y = y + lora.scale * _project_again(project(x, a.reshape(width, -1)), b.reshape(lora.rank, -1))
     return y.reshape(*rows, *outputs.values())

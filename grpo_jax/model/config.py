@@ -29,6 +29,10 @@ class Lora:
     """Of the adapters that the optimizer changes."""
 
 
+FIRST_OF_FUSED = {"k": "q", "v": "q", "up": "gate"}
+"""Kernels that a folder stores as one tensor have one adapter, as in `peft`: the others' A is the first's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one model, and how it computes."""

@@ -14,13 +14,16 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh
 
-from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.config import FIRST_OF_FUSED, ModelConfig
 from grpo_jax.model.sharding import abstract_like
 from grpo_jax.model.transformer import abstract_params, init_boxed, param_shardings
 from grpo_jax.types import Params
 
 A, B = "_lora_a", "_lora_b"
-"""What the name of a kernel gets for its adapter's two matrices, (inputs..., r) and (r, outputs...)."""
+"""What the name of a kernel gets for its adapter's two matrices, (inputs..., r) and (r, outputs...).
+
+Kernels that are stored as one tensor (Phi-3) share an A: `FIRST_OF_FUSED`.
+"""
 
 NOTHING: Params = {}
 """The frozen parameters of a model that is trained as a whole."""
@@ -75,7 +78,10 @@ def adapter_of(params: Params, path: tuple[str, ...]) -> tuple[Any, Any] | None:
     """Returns the two leaves of the adapter of the kernel at `path` of a tree; None: it has none."""
     *modules, name = path
     module = functools.reduce(lambda tree, key: tree[key], modules, params)
-    return (module[name + A], module[name + B]) if name + A in module else None
+    if name + B not in module:
+        return None
+    first = name if name + A in module else FIRST_OF_FUSED[name]
+    return module[first + A], module[name + B]
 
 
 def merged(kernel: jax.Array, adapter: tuple[jax.Array, jax.Array] | None, scale: float) -> jax.Array:

@@ -28,7 +28,7 @@ from grpo_jax.model.hf import (
     tensor_readers,
 )
 from grpo_jax.model.lora import A, B, adapter_of
-from grpo_jax.model.tensors import TensorSpec, each_tensor, stored_shape, tensor_specs
+from grpo_jax.model.tensors import TensorSpec, each_tensor, tensor_shape, tensor_specs
 from grpo_jax.model.transformer import abstract_params
 from grpo_jax.storage.manifest import NAME, damage, has_manifest, new_folder, read_facts
 from grpo_jax.types import Params
@@ -64,9 +64,6 @@ def with_adapters(model: ModelConfig, section: LoraSection) -> ModelConfig:
     if section.rank > model.hidden_size:
         rule = f"must be at most the model's width, hidden_size={model.hidden_size}"
         raise ConfigError("lora.rank", section.rank, rule)
-    if model.is_fused:
-        rule = "must be 0: this model's folders hold several layers as one tensor, for which there are no adapters"
-        raise ConfigError("lora.rank", section.rank, rule)
     kernels = {spec.path[-1]: spec for spec in tensor_specs(model) if spec.num_inputs and spec.is_stacked}
     if model.num_experts:
         kernels = {name: spec for name, spec in kernels.items() if spec.path[-2] != "mlp"}
@@ -88,10 +85,12 @@ def _matches(target: str, kernels: dict[str, TensorSpec]) -> list[str]:
             raise ConfigError("lora.targets", target, rule)
         return [name for name, spec in kernels.items() if spec.path[-2] in SETS[target]]
     outside = {name: module_name(spec).partition(".{}.")[2] for name, spec in kernels.items()}
-    known = {name: (name, long.rpartition(".")[2], long) for name, long in outside.items()}
+    # Kernels that are one tensor outside have no names of their own.
+    inside = lambda name: () if kernels[name].num_rows else (name,)
+    known = {name: (long.rpartition(".")[2], long, *inside(name)) for name, long in outside.items()}
     found = [name for name, names in known.items() if any(fnmatch.fnmatchcase(n, target) for n in names)]
     if not found:
-        names = ", ".join([*SETS, *(short for _, short, _ in known.values())])
+        names = ", ".join(dict.fromkeys([*SETS, *(short for short, *_ in known.values())]))
         raise ConfigError("lora.targets", target, f"matches no layer of this model; there are {names}")
     return found
 
@@ -99,6 +98,11 @@ def _matches(target: str, kernels: dict[str, TensorSpec]) -> list[str]:
 def module_name(spec: TensorSpec) -> str:
     """The Hugging Face name of the layer that a kernel belongs to, "{}" in the place of its number."""
     return spec.name.removesuffix(".weight")
+
+
+def short_name(spec: TensorSpec) -> str:
+    """The last part of `module_name`."""
+    return module_name(spec).rpartition(".")[2]
 
 
 def adapted_specs(config: ModelConfig) -> list[TensorSpec]:
@@ -109,15 +113,18 @@ def adapted_specs(config: ModelConfig) -> list[TensorSpec]:
 
 
 def adapter_specs(config: ModelConfig) -> list[TensorSpec]:
-    """Every parameter of the adapters with its name in a PEFT folder: both of a layer side by side."""
+    """Every parameter of the adapters with its name in a PEFT folder: both of a layer side by side.
+
+    Those of kernels that are stored as one tensor are rows of its B.
+    """
     specs = []
     for spec in adapted_specs(config):
         *modules, name = spec.path
         begin = PREFIX + module_name(spec)
-        specs += [
-            TensorSpec((*modules, name + A), f"{begin}.lora_A.weight", spec.num_inputs),
-            TensorSpec((*modules, name + B), f"{begin}.lora_B.weight", 1),
-        ]
+        if not spec.first_row:  # the first of those that share an A
+            specs += [TensorSpec((*modules, name + A), f"{begin}.lora_A.weight", spec.num_inputs)]
+        rows = dict(first_row=spec.first_row, num_rows=spec.num_rows)
+        specs += [TensorSpec((*modules, name + B), f"{begin}.lora_B.weight", 1, **rows)]
     return specs
 
 
@@ -143,7 +150,7 @@ def inspect_adapter(
     _check_adapter_config(folder, config)
     tensors = read_header(folder / WEIGHTS, KEY)
     expected = {
-        name: stored_shape(spec, shape) for spec, name, _, shape in each_tensor(config, adapter_specs(config))
+        name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config, adapter_specs(config))
     }
     for name, shape in expected.items():
         if name not in tensors:
@@ -266,7 +273,7 @@ def adapter_config(config: ModelConfig, base: Path) -> dict[str, Any]:
         "r": config.lora.rank,
         "lora_alpha": round(alpha) if np.isclose(alpha, round(alpha)) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": [module_name(spec).rpartition(".")[2] for spec in adapted_specs(config)],
+        "target_modules": list(dict.fromkeys(map(short_name, adapted_specs(config)))),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -22,8 +22,6 @@ from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import init_params
 from grpo_jax.run.devices import set_products
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 OPTIM = OptimSection(offload=False)
 R, T = 4, 48
 

@@ -28,8 +28,6 @@ from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import num_params, param_shardings
 from grpo_jax.run.metrics import Timers
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB, WIDTH = 56, 16
 OPTIM = OptimSection(learning_rate=1e-2, weight_decay=0.0, max_grad_norm=1e9, offload=False)
 FULL = LoraSection(rank=WIDTH, alpha=float(WIDTH), targets=("q", "k", "v", "o", "gate", "up"))

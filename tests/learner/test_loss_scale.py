@@ -22,8 +22,6 @@ from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import init_params
 from grpo_jax.types import LossScale
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 OPTIM = OptimSection(learning_rate=1e-3, beta1=0.5, max_grad_norm=1e9, offload=False)
 MODEL = tiny_config(dtype=jnp.float16)
 R, T = 4, 48

@@ -34,8 +34,6 @@ from grpo_jax.model.hf import inspect_folder, load_params, param_readers, save_f
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.types import Completion, Prompt, RolloutGroup
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB = 56
 TEMPERATURE = 0.8
 ALGORITHM = dataclasses.replace(
@@ -96,6 +94,11 @@ def mesh_of(*sizes):
 
 
 ONE = (1, 1, 1)
+
+
+def slow(value):
+    """A further case of what the default suite has one of."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def optimizer_for(config, sizes, optim=OPTIM):
@@ -202,13 +205,13 @@ def updates_agree(got, expected):
 # Meshes
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), *map(slow, [(1, 8, 1), (1, 1, 4)])], ids=str)
 def test_every_mesh_gives_the_update_of_one_device(model, batch, sizes):
     """Six rows divide neither by 8 nor by 4."""
     updates_agree(run(model, batch, sizes=sizes), run(model, batch))
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 2), *map(slow, [(2, 1, 1), (1, 2, 1)])], ids=str)
 def test_so_does_one_with_several_rows_on_each_device(model, batch, sizes):
     """Whose number divides by the mesh's once more."""
     updates_agree(run(model, batch, sizes=sizes, shape=(8, T)), run(model, batch))
@@ -317,7 +320,7 @@ def test_two_micro_batches_give_the_gradient_of_the_whole_in_every_mode(model, b
     first_update_equals_torchs(got, expected, model, tmp_path)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows", [2, slow(1), slow(3)])
 def test_micro_batches_equal_one_batch(model, batch, rows):
     actor = dataclasses.replace(ACTOR, micro_batch_size_per_device=rows)
     updates_agree(run(model, batch, actor=actor), run(model, batch))
@@ -328,7 +331,7 @@ def test_micro_batches_by_tokens_equal_one_batch(model, batch):
     updates_agree(run(model, batch, actor=actor), run(model, batch))
 
 
-@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [slow(ONE), (2, 2, 2)], ids=str)
 def test_packed_rows_give_the_update_of_one_completion_a_row(model, batch, sizes):
     """Rows of 96 tokens hold three sequences each, and each is computed as if it were alone."""
     updates_agree(run(model, batch, sizes=sizes, shape=(4, 6 * T)), run(model, batch))

@@ -28,8 +28,6 @@ from grpo_jax.rollout.local import LocalEngine
 from grpo_jax.types import Prompt
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 LENGTHS = (47, 6, 27)
 """Of three sequences that fill a row of 80 tokens; longer and shorter than the windows of the rows."""
 
@@ -122,10 +120,16 @@ def test_gradients_do_not_depend_on_what_is_recomputed(model):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [row if row in FAMILY_ROWS else pytest.param(row, marks=pytest.mark.slow) for row in ROWS],
+    indirect=True,
+)
 def test_greedy_equals_transformers(model, tokenizer):
     check_greedy(model, tokenizer, scan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILY_ROWS, indirect=True)
 def test_greedy_equals_transformers_with_unrolled_layers(model, tokenizer):
     check_greedy(model, tokenizer, scan=False)

@@ -28,8 +28,6 @@ from grpo_jax.model.rope import RopeScaling
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import forward, head_matrix
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB = 320
 # Heads of 8 channels and theta 100: wavelengths 2 pi (1, 100^(1/4), 10, 100^(3/4)) = 6.3, 20, 63, 199 positions.
 # With 64 original positions those are 10.2, 3.2, 1.02 and 0.32 turns: the llama3 rule keeps the first (> 4),

@@ -44,14 +44,12 @@ from grpo_jax.model.peft import (
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.model.transformer import abstract_params, num_params
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB, RANK, ALPHA = 56, 4, 6.0
 SECTION = LoraSection(rank=RANK, alpha=ALPHA)
 ROWS = [([3, 9, 4], [5, 11, 7, 2]), ([8, 1], [30, 41, 12, 50, 6])]
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
-WITH_ADAPTERS = [family for family in FAMILIES if family != "phi3"]
-"""Phi-3's folders hold several kernels as one tensor."""
+FUSED = dict(qkv_proj=("q", "k", "v"), o_proj=("o",), gate_up_proj=("gate", "up"), down_proj=("down",))
+"""Phi-3's layers, and the kernels of each."""
 
 
 def mesh_of(*sizes):
@@ -145,23 +143,14 @@ def weights(size):
 # ---- against peft ----
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("phi3", "lora.rank=4: must be 0: this model's folders hold several layers as one tensor"),
-        (
-            "qwen3_moe",
-            "lora.targets='all-linear': experts and their router get no adapters: choose attention",
-        ),
-    ],
-)
-def test_layers_that_cannot_have_adapters_are_named(tmp_path, family, message):
-    save_tiny_model(tmp_path / "model", family, vocab_size=VOCAB)
+def test_experts_get_no_adapters(tmp_path):
+    save_tiny_model(tmp_path / "model", "qwen3_moe", vocab_size=VOCAB)
+    message = "lora.targets='all-linear': experts and their router get no adapters: choose attention"
     with pytest.raises(ConfigError, match=re.escape(message)):
         with_adapters(inspect_folder(tmp_path / "model").config, LoraSection(rank=4))
 
 
-@pytest.mark.parametrize("family", WITH_ADAPTERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_pefts(adapted, family):
     model = adapted(family)
     inspect_adapter(model.path, model.config, model.folder)
@@ -179,8 +168,8 @@ def test_log_probabilities_are_pefts(adapted, family):
     ("family", "remat"),
     [
         *(
-            pytest.param(name, "dots", marks=() if name == "gemma3" else pytest.mark.slow)
-            for name in WITH_ADAPTERS
+            pytest.param(name, "dots", marks=() if name in ("gemma3", "phi3") else pytest.mark.slow)
+            for name in FAMILIES
         ),
         ("qwen2", "none"),
         ("qwen2", "full"),
@@ -205,14 +194,16 @@ def test_gradients_are_pefts(adapted, family, remat):
     (torch_logprobs(model.torch_model) * torch.tensor(of_tokens)).sum().backward()
     named = model.torch_model.named_parameters()
     expected = {n.replace(".default", ""): p.grad.numpy() for n, p in named if p.grad is not None}
-    assert got.keys() == expected.keys() and len(got) == 2 * 2 * len(config.lora.targets)  # of both layers
+    num_adapters = len(FUSED if config.is_fused else config.lora.targets)
+    assert got.keys() == expected.keys() and len(got) == 2 * 2 * num_adapters  # of both layers
     largest = max(np.abs(grad).max() for grad in expected.values())
     for name, grad in expected.items():
         np.testing.assert_allclose(got[name], grad, atol=1e-5 * largest, rtol=0, err_msg=name)
 
 
-def test_peft_loads_what_is_saved(adapted, tmp_path):
-    model = adapted()
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_peft_loads_what_is_saved(adapted, tmp_path, family):
+    model = adapted(family)
     save_adapter(tmp_path / "saved", split(model.params())[1], model.config, model.folder)
     assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(model.path / WEIGHTS).keys()
     base = AutoModelForCausalLM.from_pretrained(model.folder.path, dtype=torch.float32)
@@ -224,8 +215,9 @@ def test_peft_loads_what_is_saved(adapted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, split(model.params())[1])
 
 
-def test_a_merged_folder_is_the_model_with_its_adapter(adapted, tmp_path):
-    model = adapted("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_a_merged_folder_is_the_model_with_its_adapter(adapted, tmp_path, family):
+    model = adapted(family)
     save_folder(tmp_path / "m", model.params(), model.config, files_from=model.folder.path, dtype="F32")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -317,6 +309,20 @@ def test_new_adapters_add_nothing(adapted):
 def test_targets(targets, expected):
     config = with_adapters(tiny_config(), dataclasses.replace(SECTION, targets=targets))
     assert config.lora.targets == expected
+
+
+@pytest.mark.parametrize("targets", [*((name,) for name in FUSED), ("*_proj",), ("mlp",)])
+def test_kernels_of_one_tensor_are_chosen_together_and_share_an_a(targets):
+    fused = tiny_config(is_fused=True)
+    kernels = {"*_proj": KERNELS, "mlp": ("gate", "up", "down")}.get(targets[0]) or FUSED[targets[0]]
+    config = with_adapters(fused, dataclasses.replace(SECTION, targets=targets))
+    assert config.lora.targets == kernels
+    layers = split(abstract_params(config)[0])[1]["layers"]
+    names = {name for module in layers.values() for name in module}
+    owners = set(kernels) - {"k", "v", "up"}
+    assert names == {f"{name}_lora_a" for name in owners} | {f"{name}_lora_b" for name in kernels}
+    with pytest.raises(ConfigError, match="there are all-linear, attention, mlp, qkv_proj, o_proj, gate_up"):
+        with_adapters(fused, dataclasses.replace(SECTION, targets=("q",)))
 
 
 # ---- nothing of what is frozen is copied ----

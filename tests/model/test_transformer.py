@@ -26,8 +26,6 @@ from grpo_jax.model.transformer import (
     num_params,
 )
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 CONFIG = tiny_config(vocab_size=40, head_dim=6, rope_theta=100.0)
 
 

@@ -22,8 +22,6 @@ from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.rollout.local import LocalEngine, gumbel_noise, sample_completions, sample_token
 from grpo_jax.types import Prompt
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB = 48
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -14,8 +14,6 @@ from grpo_jax.run.probe import PROBE_PROMPTS, PROBE_TOKENS, make_probe
 from grpo_jax.types import Prompt
 from grpo_jax.weight_sync.wire import WeightSyncError
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TEMPERATURE = 0.7
 THRESHOLD = 1e-3  # nats; the same functions on the same parameters differ by about 1e-6
 

@@ -1,13 +1,19 @@
 """Every row of `family_models.ROWS` in the real vLLM: pushed weights arrive, the text is that of transformers."""
 
+import contextlib
+import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import torch
 import vllm_helpers as helpers
 from family_models import FAMILY_ROWS, ROWS, kind_and_fields
 
+from grpo_jax.config import LoraSection
+from grpo_jax.model.lora import init_adapters, join
+from grpo_jax.model.peft import with_adapters
 from grpo_jax.rollout import SamplingParams
 from grpo_jax.weight_sync import WeightSyncError
 
@@ -58,6 +64,34 @@ def test_pushed_weights_arrive(folder, tmp_path):
         engine.close()
     assert helpers.worst_difference(groups, models[1], temperature=0.7) < helpers.TOLERANCE
     assert all(np.isfinite(c.sampler_logprobs).all() for group in groups for c in group.completions)
+
+
+ADAPTED = [
+    pytest.param(row, marks=() if row == "phi3" else pytest.mark.slow)
+    for row in FAMILY_ROWS
+    if ROWS[row][0] != "qwen3_moe"
+]
+
+
+@pytest.mark.parametrize("row", ADAPTED)
+def test_adapters_alone_arrive(row, tmp_path):
+    """Phi-3 has one for several kernels. Sampled text has the probabilities of the merged model."""
+    kind, fields = kind_and_fields(row, {"head_dim": 32} | helpers.SIZES)
+    path = helpers.write_model(tmp_path / "model", kind, fields)
+    mesh = helpers.mesh_of()
+    inspected, frozen = helpers.load(path, mesh)
+    config = with_adapters(inspected.config, LoraSection(rank=4, alpha=8.0))
+    adapters = helpers.perturbed(init_adapters(config, jax.random.key(1), mesh), seed=2)
+    params = join(frozen, adapters)
+    merged = helpers.reference(helpers.save_as_folder(params, config, path, tmp_path / "merged"))
+    folder = dataclasses.replace(inspected, config=config)
+    batch = helpers.prompts(LENGTHS)
+    with contextlib.closing(helpers.engine_for(folder, mesh, lora_push="adapter")) as engine:
+        engine.load_weights(params, version=0)
+        groups = engine.generate(batch, SAMPLED, seed=1)
+    assert helpers.worst_difference(groups, merged, temperature=0.7) < helpers.TOLERANCE
+    without = helpers.worst_difference(groups, helpers.reference(path), temperature=0.7)
+    assert without > 100 * helpers.TOLERANCE  # the adapters do something
 
 
 def test_experts_in_another_layout_are_refused():

@@ -14,7 +14,7 @@ from tiny_models import tiny_torch_model
 from transformers import AutoModelForCausalLM
 
 from grpo_jax.config import MeshSection, RolloutSection
-from grpo_jax.model.hf import inspect_folder, load_params
+from grpo_jax.model.hf import ModelFolder, inspect_folder, load_params
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import SamplingParams, make_engine
 from grpo_jax.types import Prompt
@@ -103,13 +103,15 @@ def load(folder, mesh, dtype=np.float32):
     return inspected, load_params(inspected, inspected.config, mesh)
 
 
-def engine_for(folder, mesh, *, max_model_len=512, **changes):
+def engine_for(folder, mesh, *, max_model_len=512, lora_push="merged", **changes):
+    """Args: folder: a path, or what `inspect_folder` gives."""
     return make_engine(
         section(**changes),
-        folder=inspect_folder(folder),
+        folder=folder if isinstance(folder, ModelFolder) else inspect_folder(folder),
         mesh=mesh,
         tokenizer=NumberTokenizer(),
         max_model_len=max_model_len,
+        lora_push=lora_push,
     )
 
 

@@ -3,11 +3,6 @@
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly(quick):
-    """All of these tests mostly compile."""
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Returns `model(family)`."""
