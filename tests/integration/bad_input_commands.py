@@ -185,6 +185,7 @@ OTHERS = [
     fetch("no-folder", ["a/b"], "--to"),
     fetch("to-a-file", ["a/b", "--to=inputs/rewards/good.py"], "--to='inputs/rewards/good.py'", "is a file"),
     fetch("check-of-nothing", ["a/b", "--to=new", "--check_only"], "--to='new'", "no such folder"),
+    fetch("unknown-hub", ["a/b", "--to=new", "--from=hugging"], "--from", "hugging", "modelscope"),
     fetch("offline", ["a/b", "--to=new"], "NAME='a/b'", "the hub did not give it"),
     Case("init-in-a-file", "grpo_jax.init", ["inputs/rewards/good.py"], ("FOLDER=", "is a file")),
     gsm8k("no-folder", ["--source=inputs/sources/good"], "--local_dir"),
