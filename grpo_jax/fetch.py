@@ -41,8 +41,8 @@ def main() -> None:
     print(f"{folder}: every file is what the hub has at {revision}")
     from grpo_jax.run.sample import greedy_sample
 
-    prompt, answer = greedy_sample(folder, num_tokens=NUM_TOKENS, dtype=args.dtype)
-    print(f"prompt: {prompt!r}\nanswer: {answer!r}")
+    sample = greedy_sample(folder, num_tokens=NUM_TOKENS, dtype=args.dtype)
+    print(f"prompt: {sample.prompt!r}\nanswer: {sample.answer!r}")
     print(f"Use it: --config.model.path={folder}")
 
 

@@ -129,6 +129,11 @@ class Cluster:
         host = self._crew.channel.address if self._crew is not None else ""
         return LocalRay(options, gpus=gpus, timeout_s=self._section.start_timeout_s, host=host)
 
+    @property
+    def own_ray(self) -> LocalRay | None:
+        """The Ray that was started here; None: a cluster was joined."""
+        return self._ray
+
     def _resources(self, process: int) -> dict[str, Any]:
         """What Ray may hand out beside a process of the run, whose own use of its GPUs Ray does not count."""
         count = self.places.count(process)
