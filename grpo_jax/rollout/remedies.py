@@ -95,6 +95,11 @@ SYMPTOMS = (
         "JAX's CUDA plugin is not of jaxlib's version",
         "pip install -U 'jax[cuda13]'",
     ),
+    Symptom(
+        r"AF_UNIX path length cannot exceed \d+ bytes",
+        "the path of Ray's sockets is too long",
+        "export RAY_TMPDIR=/tmp",
+    ),
     # pip, which says most of it at once
     Symptom(
         r"CUDA_HOME (?:environment variable )?is not set|Cannot find CUDA_HOME|Failed to find nvcc"

@@ -164,7 +164,8 @@ def check_coordinator() -> Check | None:
         socket.create_server((where, int(port)), family=family).close()
     except (OSError, OverflowError) as error:
         mend = f"name an address of this host and a free port in {ADDRESS}, in all processes"
-        return Check(ADDRESS, False, f"{address}: {getattr(error, 'strerror', None) or error}", mend)
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # the address again
+        return Check(ADDRESS, False, f"{address}: {reason}", mend)
     return Check(ADDRESS, True, f"{address} can be listened at")
 
 

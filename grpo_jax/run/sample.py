@@ -50,7 +50,7 @@ def greedy_sample(path: str | Path, *, num_tokens: int, dtype: str, engine: Roll
     prompt = _prompt(tokenizer)
     verify_weights(path)
     mesh = open_devices(config, folder.config, engine=engine)
-    length = len(prompt.token_ids) + num_tokens
+    length = len(prompt.token_ids) + num_tokens + 1  # vLLM scores given tokens by sampling one more
     arguments = dict(folder=folder, mesh=mesh, tokenizer=tokenizer, max_model_len=length)
     with contextlib.closing(make_engine(engine, **arguments)) as speaker:
         params = jax.tree.map(read_leaf, first_params(config, folder, folder.config, mesh))

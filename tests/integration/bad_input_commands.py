@@ -136,6 +136,8 @@ OTHERS = [
     sft("unknown-key", {"sft.num_step": 1}, "sft.num_step", "did you mean sft.num_steps?"),
     # doctor
     doctor("misspelt-flag", {}, "--confg", "did you mean --config?", extra=["--confg=x"]),
+    Case("doctor-log-missing", "grpo_jax.doctor", ["--log=inputs/absent.log"], ("absent.log", "No such file")),
+    Case("doctor-log-and-more", "grpo_jax.doctor", ["--log=a", "--config=b"], ("--config", "no such flag")),
     doctor("unknown-key", {"model.pth": "x"}, "model.pth", "did you mean model.path?"),
     doctor("config-missing", {}, "--config=", "no such file", extra=["--config=inputs/absent.py"]),
     doctor("platform-that-jax-has-not", {}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),

@@ -77,6 +77,8 @@ TRUE_TEXTS = [  # what was said, a part of what is wrong, the command
     ("ImportError: cannot import name 'LlamaFlashAttention2' from 'transformers.models.llama.modeling_llama'",
      "transformers is outside", AGAIN),
     ("AttributeError: TokenizersBackend has no attribute all_special_tokens_extended", "transformers", AGAIN),
+    ("OSError: AF_UNIX path length cannot exceed 107 bytes: '/home/somebody/a/long/path/ray/session/sockets/plasma_store'",
+     "too long", "export RAY_TMPDIR=/tmp"),
     ("RuntimeError: Failed to infer device type", "sees no GPU", "make nvidia-smi work here"),
     ("ModuleNotFoundError: No module named 'cachetools'", "cachetools is missing", AGAIN),
 ]  # fmt: skip

@@ -123,6 +123,9 @@ def try_ray(section: RolloutSection, *, uses_gpus: bool) -> Finding:
         return Finding(
             "Ray", True, f"of {section.ray_address}: {num_places} place(s) had and given back, {seconds}"
         )
+    limit = time.monotonic() + processes.GONE_S
+    while not processes.are_gone(left) and time.monotonic() < limit:
+        time.sleep(0.1)
     if not processes.are_gone(left) or own.folder.exists():
         mend = f"end its processes ({', '.join(map(str, left))}), and remove {own.folder}"
         return Finding("Ray", False, "has left something behind", mend)
