@@ -94,14 +94,12 @@ def check_driver(platforms: Sequence[str]) -> list[Check]:
         found = f"are here, and JAX sees {', '.join(platforms)} only"
         reason = _why_not_cuda()
         remedy = find_remedy(reason)
-        mend = (
-            remedy.mend
-            if remedy
-            else "pip install -e '.[gpu]'; its CUDA 13 needs a driver of version 580 or newer"
-        )
+        mend = "pip install -e '.[gpu]'; its CUDA 13 needs a driver of version 580 or newer"
+        mend = remedy.mend if remedy else mend
         checks.append(Check("GPUs", False, f"{found}: {reason}" if reason else found, mend))
-    versions = {name: _version(name) for name in (*PLUGINS.values(), "jaxlib")}
-    return [*checks, check_plugins(versions, supported_cuda())]
+        versions = {name: _version(name) for name in (*PLUGINS.values(), "jaxlib")}
+        checks.append(check_plugins(versions, supported_cuda()))
+    return checks
 
 
 def check_plugins(versions: Mapping[str, str], driver: str) -> Check:

@@ -142,7 +142,7 @@ def imported(code, tmp_path, monkeypatch):
         ),
         ("from transformers import NoSuchConfig", "transformers is outside", "PIP install 'vllm==0.25.1'"),
         (
-            "print('Failed to import from vllm._C: ImportError(\"x.so: undefined symbol: _Zx\")\\nimported on cuda')",
+            "print('Failed to import from vllm._C: ImportError(x.so: undefined symbol: _Zx)\\nimported on cuda')",
             "undefined symbol: _Zx",
             "--force-reinstall",
         ),
