@@ -277,19 +277,18 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
     check_devices(report)
     if coordinator := check_coordinator():
         report.add(coordinator)
-    report.text("Engine")
+    if parsed is not None:
+        config, path, _ = parsed
+        report.text("Configuration (*: not the default)")
+        print_config(report, config)
+        if warning := unread_warning(config):
+            report.text(warning)
+        report.text("What the run would hold")
+        check_config(report, config, path)
+    report.text("Engine")  # after what is said at once: vLLM and Ray take a minute
     check_engines(report, parsed[0] if parsed else None)
-    if parsed is None:
-        return
-    config, path, args = parsed
-    report.text("Configuration (*: not the default)")
-    print_config(report, config)
-    if warning := unread_warning(config):
-        report.text(warning)
-    report.text("What the run would hold")
-    check_config(report, config, path)
-    if args.sample:
-        check_sample(report, config)
+    if parsed is not None and parsed[2].sample:
+        check_sample(report, parsed[0])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.remedies import TESTED, find_remedy
 from grpo_jax.rollout.vllm.check import python_is_ours
 from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.devices import engine_gpus
@@ -277,16 +278,20 @@ def _own_signals() -> Any:
             signal.signal(signal.SIGTERM, old)
 
 
-def explain_start(error: Exception, pid: int) -> str:
+def explain_start(error: Exception, pid: int, vllm: str = TESTED) -> str:
     """Says in one line why vLLM did not start, and what to do.
 
     Args:
         pid: of the engine's process; 0 if it is not known.
+        vllm: the version of the engine.
     """
     cause, log = root_cause(error, pid)
     for part, remedy in START_REMEDIES:
         if part.lower() in f"{error} {cause}".lower():
             return f"vLLM did not start: {cause}; {remedy} (log: {log})"
+    if known := find_remedy(cause, vllm=vllm):
+        mend = f"{known.what}: in the engine's environment, {known.mend}"
+        return f"vLLM did not start: {cause}; {mend} (log: {log})"
     return f"vLLM did not start: {cause} (log: {log})"
 
 
