@@ -6,8 +6,10 @@ Text in, remedy out: nothing is run or imported. Both the doctor and a run whose
 import re
 from typing import NamedTuple
 
-TESTED = "0.25.1"
-"""The vLLM that is recommended where none is installed yet."""
+RECOMMENDED = "0.25.1"
+"""The vLLM to install where there is none yet."""
+OLDEST_DRIVER = {12: "525", 13: "580"}
+"""CUDA's major version -> the oldest driver of NVIDIA's for it."""
 
 
 class Remedy(NamedTuple):
@@ -164,7 +166,9 @@ SYMPTOMS = (
 )
 
 
-def find_remedy(text: str, *, pip: str = "pip", vllm: str = TESTED, ray: str = "2.60.0") -> Remedy | None:
+def find_remedy(
+    text: str, *, pip: str = "pip", vllm: str = RECOMMENDED, ray: str = "2.60.0"
+) -> Remedy | None:
     """What a message means. Where several lines of the table fit, the first one counts. None: nothing is known.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import Config
-from grpo_jax.rollout.remedies import find_remedy
+from grpo_jax.rollout.remedies import OLDEST_DRIVER, find_remedy
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 PLUGINS = {12: "jax-cuda12-plugin", 13: "jax-cuda13-plugin"}
 """CUDA's major version -> the package that JAX reaches it by."""
-DRIVERS = {12: "525", 13: "580"}
-"""CUDA's major version -> the oldest driver for it."""
 ASK_S = 120.0
 
 
@@ -121,7 +119,9 @@ def check_plugins(versions: Mapping[str, str], driver: str) -> Check:
         wrong = [PLUGINS[major] for major in here if major != wanted]
         others = " ".join(f"{plugin} {plugin.replace('plugin', 'pjrt')}" for plugin in wrong)
         found += f"; the driver supports CUDA {driver or 'none'}"
-        newer = f", or a driver of version {DRIVERS[max(here)]} or newer" if max(here) > supported else ""
+        newer = (
+            f", or a driver of version {OLDEST_DRIVER[max(here)]} or newer" if max(here) > supported else ""
+        )
         return Check(name, False, found, f"pip uninstall -y {others} && {install}{newer}")
     is_alike = versions[PLUGINS[here[0]]] == versions["jaxlib"]
     found += f", jaxlib {versions['jaxlib']}, the driver supports CUDA {driver or 'none'}"

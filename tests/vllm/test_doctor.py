@@ -81,14 +81,17 @@ def test_a_ray_that_cannot_start_is_named_with_its_cure(ray_folder):
     deep = ray_folder / ("d" * 90)
     deep.mkdir()
     code = (
-        "import json\n"
+        "import json, os, sys\n"
         "from grpo_jax.config import RolloutSection\n"
         "from grpo_jax.rollout.vllm.trial import try_ray\n"
-        "print(json.dumps(try_ray(RolloutSection(engine='vllm'), uses_gpus=False)))"
+        "for folder in sys.argv[1:]:\n"
+        "    os.environ['RAY_TMPDIR'] = folder\n"
+        "    print(json.dumps(try_ray(RolloutSection(engine='vllm'), uses_gpus=False)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=300, env=environment(RAY_TMPDIR=str(deep)),
+        [sys.executable, "-c", code, ray_folder / "absent", deep],
+        capture_output=True, text=True, timeout=300, env=environment(),
     )  # fmt: skip
-    name, is_ok, found, mend = json.loads(done.stdout.splitlines()[-1])
-    assert (name, is_ok, mend) == ("Ray", False, "export RAY_TMPDIR=/tmp") and "107 bytes" in found
+    absent, long = map(json.loads, done.stdout.splitlines()[-2:])
+    assert absent[:2] == ["Ray", False] and "No such file or directory" in absent[2]
+    assert long[:2] == ["Ray", False] and "107 bytes" in long[2] and long[3] == "export RAY_TMPDIR=/tmp"

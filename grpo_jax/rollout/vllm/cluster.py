@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
-from grpo_jax.rollout.remedies import TESTED, find_remedy
+from grpo_jax.rollout.remedies import RECOMMENDED, find_remedy
 from grpo_jax.rollout.vllm.check import python_is_ours
 from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.devices import engine_gpus
@@ -278,7 +278,7 @@ def _own_signals() -> Any:
             signal.signal(signal.SIGTERM, old)
 
 
-def explain_start(error: Exception, pid: int, vllm: str = TESTED) -> str:
+def explain_start(error: Exception, pid: int, vllm: str = RECOMMENDED) -> str:
     """Says in one line why vLLM did not start, and what to do.
 
     Args:

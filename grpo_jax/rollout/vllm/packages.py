@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import Finding, one_line
+from grpo_jax.rollout.remedies import OLDEST_DRIVER
 
 DECISIVE = (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "numba", "protobuf", "transformers", "tokenizers",
@@ -21,8 +22,6 @@ DECISIVE = (
 """Of vLLM's requirements: those that have broken it where they were out of range."""
 NCCLS = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 """Each writes the same file."""
-NEWEST_DRIVER = {12: "525", 13: "580"}
-"""CUDA's major version -> the oldest driver for it."""
 PRINT_PACKAGES = """
 import importlib.metadata as m, importlib.util as u, json, os, runpy
 versions = {d.name.lower().replace("_", "-"): d.version for d in m.distributions() if d.name}
@@ -113,7 +112,7 @@ def _check_cuda(packages: Packages, pip: str, driver: str) -> Finding:
     found = f"PyTorch's is {cuda}, the driver supports {driver}"
     if major <= int(driver.partition(".")[0]):
         return Finding("vLLM's CUDA", True, found)
-    mend = f"install NVIDIA's driver {NEWEST_DRIVER.get(major, '')} or newer; where you may not, vLLM's build for "
+    mend = f"install NVIDIA's driver {OLDEST_DRIVER.get(major, '')} or newer; where you may not, vLLM's build for "
     mend += f"yours: {pip} install uv && uv pip install 'vllm=={packages.vllm}' --torch-backend=auto"
     return Finding("vLLM's CUDA", False, found, mend)
 

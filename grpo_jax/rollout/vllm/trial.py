@@ -115,7 +115,7 @@ def try_ray(section: RolloutSection, *, uses_gpus: bool) -> Finding:
         finally:
             left |= processes.family(own.pid) if own is not None else {}
             cluster.close([])
-    except (EngineError, ConfigError) as error:
+    except (EngineError, ConfigError, OSError) as error:  # OSError: of RAY_TMPDIR
         remedy = find_remedy(str(error))
         return Finding("Ray", False, one_line(str(error), 600), remedy.mend if remedy else mend)
     seconds = f"{time.monotonic() - begin:.0f} s"
