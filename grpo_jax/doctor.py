@@ -1,11 +1,13 @@
 """Checks the installation, and what a configuration would need.
 
-    python -m grpo_jax.doctor [--json]
+    python -m grpo_jax.doctor [--json] [--log=FILE]
     python -m grpo_jax.doctor [--hosts] [--json] [--sample] --config=FILE.py [--workdir=DIR]
         [--config.SECTION.KEY=VALUE ...]
 
-Each line says ok, or BAD and the command that mends it. With --sample the model of the configuration is loaded and
-says a greedy sentence. With --json one JSON object is printed in place of the lines. With --hosts, started on
+Each line says ok, or BAD and the command that mends it. vLLM, where it is installed or the configuration asks for
+it, is imported, and a Ray is started and ended. With --sample the model of the configuration is loaded, and its
+engine started, which says a greedy sentence. With --json one JSON object is printed in place of the lines. With
+--log=FILE, what pip, an engine or a run has written is read, and what mends it is said. With --hosts, started on
 every host as training is, it checks what the hosts must have in common (docs/hosts.md). Writes nothing that stays.
 
 Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
@@ -18,9 +20,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import KEYS, Config, ConfigError, unread_keys, unread_warning
-from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
-from grpo_jax.run.checks import GIB, Check, Report, check_clock, check_disk, check_driver, reference_reward
+from grpo_jax.config import KEYS, Config, ConfigError, RolloutSection, unread_keys, unread_warning
+from grpo_jax.config.command_line import (
+    USAGE,
+    config_parser,
+    make_parser,
+    one_line_errors,
+    read_command_line,
+)
+from grpo_jax.run.checks import (
+    GIB,
+    Check,
+    Report,
+    check_clock,
+    check_coordinator,
+    check_disk,
+    check_driver,
+    check_log,
+    reference_reward,
+)
 
 NUM_TOKENS = 32
 """Of a greedy sample."""
@@ -66,6 +84,23 @@ def check_devices(report: Report) -> None:
         found, is_ok = f"{device.device_kind}{memory}", total == 256.0**3
         mend = "" if is_ok else "it computes wrongly: take it out of use (CUDA_VISIBLE_DEVICES)"
         report.add(Check(f"{device.platform}:{device.id}", is_ok, found, mend))
+
+
+def check_engines(report: Report, config: Config | None) -> None:
+    """Tries the engine of the configuration, or every engine that is installed here.
+
+    Raises: ConfigError: something of it is missing, or has a version that does not work.
+    """
+    from grpo_jax.rollout import ENGINES, is_installed, try_installation
+
+    if config is not None:
+        sections = [config.rollout]
+    else:
+        every = [RolloutSection(engine=name) for name in ENGINES]
+        sections = [section for section in every if is_installed(section)]
+    for section in sections:
+        for finding in try_installation(section):
+            report.add(Check(*finding))
 
 
 def print_config(report: Report, config: Config) -> None:
@@ -149,14 +184,30 @@ def _memory_rows(config: Config, mesh: Any) -> tuple[list[tuple[str, str]], int,
 
 
 def check_sample(report: Report, config: Config) -> None:
-    """Loads the model and lets it say something. Raises: ConfigError: it cannot be loaded."""
+    """Loads the model and lets the run's engine say something. Raises: ConfigError: it cannot be loaded."""
+    from grpo_jax.rollout import EngineError
+    from grpo_jax.rollout.remedies import find_remedy
     from grpo_jax.run.sample import greedy_sample
+    from grpo_jax.weight_sync import WeightSyncError
 
     if config.model.path == "random":
         report.add(Check("sample", True, "none: the model is still to be made"))
         return
-    _, answer = greedy_sample(config.model.path, num_tokens=NUM_TOKENS, dtype=config.model.dtype)
-    report.add(Check("sample", True, repr(answer)))
+    model, engine = config.model, config.rollout
+    try:
+        sample = greedy_sample(model.path, num_tokens=NUM_TOKENS, dtype=model.dtype, engine=engine)
+    except (EngineError, WeightSyncError) as error:
+        remedy = find_remedy(str(error))
+        mend = remedy.mend if remedy else "docs/troubleshooting.md, vLLM does not start, or fails"
+        report.add(Check("sample", False, str(error), mend))
+        return
+    if sample.difference is None:
+        report.add(Check("sample", True, repr(sample.answer)))
+        return
+    is_close = sample.difference <= engine.probe_threshold
+    found = f"{sample.answer!r}; engine and trainer differ by {sample.difference:.2g} nats a token"
+    mend = "" if is_close else "python -m grpo_jax.mismatch with the same flags says why"
+    report.add(Check("sample", is_close, found, mend))
 
 
 def _parse(argv: list[str]) -> tuple[Config, Path, Any]:
@@ -173,6 +224,9 @@ def _parse(argv: list[str]) -> tuple[Config, Path, Any]:
 def main() -> None:
     with one_line_errors():
         argv = sys.argv[1:]
+        if any(flag.partition("=")[0] == "--log" for flag in argv):
+            _report_log(argv)
+            return
         parsed = _parse(argv) if [flag for flag in argv if flag != "--json"] else None
         if parsed is not None and parsed[2].hosts:
             from grpo_jax.run.host_check import check_hosts
@@ -186,12 +240,29 @@ def main() -> None:
             report.checks.append(Check(error.key, False, repr(error.value), error.rule))
             report.finish()
             raise
-        report.finish()
-        if problems := report.problems():
-            raise ConfigError(
-                "installation", "; ".join(f"{p.name} {p.found}" for p in problems), problems[0].mend
-            )
-        report.text("Everything is in order.")
+        _conclude(report)
+
+
+def _conclude(report: Report) -> None:
+    """Raises: ConfigError: something is wrong."""
+    report.finish()
+    if problems := report.problems():
+        found = "; ".join(f"{problem.name} {problem.found}" for problem in problems)
+        raise ConfigError("installation", found, problems[0].mend)
+    report.text("Everything is in order.")
+
+
+def _report_log(argv: list[str]) -> None:
+    """Says what a file of messages means. Raises: ConfigError: it means something that is wrong."""
+    parser = make_parser("grpo_jax.doctor", __doc__)
+    parser.add_argument("--log", required=True, help="what pip, an engine or a run has written")
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
+    args = parser.parse_args(argv)
+    report = Report(is_json=args.json)
+    report.add(check_log(Path(args.log)))
+    report.finish()
+    if problems := report.problems():
+        raise ConfigError("--log", args.log, f"{problems[0].found}: {problems[0].mend}")
 
 
 def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
@@ -204,17 +275,20 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
         prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
     report.text("Devices")
     check_devices(report)
-    if parsed is None:
-        return
-    config, path, args = parsed
-    report.text("Configuration (*: not the default)")
-    print_config(report, config)
-    if warning := unread_warning(config):
-        report.text(warning)
-    report.text("What the run would hold")
-    check_config(report, config, path)
-    if args.sample:
-        check_sample(report, config)
+    if coordinator := check_coordinator():
+        report.add(coordinator)
+    if parsed is not None:
+        config, path, _ = parsed
+        report.text("Configuration (*: not the default)")
+        print_config(report, config)
+        if warning := unread_warning(config):
+            report.text(warning)
+        report.text("What the run would hold")
+        check_config(report, config, path)
+    report.text("Engine")  # after what is said at once: vLLM and Ray take a minute
+    check_engines(report, parsed[0] if parsed else None)
+    if parsed is not None and parsed[2].sample:
+        check_sample(report, parsed[0])
 
 
 if __name__ == "__main__":

@@ -12,9 +12,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.rollout.base import EngineError, RolloutEngine, SamplingParams, eval_sampling, rollout_sampling
+from grpo_jax.rollout.base import (
+    EngineError,
+    Finding,
+    RolloutEngine,
+    SamplingParams,
+    eval_sampling,
+    rollout_sampling,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jax.sharding import AbstractMesh, Mesh
 
     from grpo_jax.config import Config, RolloutSection
@@ -30,6 +39,7 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 __all__ = [
     "ENGINES",
     "EngineError",
+    "Finding",
     "RolloutEngine",
     "SamplingParams",
     "check_devices",
@@ -37,6 +47,7 @@ __all__ = [
     "device_programs",
     "eval_sampling",
     "expected_seconds",
+    "is_installed",
     "make_engine",
     "memory_rows",
     "memory_savers",
@@ -46,6 +57,7 @@ __all__ = [
     "share_devices",
     "shares_parameters",
     "trainer_share",
+    "try_installation",
     "with_float32_head",
 ]
 
@@ -67,6 +79,20 @@ def check_engine(section: RolloutSection) -> None:
         ConfigError: something that it needs is missing, or has a version that does not work.
     """
     _engine(section).check_engine(section)
+
+
+def is_installed(section: RolloutSection) -> bool:
+    """Whether what the engine needs is there at all."""
+    return _engine(section).is_installed(section)
+
+
+def try_installation(section: RolloutSection) -> Iterator[Finding]:
+    """Tries what the engine needs of this machine, as a run would use it, and says what mends what does not work.
+
+    Raises:
+        ConfigError: see `check_engine`.
+    """
+    return _engine(section).try_installation(section)
 
 
 def share_devices(section: RolloutSection) -> None:

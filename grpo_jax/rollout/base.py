@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
     from grpo_jax.types import Params, Prompt, RolloutGroup
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at, to see whether an engine can run here."""
+
+    name: str
+    is_ok: bool
+    found: str
+    mend: str = ""
+    """The command or the change that mends it; "" where it is ok."""
 
 
 class EngineError(RuntimeError):

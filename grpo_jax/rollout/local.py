@@ -6,7 +6,7 @@ seed, the prompt's place in the call, the sample's number and the token's number
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from grpo_jax.model.transformer import (
     split_layers,
 )
 from grpo_jax.rollout import local_sizes
-from grpo_jax.rollout.base import PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
+from grpo_jax.rollout.base import Finding, PendingGroups, RolloutEngine, SamplingParams, rollout_sampling
 from grpo_jax.rollout.shared import Channel
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup, Workload
 
@@ -52,6 +52,16 @@ def check_engine(section: RolloutSection) -> None:
 
 def share_devices(section: RolloutSection) -> None:
     """See `rollout.share_devices`."""
+
+
+def is_installed(section: RolloutSection) -> bool:
+    """See `rollout.is_installed`. Always there."""
+    return True
+
+
+def try_installation(section: RolloutSection) -> Iterator[Finding]:
+    """See `rollout.try_installation`. It needs nothing but JAX."""
+    return iter(())
 
 
 def check_platform(section: RolloutSection, platform: str) -> None:

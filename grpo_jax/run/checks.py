@@ -1,23 +1,30 @@
 """What `python -m grpo_jax.doctor` looks at: one check a line, ok or with the command that mends it."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import Config
+from grpo_jax.rollout.remedies import OLDEST_DRIVER, find_remedy
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
     from grpo_jax.types import Prompt
 
 GIB = 1 << 30
+PLUGINS = {12: "jax-cuda12-plugin", 13: "jax-cuda13-plugin"}
+"""CUDA's major version -> the package that JAX reaches it by."""
+ASK_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,8 @@ def check_driver(platforms: Sequence[str]) -> list[Check]:
 
     Args: platforms: of JAX's devices, as ("cpu",).
     """
+    from grpo_jax.weight_sync.cuda import supported_cuda
+
     has_gpus = any(Path("/dev").glob("nvidia[0-9]*"))
     if not has_gpus:
         return []
@@ -80,9 +89,91 @@ def check_driver(platforms: Sequence[str]) -> list[Check]:
     checks.append(Check("NVIDIA driver", is_ok, found, "" if is_ok else "install or restart the driver"))
     is_meant = os.environ.get("JAX_PLATFORMS", "") not in ("cpu",)
     if is_meant and not {"gpu", "cuda"} & set(platforms):
+        found = f"are here, and JAX sees {', '.join(platforms)} only"
+        reason = _why_not_cuda()
+        remedy = find_remedy(reason)
         mend = "pip install -e '.[gpu]'; its CUDA 13 needs a driver of version 580 or newer"
-        checks.append(Check("GPUs", False, f"are here, and JAX sees {', '.join(platforms)} only", mend))
+        mend = remedy.mend if remedy else mend
+        checks.append(Check("GPUs", False, f"{found}: {reason}" if reason else found, mend))
+        versions = {name: _version(name) for name in (*PLUGINS.values(), "jaxlib")}
+        checks.append(check_plugins(versions, supported_cuda()))
     return checks
+
+
+def check_plugins(versions: Mapping[str, str], driver: str) -> Check:
+    """JAX's CUDA plugin, beside jaxlib and the driver.
+
+    Args:
+        versions: of `PLUGINS` and of jaxlib; "": not installed.
+        driver: the newest CUDA that the driver supports, as "12.8"; "": there is no driver.
+    """
+    name = "JAX's CUDA"
+    here = [major for major, plugin in PLUGINS.items() if versions[plugin]]
+    found = ", ".join(f"{PLUGINS[major]} {versions[PLUGINS[major]]}" for major in here) or "no plugin"
+    supported = int(driver.partition(".")[0]) if driver else 0
+    wanted = max((major for major in PLUGINS if major <= supported), default=max(PLUGINS))
+    install = f"pip install 'jax[cuda{wanted}]=={versions['jaxlib']}'"
+    if not here:
+        return Check(name, False, found, install)
+    if len(here) > 1 or max(here) > max(supported, min(PLUGINS)):
+        wrong = [PLUGINS[major] for major in here if major != wanted]
+        others = " ".join(f"{plugin} {plugin.replace('plugin', 'pjrt')}" for plugin in wrong)
+        found += f"; the driver supports CUDA {driver or 'none'}"
+        newer = (
+            f", or a driver of version {OLDEST_DRIVER[max(here)]} or newer" if max(here) > supported else ""
+        )
+        return Check(name, False, found, f"pip uninstall -y {others} && {install}{newer}")
+    is_alike = versions[PLUGINS[here[0]]] == versions["jaxlib"]
+    found += f", jaxlib {versions['jaxlib']}, the driver supports CUDA {driver or 'none'}"
+    return Check(name, is_alike, found, "" if is_alike else install)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _why_not_cuda() -> str:
+    """What JAX says, in another process, when it must use CUDA: its last line, and a warning of its plugins."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"it does not answer within {ASK_S:g} s"
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    told = [line for line in lines if "JAX plugin" in line or "cuInit" in line or "DSO version" in line]
+    return " ".join([*told[:1], *lines[-1:]])[:600] if done.returncode else ""
+
+
+def check_coordinator() -> Check | None:
+    """Whether the first process of several can listen where the others look for it; None: there is one only."""
+    from grpo_jax.run.hosts import ADDRESS, COUNT, RANK
+
+    address = os.environ.get(ADDRESS, "")
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or os.environ.get(RANK) != "0" or os.environ.get(COUNT, "1") == "1":
+        return None
+    try:
+        where = host.strip("[]")
+        family = socket.getaddrinfo(where, int(port), type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((where, int(port)), family=family).close()
+    except (OSError, OverflowError) as error:
+        mend = f"name an address of this host and a free port in {ADDRESS}, in all processes"
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]  # the address again
+        return Check(ADDRESS, False, f"{address}: {reason}", mend)
+    return Check(ADDRESS, True, f"{address} can be listened at")
+
+
+def check_log(path: Path) -> Check:
+    """What went wrong, by what pip, an engine or a run has written. Raises: OSError: it cannot be read."""
+    text = path.read_text(errors="replace")
+    remedy = find_remedy(text)
+    if remedy is None:
+        return Check(str(path), True, "says nothing that is known here")
+    return Check(str(path), False, f"says that {remedy.what}", remedy.mend)
 
 
 def check_clock(now: float | None = None) -> Check:

@@ -65,6 +65,16 @@ def device_uuid(ordinal: int) -> str:
     return bytes(uuid).hex()
 
 
+def supported_cuda() -> str:
+    """The newest CUDA that the driver supports, as "12.8"; "": there is no driver. Touches no device."""
+    version = ctypes.c_int()
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return ""
+    return "" if code else f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 class SharedBuffer:
     """Device memory that another process can open. cuMemAlloc's, which can be exported."""
 

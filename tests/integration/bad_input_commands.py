@@ -136,6 +136,8 @@ OTHERS = [
     sft("unknown-key", {"sft.num_step": 1}, "sft.num_step", "did you mean sft.num_steps?"),
     # doctor
     doctor("misspelt-flag", {}, "--confg", "did you mean --config?", extra=["--confg=x"]),
+    Case("doctor-log-missing", "grpo_jax.doctor", ["--log=inputs/absent.log"], ("absent.log", "No such file")),
+    Case("doctor-log-and-more", "grpo_jax.doctor", ["--log=a", "--config=b"], ("--config", "no such flag")),
     doctor("unknown-key", {"model.pth": "x"}, "model.pth", "did you mean model.path?"),
     doctor("config-missing", {}, "--config=", "no such file", extra=["--config=inputs/absent.py"]),
     doctor("platform-that-jax-has-not", {}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),
@@ -185,6 +187,7 @@ OTHERS = [
     fetch("no-folder", ["a/b"], "--to"),
     fetch("to-a-file", ["a/b", "--to=inputs/rewards/good.py"], "--to='inputs/rewards/good.py'", "is a file"),
     fetch("check-of-nothing", ["a/b", "--to=new", "--check_only"], "--to='new'", "no such folder"),
+    fetch("unknown-hub", ["a/b", "--to=new", "--from=hugging"], "--from", "hugging", "modelscope"),
     fetch("offline", ["a/b", "--to=new"], "NAME='a/b'", "the hub did not give it"),
     Case("init-in-a-file", "grpo_jax.init", ["inputs/rewards/good.py"], ("FOLDER=", "is a file")),
     gsm8k("no-folder", ["--source=inputs/sources/good"], "--local_dir"),

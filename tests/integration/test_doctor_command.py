@@ -1,6 +1,7 @@
 """`python -m grpo_jax.doctor`: what it says of a configuration."""
 
 import json
+import socket
 
 import integration_helpers as helpers
 
@@ -8,7 +9,7 @@ from grpo_jax import doctor
 from grpo_jax.config import CheckpointSection, Config
 from grpo_jax.model.hf import inspect_folder
 from grpo_jax.model.transformer import num_params
-from grpo_jax.run.checks import check_clock, check_disk
+from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_plugins
 
 QWEN_7B = dict(
     model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6,
@@ -116,3 +117,55 @@ def test_a_disk_that_is_too_small_and_a_clock_that_is_behind(tmp_path):
     assert "checkpoint.max_to_keep" in large.mend
     assert check_clock().is_ok
     assert not check_clock(now=0.0).is_ok
+
+
+def test_a_log_is_read_and_what_mends_it_is_said(tmp_path):
+    log = tmp_path / "pip.log"
+    log.write_text("Collecting vllm\n  AssertionError: CUDA_HOME is not set\n")
+    result = helpers.call(doctor.main, [f"--log={log}"])
+    assert result.code == 2 and "pip builds vLLM from its source" in result.out
+    mend = "pip install -U pip && pip install --only-binary=:all: 'vllm==0.25.1'"
+    assert result.out.endswith(f"; mend it: {mend}\n")
+    assert result.err.startswith(f"error: --log='{log}': ") and result.err.endswith(f"{mend}\n")
+    (check,) = json.loads(helpers.call(doctor.main, [f"--log={log}", "--json"]).out)["checks"]
+    assert not check["is_ok"] and check["mend"] == mend
+    log.write_text("Successfully installed vllm-0.25.1\n")
+    result = helpers.call(doctor.main, [f"--log={log}"])
+    assert (result.code, result.err) == (0, "") and "says nothing that is known here" in result.out
+
+
+def test_jaxs_plugin_beside_jaxlib_and_the_driver():
+    def check(driver, **versions):
+        found = {"jax-cuda12-plugin": "", "jax-cuda13-plugin": "", "jaxlib": "0.10.2"}
+        return check_plugins(
+            found | {f"jax-{name}-plugin": version for name, version in versions.items()}, driver
+        )
+
+    assert check("13.0", cuda13="0.10.2").is_ok and check("12.8", cuda12="0.10.2").is_ok
+    assert check("13.0", cuda12="0.10.2").is_ok  # a newer driver runs an older CUDA
+    assert check("13.0").mend == "pip install 'jax[cuda13]==0.10.2'"
+    assert check("12.4").mend == "pip install 'jax[cuda12]==0.10.2'"
+    other = check("13.0", cuda13="0.10.1")
+    assert not other.is_ok and other.mend == "pip install 'jax[cuda13]==0.10.2'"
+    uninstall = "pip uninstall -y jax-cuda13-plugin jax-cuda13-pjrt && pip install 'jax[cuda12]==0.10.2'"
+    old = check("12.8", cuda13="0.10.2")
+    assert not old.is_ok and old.mend == f"{uninstall}, or a driver of version 580 or newer"
+    both = check("13.0", cuda12="0.10.2", cuda13="0.10.2")
+    assert not both.is_ok and both.mend.startswith("pip uninstall -y jax-cuda12-plugin jax-cuda12-pjrt && ")
+
+
+def test_the_first_of_several_processes_needs_its_port(monkeypatch):
+    assert check_coordinator() is None
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "1")
+        assert check_coordinator() is None  # the first one listens
+        monkeypatch.setenv("JAX_PROCESS_ID", "0")
+        refused = check_coordinator()
+        assert not refused.is_ok and refused.found == f"127.0.0.1:{port}: Address already in use"
+        assert "JAX_COORDINATOR_ADDRESS" in refused.mend
+    assert check_coordinator().is_ok
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"192.0.2.77:{port}")  # of no machine
+    assert check_coordinator().found.startswith(f"192.0.2.77:{port}: Cannot assign")

@@ -1,135 +1,72 @@
-"""`python -m grpo_jax.fetch` against a small hub on this machine: the endpoints that huggingface_hub asks for."""
+"""`python -m grpo_jax.fetch` against a small hub on this machine, as each of the clients asks for it."""
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import hub_server
 import integration_helpers as helpers
 import pytest
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NAME = "tiny/model"
 MB = 2**20
-
-
-def etag_of(path):
-    """sha256 of a weight file, as of LFS; git's blob hash of any other."""
-    content = path.read_bytes()
-    if path.suffix == ".safetensors":
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one model's folder. `cut`: bytes after which notes.txt, asked for from its beginning, ends."""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.folder, self.cut, self.ranges = folder, 0, []
-        self.etags = {path.name: etag_of(path) for path in folder.iterdir()}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Answers(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if path.startswith(f"/api/models/{NAME}/tree/"):
-            self.answer_json([self.entry(file) for file in sorted(self.server.folder.iterdir())])
-        elif re.fullmatch(rf"/api/models/{NAME}(/revision/(main|{COMMIT}))?", path):
-            siblings = [{"rfilename": file.name} for file in sorted(self.server.folder.iterdir())]
-            self.answer_json({"id": NAME, "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(f"/{NAME}/resolve/{COMMIT}/"):
-            self.answer_file(self.server.folder / path.rpartition("/")[2])
-        else:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def entry(self, file):
-        etag, size = self.server.etags[file.name], file.stat().st_size
-        lfs = {"oid": etag, "size": size, "pointerSize": 134} if len(etag) == 64 else None
-        return {"type": "file", "path": file.name, "size": size, "oid": etag[:40]} | (
-            {"lfs": lfs} if lfs else {}
-        )
-
-    def answer_file(self, file):
-        content = file.read_bytes()
-        headers = {
-            "ETag": f'"{self.server.etags[file.name]}"',
-            "X-Repo-Commit": COMMIT,
-            "Accept-Ranges": "bytes",
-        }
-        begin = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
-        if begin and int(begin[1]):
-            self.server.ranges.append(int(begin[1]))
-            headers["Content-Range"] = f"bytes {begin[1]}-{len(content) - 1}/{len(content)}"
-            return self.answer(206, content[int(begin[1]) :], headers)
-        is_cut = self.server.cut and file.name == "notes.txt" and self.command == "GET"
-        return self.answer(200, content, headers, self.server.cut if is_cut else None)
-
-    def answer_json(self, content):
-        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def answer(self, code, content, headers, num_sent=None):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[:num_sent])
-        if num_sent is not None:
-            self.close_connection = True
+HUBS = (hub_server.HuggingFace, hub_server.ModelScope)
 
 
 @pytest.fixture
-def hub(model_folder, tmp_path):
-    served = tmp_path / "served"
-    shutil.copytree(model_folder, served)
-    (served / "pytorch_model.bin").write_bytes(b"not for us")
-    server = Hub(served)
-    yield server
-    server.shutdown()
-    server.server_close()
+def served(model_folder, tmp_path):
+    """Starts hubs, of one model's folder each."""
+    hubs = []
+
+    def start(answers):
+        folder = tmp_path / f"served-{len(hubs)}"
+        shutil.copytree(model_folder, folder)
+        (folder / "pytorch_model.bin").write_bytes(b"not for us")
+        hubs.append(hub_server.Hub(folder, answers))
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.shutdown()
+        hub.server_close()
 
 
-def fetch(hub, tmp_path, *flags, name=NAME):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+@pytest.fixture(params=HUBS, ids=lambda answers: answers.name)
+def hub(request, served):
+    return served(request.param)
+
+
+def fetch(hub, tmp_path, *flags, name=hub_server.NAME, environment=()):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_"))}
+    own = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "MODELSCOPE_CACHE": str(tmp_path / "cache"),
+        "MODELSCOPE_HOME": str(tmp_path / "home"),
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # otherwise seven seconds, and a line for each
+        "TQDM_DISABLE": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(helpers.ROOT),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "grpo_jax.fetch",
-        name,
-        f"--to={tmp_path / 'got'}",
-        "--dtype=float32",
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    command = [sys.executable, "-m", "grpo_jax.fetch", name, hub.flag, f"--to={tmp_path / 'got'}"]
+    return subprocess.run(
+        [*command, "--dtype=float32", *flags],
+        capture_output=True, text=True, env=kept | own | hub.environment | dict(environment), timeout=120,
+    )  # fmt: skip
+
+
+def line_of(done):
+    """The one line of a refusal."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
 
 
 def test_a_model_is_fetched_checked_and_speaks(hub, tmp_path):
     done = fetch(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"every file is what the hub has at commit {COMMIT}" in done.stdout
+    assert hub.says in done.stdout
     assert "capital of France?" in done.stdout and "answer: '" in done.stdout
     got = {path.name: path.read_bytes() for path in (tmp_path / "got").iterdir() if path.is_file()}
     served = {path.name: path.read_bytes() for path in hub.folder.iterdir()}
@@ -139,19 +76,17 @@ def test_a_model_is_fetched_checked_and_speaks(hub, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    done = fetch(hub, tmp_path, "--check_only")
-    assert done.returncode == 2
-    assert "model.safetensors: not what the hub has" in done.stderr and done.stderr.count("\n") == 1
+    assert "model.safetensors: not what the hub has" in line_of(fetch(hub, tmp_path, "--check_only"))
     (tmp_path / "got" / "tokenizer.json").unlink()
     weights.write_bytes(served["model.safetensors"])
-    assert "lacks tokenizer.json" in fetch(hub, tmp_path, "--check_only").stderr
+    assert "lacks tokenizer.json" in line_of(fetch(hub, tmp_path, "--check_only"))
 
 
 def test_what_was_cut_short_goes_on(hub, tmp_path):
     notes = hub.folder / "notes.txt"
     notes.write_bytes(bytes(12 * MB))
-    hub.etags["notes.txt"] = etag_of(notes)
-    hub.cut = 11 * MB  # the client keeps what it has in pieces of 10 MB
+    hub.digests["notes.txt"] = hub.digest_of(notes)
+    hub.cut = 11 * MB  # a client keeps what it has in pieces, of 10 MB at most
     done = fetch(hub, tmp_path)
     if done.returncode:  # the client gave up: the same command goes on
         *told, line = done.stderr.splitlines()  # the client tells of each attempt before
@@ -164,16 +99,52 @@ def test_what_was_cut_short_goes_on(hub, tmp_path):
 
 
 def test_files_that_are_not_what_the_hub_says_are_refused(hub, tmp_path):
-    hub.etags["config.json"] = "0" * 40
+    hub.digests["config.json"] = "0" * len(hub.digests["config.json"])
     done = fetch(hub, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "config.json: not what the hub has" in done.stderr and done.stderr.count("\n") == 1
+    line = done.stderr.splitlines()[-1]  # ModelScope's client compares too, and tells of each attempt before
+    assert line.startswith("error: ") and re.search(
+        "config.json: (not what the hub has|.*Hash mismatch)", line
+    )
 
 
 def test_names_that_the_hub_does_not_have_end_in_one_line(hub, tmp_path):
     for name in ("tiny/other", "no name", "a/b/c"):
-        done = fetch(hub, tmp_path, name=name)
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert done.stderr.startswith(f"error: NAME='{name}': ") and done.stderr.count("\n") == 1
+        assert line_of(fetch(hub, tmp_path, name=name)).startswith(
+            f"error: NAME='{name}': the hub did not give it"
+        )
+    line = line_of(fetch(hub, tmp_path, "--revision=v9"))
+    assert line.startswith(f"error: NAME='{hub_server.NAME}': the hub did not give it")
     (tmp_path / "got").write_text("")
     assert "is a file" in fetch(hub, tmp_path).stderr
+
+
+def test_a_folder_with_another_model_is_left_as_it_is(hub, tmp_path):
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got" / "config.json").write_text("{}")
+    assert "holds another model: its config.json is not that of tiny/model" in line_of(fetch(hub, tmp_path))
+    assert [path.name for path in (tmp_path / "got").iterdir()] == ["config.json"]
+    assert (tmp_path / "got" / "config.json").read_text() == "{}"
+
+
+def test_a_hub_that_cannot_be_reached_is_named(hub, tmp_path):
+    closed = dict.fromkeys(hub.environment, "http://127.0.0.1:9")
+    line = line_of(fetch(hub, tmp_path, environment=closed))
+    assert "the hub did not give it (" in line and "refused" in line
+
+
+def test_modelscope_without_its_package_says_what_to_install(served, tmp_path):
+    (tmp_path / "modelscope_hub.py").write_text("raise ImportError\n")
+    paths = os.pathsep.join([str(tmp_path), str(helpers.ROOT)])
+    hub = served(hub_server.ModelScope)
+    line = line_of(fetch(hub, tmp_path, environment={"PYTHONPATH": paths}))
+    assert line == (
+        "error: --from='modelscope': the package modelscope-hub is not installed: "
+        "pip install 'modelscope-hub>=0.5.1'\n"
+    )
+
+
+def test_a_file_outside_of_the_folder_is_refused(served, tmp_path):
+    line = line_of(fetch(served(hub_server.OutsideOfTheFolder), tmp_path))
+    assert "names a file outside of the folder, '../config.json'" in line
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "got").exists()

@@ -16,7 +16,7 @@ from grpo_jax.types import Prompt
 
 FUNCTIONS = (
     "check_engine", "share_devices", "trainer_share", "push_bytes", "shares_parameters", "memory_rows",
-    "memory_savers", "expected_seconds", "check_devices", "check_platform",
+    "memory_savers", "expected_seconds", "check_devices", "check_platform", "is_installed", "try_installation",
 )  # fmt: skip
 
 

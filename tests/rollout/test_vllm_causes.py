@@ -91,6 +91,10 @@ STARTS = [  # what vLLM writes, what is to be done
     ("OSError: [Errno 98] Address already in use", "rollout.api_port"),
     ("TypeError: EngineArgs.__init__() got an unexpected keyword argument 'foo'", "rollout.engine_args"),
     ("ModuleNotFoundError: No module named 'flashinfer'", "rollout.python"),
+    (
+        "ImportError: /env/vllm/_C.abi3.so: undefined symbol: _ZN5torch3jit17parseSchemaOrNameERKSsb",
+        "in the engine's environment, pip install --force-reinstall 'vllm==0.25.1'",
+    ),
     pytest.param(
         # `EngineActor.start` sets this one itself, before **options.
         "TypeError: AsyncEngineArgs() got multiple values for keyword argument 'load_format'",

@@ -13,7 +13,7 @@ without JAX, so everything heavy is imported within a function.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grpo_jax.model.cards import Card
     from grpo_jax.model.config import ModelConfig
     from grpo_jax.model.hf import ModelFolder
-    from grpo_jax.rollout.base import RolloutEngine
+    from grpo_jax.rollout.base import Finding, RolloutEngine
     from grpo_jax.rollout.shared import Channel
     from grpo_jax.types import Params, Workload
 
@@ -40,6 +40,20 @@ def check_engine(section: RolloutSection) -> None:
     from grpo_jax.rollout.vllm.check import find_vllm
 
     find_vllm(section)
+
+
+def is_installed(section: RolloutSection) -> bool:
+    """See `rollout.is_installed`."""
+    from grpo_jax.rollout.vllm import check
+
+    return check.is_installed(section)
+
+
+def try_installation(section: RolloutSection) -> Iterator[Finding]:
+    """See `rollout.try_installation`. Starts a Ray, and ends it."""
+    from grpo_jax.rollout.vllm import trial
+
+    return trial.try_installation(section)
 
 
 def share_devices(section: RolloutSection) -> None:

@@ -85,6 +85,11 @@ def find_vllm(section: RolloutSection) -> VllmInstallation:
     return installed_vllm(section)
 
 
+def is_installed(section: RolloutSection) -> bool:
+    """See `rollout.is_installed`."""
+    return _environment_of(section.python or sys.executable)["vllm"] is not None
+
+
 def installed_vllm(section: RolloutSection) -> VllmInstallation:
     """Returns what `find_vllm` returns, without its checks and warnings."""
     found = _environment_of(section.python or sys.executable)
@@ -129,12 +134,11 @@ def _environment_of(python: str) -> dict:
     """Versions and prefix of the environment of an interpreter, as the engine's process will find them."""
     if not Path(python).is_file():
         raise ConfigError("rollout.python", python, "there is no such file; it must be a Python interpreter")
-    environment = dict(os.environ)
-    if python != sys.executable:
-        environment.pop("PYTHONPATH", None)  # the engine does not get the trainer's
+    stderr = ""
     try:
-        stdout, stderr = _output_of([python, "-c", _PRINT_VERSIONS], environment)
-        return json.loads(stdout.splitlines()[-1])
+        done = output_of([python, "-c", _PRINT_VERSIONS], environment_for(python), timeout_s=ANSWER_S)
+        stderr = done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         rule = f"does not answer as a Python interpreter within {ANSWER_S:g} s"
         raise ConfigError("rollout.python", python, rule) from None
@@ -146,11 +150,19 @@ def _environment_of(python: str) -> dict:
         raise ConfigError("rollout.python", python, rule) from None
 
 
-def _output_of(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
-    """Returns what a command writes to stdout and stderr.
+def environment_for(python: str) -> dict[str, str]:
+    """Environment variables for an interpreter: the engine does not get the trainer's PYTHONPATH."""
+    is_other = python != sys.executable
+    return {name: value for name, value in os.environ.items() if not (is_other and name == "PYTHONPATH")}
 
-    Raises: subprocess.TimeoutExpired: it takes longer than `ANSWER_S`. It is killed, with what it started, and not
-        waited for: a process that hangs on a lost disk does not end.
+
+def output_of(
+    command: list[str], environment: dict[str, str], *, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command, and returns what it writes.
+
+    Raises: subprocess.TimeoutExpired: it takes longer than `timeout_s`. It is killed, with what it started, and
+        not waited for: a process that hangs on a lost disk does not end.
     """
     process = subprocess.Popen(
         command,
@@ -163,7 +175,8 @@ def _output_of(command: list[str], environment: dict[str, str]) -> tuple[str, st
         start_new_session=True,
     )
     try:
-        return process.communicate(timeout=ANSWER_S)
+        stdout, stderr = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     except BaseException:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

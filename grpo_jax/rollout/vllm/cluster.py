@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo_jax.config import ConfigError, RolloutSection
 from grpo_jax.rollout.base import EngineError
+from grpo_jax.rollout.remedies import RECOMMENDED, find_remedy
 from grpo_jax.rollout.vllm.check import python_is_ours
 from grpo_jax.rollout.vllm.crew import Crew
 from grpo_jax.rollout.vllm.devices import engine_gpus
@@ -128,6 +129,11 @@ class Cluster:
         gpus = engine_gpus(self._section) if self._gpus else ""
         host = self._crew.channel.address if self._crew is not None else ""
         return LocalRay(options, gpus=gpus, timeout_s=self._section.start_timeout_s, host=host)
+
+    @property
+    def own_ray(self) -> LocalRay | None:
+        """The Ray that was started here; None: a cluster was joined."""
+        return self._ray
 
     def _resources(self, process: int) -> dict[str, Any]:
         """What Ray may hand out beside a process of the run, whose own use of its GPUs Ray does not count."""
@@ -272,16 +278,20 @@ def _own_signals() -> Any:
             signal.signal(signal.SIGTERM, old)
 
 
-def explain_start(error: Exception, pid: int) -> str:
+def explain_start(error: Exception, pid: int, vllm: str = RECOMMENDED) -> str:
     """Says in one line why vLLM did not start, and what to do.
 
     Args:
         pid: of the engine's process; 0 if it is not known.
+        vllm: the version of the engine.
     """
     cause, log = root_cause(error, pid)
     for part, remedy in START_REMEDIES:
         if part.lower() in f"{error} {cause}".lower():
             return f"vLLM did not start: {cause}; {remedy} (log: {log})"
+    if known := find_remedy(cause, vllm=vllm):
+        mend = f"{known.what}: in the engine's environment, {known.mend}"
+        return f"vLLM did not start: {cause}; {mend} (log: {log})"
     return f"vLLM did not start: {cause} (log: {log})"
 
 

@@ -94,6 +94,11 @@ class LocalRay:
         return text.decode().strip()
 
     @property
+    def pid(self) -> int:
+        """Of the process that Ray hangs on."""
+        return self._process.pid
+
+    @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
 

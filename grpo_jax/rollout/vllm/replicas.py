@@ -122,6 +122,7 @@ class Replicas:
             crew: all processes of the run; None: there are no others.
         """
         self._section, self._options, self._crew = section, options, crew
+        self._version = installation.version.partition("+")[0]
         uses_gpus = not installation.is_cpu
         self._cluster = Cluster(section, num_replicas=num_replicas, uses_gpus=uses_gpus, crew=crew)
         self._replicas = [Replica(number, place=place) for number, place in enumerate(self._cluster.places)]
@@ -218,7 +219,7 @@ class Replicas:
             self._watch_start(replica)
             about = ray.get(replica.starting, timeout=ANSWER_S)
         except ray.exceptions.RayError as error:
-            raise EngineError(explain_start(error, self._pid_of(replica))) from error
+            raise EngineError(explain_start(error, self._pid_of(replica), self._version)) from error
         finally:
             replica.starting = None
         replica.is_local = about["node_id"] == self._cluster.node_id
