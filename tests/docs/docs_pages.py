@@ -109,6 +109,7 @@ def shell_lines(block):
 
 def split(line):
     """(words, variables) of each command of a line of a shell."""
+    line = re.sub(r"\d>&\d", "", line)  # output that goes where other output goes
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split, lexer.commenters = True, "#"
     found, words = [], []

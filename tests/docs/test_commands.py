@@ -25,7 +25,20 @@ HISTORY = ("CHANGELOG.md", "docs/decisions/")
 """What was there once may be named."""
 PATH = re.compile(r"(?<![\w/.-])(?:configs|examples|benchmarks|launch|tests|docs|grpo_jax|\.ci)/[\w./-]*\w")
 PROGRAMS = {
-    *("git", "cd", "pip", "hf", "modelscope", "tensorboard", "curl", "less", "gcloud", "pytest", "mike"),
+    *(
+        "git",
+        "cd",
+        "pip",
+        "hf",
+        "modelscope",
+        "tensorboard",
+        "curl",
+        "less",
+        "tee",
+        "gcloud",
+        "pytest",
+        "mike",
+    ),
     *("export", ".", "$all", "engine/bin/pip", ""),
 }
 """First words of commands that are not ours."""
@@ -35,8 +48,8 @@ class Parsed(BaseException):
     """Ends a command before its flags are read."""
 
 
-def parser_of(module):
-    """The parser that `python -m MODULE` reads its flags with."""
+def parser_of(module, arguments=()):
+    """The parser that `python -m MODULE ARGUMENTS` reads its flags with."""
     found = []
 
     def stop(parser, *_, **__):
@@ -48,7 +61,7 @@ def parser_of(module):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parser, "parse_known_args", stop)
         patch.setattr(Parser, "parse_args", stop)
-        patch.setattr(sys, "argv", ["command", "--sample"])  # doctor alone reads none
+        patch.setattr(sys, "argv", ["command", *(arguments or ["--sample"])])  # doctor alone reads none
         with pytest.raises(Parsed):
             command.main()
     return found[0]
@@ -57,7 +70,7 @@ def parser_of(module):
 def complaint(command, module, arguments, capsys):
     """What the command would say of its flags, its configuration and its keys: "" for nothing."""
     try:
-        parser = parser_of(module)
+        parser = parser_of(module, arguments)
         if "--config" not in parser.flags:
             parser.parse_args(arguments)
         elif arguments:
@@ -181,6 +194,7 @@ def test_keys_that_are_named_are_there():
 def test_commands_that_the_text_names_are_there():
     for page, span in SPANS:
         for module, rest in re.findall(r"python -m (grpo_jax\.(?:data\.)?\w+)(?![\w.])([^|;&]*)", span):
-            flags = parser_of(module).flags
-            for flag in re.findall(r"(?<!\S)\[?(--[a-z_]+)", rest):
+            named = re.findall(r"(?<!\S)\[?(--[a-z_]+)", rest)
+            flags = parser_of(module, named).flags
+            for flag in named:
                 assert flag in flags, (page, span)

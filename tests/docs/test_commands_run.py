@@ -31,6 +31,7 @@ NOT_RUN = [
         "needs several hosts; tests/run/test_launch_scripts.py, tests/integration/test_hosts.py",
     ),
     (r"^python benchmarks/", MINUTES),
+    (r"grpo_jax.doctor --log=", "of an installation that fails; tests/integration/test_doctor_command.py"),
     (r"--config=configs/quickstart.py$", MINUTES + "; a step of it: test_recipes.py"),
     (r"^pytest|^bash .ci/run|^mike", "is for developers"),
     (r"^docs/own_task.md: ", "tests/integration/test_own_task.py"),
