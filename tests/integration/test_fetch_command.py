@@ -37,6 +37,14 @@ def hub(request, served):
     return served(request.param)
 
 
+WHOLE = pytest.mark.parametrize(
+    "hub",
+    [pytest.param(HUBS[0], id=HUBS[0].name), pytest.param(HUBS[1], id=HUBS[1].name, marks=pytest.mark.slow)],
+    indirect=True,
+)
+"""A whole fetch from each hub, which ends with the model's own words; the default suite has one."""
+
+
 def fetch(hub, tmp_path, *flags, name=hub_server.NAME, environment=()):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_"))}
     own = {
@@ -63,6 +71,7 @@ def line_of(done):
     return done.stderr
 
 
+@WHOLE
 def test_a_model_is_fetched_checked_and_speaks(hub, tmp_path):
     done = fetch(hub, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -82,6 +91,7 @@ def test_a_model_is_fetched_checked_and_speaks(hub, tmp_path):
     assert "lacks tokenizer.json" in line_of(fetch(hub, tmp_path, "--check_only"))
 
 
+@WHOLE
 def test_what_was_cut_short_goes_on(hub, tmp_path):
     notes = hub.folder / "notes.txt"
     notes.write_bytes(bytes(12 * MB))
