@@ -520,6 +520,10 @@ class Run:
                 logger.info(line)
         records = rollout_records(rollouts.groups, rollouts.rewards.rewards)
         writer.write_text("rollouts", self._samples(records), step=done)
+        lengths = [len(c.token_ids) for group in rollouts.groups for c in group.completions]
+        rewards = rollouts.rewards.rewards
+        spreads = {"distribution/reward": rewards, "distribution/response_length": lengths}
+        writer.write_histograms(spreads, step=done)
 
     def _save_rollouts(self, result: StepResult, done: int) -> None:
         rollouts = result.rollouts

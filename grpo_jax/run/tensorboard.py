@@ -13,8 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
 
+HPARAMS_METRICS = ("reward/mean", "val/accuracy", "kl/mean", "response_length/mean", "timing_s/step")
+"""What the HParams tab shows beside the settings."""
+NUM_BINS = 30
+"""Of a histogram."""
 HEADER, FOOTER = 12, 4
 """Bytes of a record before and after its event."""
 
@@ -22,10 +28,13 @@ HEADER, FOOTER = 12, 4
 class TensorBoard:
     """One event file of a start of a run, made with its first points."""
 
-    def __init__(self, folder: Path, *, last_step: int):
-        """Removes the points of later steps than `last_step`, which other starts left in `folder`."""
+    def __init__(self, folder: Path, *, last_step: int, settings: Mapping[str, bool | float | str] = {}):
+        """Removes the points of later steps than `last_step`, which other starts left in `folder`.
+
+        Args: settings: what the HParams tab says of this start.
+        """
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._path = folder / name
+        self._path, self._settings = folder / name, settings
         self._file: int | None = None
         self._size = 0
         self._has_warned = False
@@ -48,12 +57,23 @@ class TensorBoard:
 
         self._append([text_summary(name, text)], step)
 
+    def write_histograms(self, values: Mapping[str, Any], step: int) -> None:
+        """Writes how values of a step are distributed; arrays of any shape, of which finite values count."""
+        from tensorboardX.summary import histogram
+
+        arrays = {name: np.asarray(array, float) for name, array in values.items()}
+        finite = {name: array[np.isfinite(array)] for name, array in arrays.items()}
+        summaries = [histogram(n, array, NUM_BINS) for n, array in finite.items() if array.size]
+        self._append(summaries, step)
+
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _append(self, summaries: Sequence[Any], step: int) -> None:
+        if self._file is None:
+            summaries = [*_hparams(self._settings), *summaries]
         data = b"".join(_record(step=step, summary=summary) for summary in summaries)
         try:
             if self._file is None:
@@ -77,6 +97,13 @@ class TensorBoard:
         if not self._has_warned:
             logger.warning("WARNING: TensorBoard lacks points, training goes on: %s", error)
         self._has_warned = True
+
+
+def _hparams(settings: Mapping[str, bool | float | str]) -> list[Any]:
+    """What a row of the HParams tab is made of: names and types of its columns, and the values."""
+    from tensorboardX.summary import hparams
+
+    return list(hparams(dict(settings), dict.fromkeys(HPARAMS_METRICS))[:2]) if settings else []
 
 
 def cut_after(path: Path, step: int) -> None:

@@ -6,11 +6,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config
+
+from grpo_jax.config import KEYS, Config
 from grpo_jax.run.tensorboard import TensorBoard
 from grpo_jax.run.trackers import Trackers
 from grpo_jax.run.workdir import Workdir
@@ -33,7 +34,8 @@ class MetricsWriter:
         last_step = -1 if resume_step is None else resume_step  # None: of a run that left no checkpoint
         drop_after(self._path, last_step)
         if "tensorboard" in config.logging.loggers:
-            self._tensorboard = TensorBoard(workdir.tensorboard, last_step=last_step)
+            settings = changed_keys(config)
+            self._tensorboard = TensorBoard(workdir.tensorboard, last_step=last_step, settings=settings)
         self._trackers = Trackers(workdir.path, config)
 
     def write(self, metrics: Metrics, *, step: int, epoch: int) -> None:
@@ -59,6 +61,11 @@ class MetricsWriter:
         if texts:
             self._trackers.write_samples(name, texts, step)
 
+    def write_histograms(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Shows in TensorBoard how values of a step are distributed."""
+        if self._tensorboard is not None:
+            self._tensorboard.write_histograms(values, step)
+
     def console(self, metrics: Metrics, *, epoch: int, step: int, steps_per_epoch: int) -> None:
         """Prints the line of a step, and the epoch's where a new one begins. All counted from 1."""
         if not self._console:
@@ -76,6 +83,13 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._trackers.close()
+
+
+def changed_keys(config: Config) -> dict[str, bool | float | str]:
+    """The keys that differ from their default, and the learning rate, by name; tuples as text."""
+    values = {name: config.get(name) for name in KEYS}
+    shown = {n: v for n, v in values.items() if v != KEYS[n].default or n == "optim.learning_rate"}
+    return {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in shown.items()}
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ def read_events(workdir):
                 if value.WhichOneof("value") == "simple_value":
                     assert key not in scalars
                     scalars[key] = value.simple_value
-                else:
+                elif value.HasField("tensor"):
                     assert key not in texts
                     texts[key] = value.tensor.string_val[0].decode()
     return scalars, texts

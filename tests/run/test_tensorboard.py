@@ -3,13 +3,15 @@
 import logging
 import resource
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from grpo_jax.run.tensorboard import TensorBoard, cut_after
+from grpo_jax.run.tensorboard import HPARAMS_METRICS, TensorBoard, cut_after
 
 
 def points(folder):
@@ -75,6 +77,30 @@ def test_tensorboards_reader_agrees(tmp_path):
     write(board, (1, 2))
     board.close()
     assert shown(tmp_path) == [(1, 0.125), (2, 0.25)]
+
+
+def test_histograms_and_settings_are_read_by_tensorboard(tmp_path):
+    settings = {"optim.learning_rate": 1e-4, "algorithm.policy_loss": "gspo", "optim.offload": True}
+    board = TensorBoard(tmp_path, last_step=-1, settings=settings)
+    assert list(tmp_path.iterdir()) == []  # a start without a step leaves nothing
+    board.write_histograms(
+        {"distribution/reward": np.array([[0, 1], [1, np.nan]]), "none": np.array([np.inf])}, 1
+    )
+    board.close()
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    accumulator.Reload()
+    assert accumulator.Tags()["histograms"] == ["distribution/reward"]
+    (event,) = accumulator.Histograms("distribution/reward")
+    value = event.histogram_value
+    assert (event.step, value.num, value.sum, value.min, value.max) == (1, 3, 2, 0, 1)
+    counts = dict(zip(value.bucket_limit, value.bucket, strict=True))
+    assert sum(counts.values()) == 3 and counts[max(counts)] == 2
+    content = accumulator.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    assert start["optim.learning_rate"].number_value == 1e-4 and start["optim.offload"].bool_value
+    assert start["algorithm.policy_loss"].string_value == "gspo"
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    assert {info.name.tag for info in experiment.metric_infos} == set(HPARAMS_METRICS)
 
 
 def test_files_of_older_versions_are_cut_too(tmp_path):
