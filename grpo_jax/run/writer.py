@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from grpo_jax.config import KEYS, Config
 from grpo_jax.run.tensorboard import TensorBoard
 from grpo_jax.run.trackers import Trackers
