@@ -5,6 +5,7 @@ with the reason; any other command must run.
 """
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,8 @@ def folder(tmp_path_factory):
     make_model(
         folder / "models" / "Qwen2.5-0.5B-Instruct", (folder / "gsm8k-lines" / "train.jsonl").read_text()
     )
+    rows = [{"prompt": f"What is {i} + 1?", "solution": str(i + 1)} for i in range(80)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for size in ("3B", "7B"):
         (folder / "models" / f"Qwen2.5-{size}-Instruct").symlink_to("Qwen2.5-0.5B-Instruct")
     for page in PAGES:

@@ -69,7 +69,7 @@ def test_one_that_falls_silent_is_given_up(tmp_path, overrides):
         assert re.search(r"process 1 on \S+ \(pid \d+\) has said nothing for 1\d s", line)
         processes[1].send_signal(signal.SIGCONT)
         (second,) = ends_soon(processes[1:])
-        assert second.code == 1
+        assert second.code in (1, -signal.SIGABRT)  # JAX may notice sooner that the others have gone
 
 
 def test_sigterm_to_any_of_them_saves_and_stops_all(tmp_path, overrides):
