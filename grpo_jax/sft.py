@@ -5,6 +5,11 @@
 writes the Hugging Face folder WORKDIR/sft-model. `train` does the same by itself where sft.num_steps > 0.
 """
 
+if __name__ == "__main__":  # first: numpy starts threads, which would get heaps of their own
+    from grpo_jax.run.heap import keep_freed_memory
+
+    keep_freed_memory()
+
 from grpo_jax.config import ConfigError
 from grpo_jax.config.command_line import one_line_errors, parse_command_line
 

@@ -15,6 +15,11 @@ One step (`grpo_step`), in seven sentences:
 The same command goes on where a run stopped: by itself, by Ctrl-C or by a crash.
 """
 
+if __name__ == "__main__":  # first: numpy starts threads, which would get heaps of their own
+    from grpo_jax.run.heap import keep_freed_memory
+
+    keep_freed_memory()
+
 from pathlib import Path
 
 from grpo_jax.config import Config

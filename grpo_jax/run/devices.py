@@ -1,6 +1,5 @@
 """The environment of the trainer's process, and the mesh of its devices, made in the one right order."""
 
-import ctypes
 import logging
 import math
 import os
@@ -24,15 +23,6 @@ HOST_SLACK = 0.06
 """Of pinned memory: what lies idle between arrays of different sizes."""
 STAGING_GIB = 2
 """Pinned memory that JAX copies through."""
-ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0")
-"""Files of the drivers of NVIDIA GPUs and TPUs."""
-MALLOPT = {
-    "M_ARENA_MAX": (-8, 1),
-    "M_MMAP_MAX": (-4, 0),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_TOP_PAD": (-2, 2**26),
-}
-"""Options of glibc's mallopt(3), and values: one heap, that grows by 64 MiB and keeps 2 GiB of what is free."""
 
 
 def open_devices(
@@ -62,7 +52,6 @@ def prepare_process(
 ) -> None:
     """Sets what JAX reads from the environment when it first touches a device. Args: as `open_devices`."""
     _set_determinism(config.trainer)
-    keep_freed_memory()
     if engine is not None:
         share_devices(engine)
     make_room_on_host(config, model, num_processes)
@@ -128,20 +117,6 @@ def _set_determinism(section: TrainerSection) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if section.deterministic and "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-
-
-def keep_freed_memory() -> bool:
-    """Has malloc keep what is freed, for what comes next, where there are CPUs alone. Returns whether it does.
-
-    XLA allocates the arrays of each program anew. As shipped, glibc gives them back to Linux, which zeroes pages
-    for the next ones: a third of the CPU time of the quickstart's updates. Who sets malloc by its variables
-    keeps that. JAX may not have started its threads yet, which would have heaps of their own.
-    """
-    is_set = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    if is_set or (os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(os.path.exists, ACCELERATORS))):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    return mallopt is not None and all(mallopt(number, value) for number, value in MALLOPT.values())
 
 
 def _keep_compiled_programs(section: TrainerSection) -> None:

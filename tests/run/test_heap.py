@@ -1,4 +1,4 @@
-"""What is set before JAX touches a device."""
+"""What malloc keeps."""
 
 import json
 import os
@@ -7,9 +7,9 @@ import sys
 
 FAULTS = """
 import json, resource, sys
-from grpo_jax.run import devices
+from grpo_jax.run.heap import keep_freed_memory
 
-is_kept = devices.keep_freed_memory()
+is_kept = keep_freed_memory()
 import jax, jax.numpy as jnp
 
 step = jax.jit(lambda x: [x + i for i in range(4)])
