@@ -4,11 +4,12 @@
     python -m grpo_jax.doctor [--hosts] [--json] [--sample] --config=FILE.py [--workdir=DIR]
         [--config.SECTION.KEY=VALUE ...]
 
-Each line says ok, or BAD and the command that mends it. vLLM, where it is installed or the configuration asks for
-it, is imported, and a Ray is started and ended. With --sample the model of the configuration is loaded, and its
-engine started, which says a greedy sentence. With --json one JSON object is printed in place of the lines. With
---log=FILE, what pip, an engine or a run has written is read, and what mends it is said. With --hosts, started on
-every host as training is, it checks what the hosts must have in common (docs/hosts.md). Writes nothing that stays.
+Each line says ok, BAD and the command that mends it, or ? where that cannot be told. vLLM, where it is installed or
+the configuration asks for it, is imported, and a Ray is started and ended. With --sample the model of the
+configuration is loaded, and its engine started, which says a greedy sentence. With --json one JSON object is printed
+in place of the lines. With --log=FILE, what pip, an engine or a run has written is read, and what mends it is said.
+With --hosts, started on every host as training is, it checks what the hosts must have in common (docs/hosts.md).
+Writes nothing that stays.
 
 Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
 """
@@ -23,8 +24,8 @@ from typing import Any
 from grpo_jax.config import KEYS, Config, ConfigError, RolloutSection, unread_keys, unread_warning
 from grpo_jax.config.command_line import (
     USAGE,
+    Parser,
     config_parser,
-    make_parser,
     one_line_errors,
     read_command_line,
 )
@@ -210,24 +211,24 @@ def check_sample(report: Report, config: Config) -> None:
     report.add(Check("sample", is_close, found, mend))
 
 
-def _parse(argv: list[str]) -> tuple[Config, Path, Any]:
-    """Raises: ConfigError: as `read_command_line`."""
-    parser = config_parser("grpo_jax.doctor", __doc__, f"[--hosts] [--json] [--sample] {USAGE}")
+def _make_parser() -> Parser:
+    parser = config_parser("grpo_jax.doctor", __doc__, f"[--log=FILE] [--hosts] [--json] [--sample] {USAGE}")
+    parser.add_argument("--log", help="say what a file of pip's, an engine's or a run's messages means")
     parser.add_argument(
         "--hosts", action="store_true", help="of all hosts of a run: start it on each of them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
     parser.add_argument("--sample", action="store_true", help="load the model, and print a greedy sample")
-    return read_command_line(parser, argv)
+    return parser
 
 
 def main() -> None:
     with one_line_errors():
-        argv = sys.argv[1:]
+        argv, parser = sys.argv[1:], _make_parser()
         if any(flag.partition("=")[0] == "--log" for flag in argv):
-            _report_log(argv)
+            _report_log(parser.parse_args(argv))
             return
-        parsed = _parse(argv) if [flag for flag in argv if flag != "--json"] else None
+        parsed = read_command_line(parser, argv) if [flag for flag in argv if flag != "--json"] else None
         if parsed is not None and parsed[2].hosts:
             from grpo_jax.run.host_check import check_hosts
 
@@ -252,12 +253,12 @@ def _conclude(report: Report) -> None:
     report.text("Everything is in order.")
 
 
-def _report_log(argv: list[str]) -> None:
+def _report_log(args: Any) -> None:
     """Says what a file of messages means. Raises: ConfigError: it means something that is wrong."""
-    parser = make_parser("grpo_jax.doctor", __doc__)
-    parser.add_argument("--log", required=True, help="what pip, an engine or a run has written")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
-    args = parser.parse_args(argv)
+    if args.config or args.hosts or args.sample:
+        raise ConfigError(
+            "--log", args.log, "goes with --json alone: a file is read, and nothing else is checked"
+        )
     report = Report(is_json=args.json)
     report.add(check_log(Path(args.log)))
     report.finish()

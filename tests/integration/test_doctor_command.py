@@ -4,12 +4,13 @@ import json
 import socket
 
 import integration_helpers as helpers
+import pytest
 
 from grpo_jax import doctor
 from grpo_jax.config import CheckpointSection, Config
 from grpo_jax.model.hf import inspect_folder
 from grpo_jax.model.transformer import num_params
-from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_plugins
+from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_log, check_plugins
 
 QWEN_7B = dict(
     model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6,
@@ -129,9 +130,47 @@ def test_a_log_is_read_and_what_mends_it_is_said(tmp_path):
     assert result.err.startswith(f"error: --log='{log}': ") and result.err.endswith(f"{mend}\n")
     (check,) = json.loads(helpers.call(doctor.main, [f"--log={log}", "--json"]).out)["checks"]
     assert not check["is_ok"] and check["mend"] == mend
-    log.write_text("Successfully installed vllm-0.25.1\n")
+    argv = [f"--log={log}", "--config=configs/gsm8k.py"]
+    assert "goes with --json alone" in helpers.call(doctor.main, argv).err
+    assert "--log LOG" in helpers.call(doctor.main, ["--help"]).out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"Successfully installed vllm-0.25.1\n", "has nothing in it that is known here"),
+        (b" \n", "is empty"),
+        (bytes(range(128, 256)), "has nothing in it that is known here"),
+    ],
+)
+def test_a_log_that_says_nothing_known_is_not_called_ok(tmp_path, content, says):
+    log = tmp_path / "some.log"
+    log.write_bytes(content)
     result = helpers.call(doctor.main, [f"--log={log}"])
-    assert (result.code, result.err) == (0, "") and "says nothing that is known here" in result.out
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"  ?   {log} {says}; see its last lines, and docs/troubleshooting.md\n"
+    assert json.loads(helpers.call(doctor.main, [f"--log={log}", "--json"]).out)["ok"] is None
+
+
+FAILED_RUN = """2026-11-27 20:00:00,000 INFO   Step 1/4: reward=0.1 [1.0s]
+2026-11-27 20:00:01,000 ERROR phase reward failed
+Traceback (most recent call last):
+  File "pool.py", line 9, in score
+    raise RewardError(text)
+grpo_jax.rewards.base.RewardError: prompt train/21, completion 1: ZeroDivisionError
+"""
+
+
+def test_the_log_of_a_run_that_has_failed_says_its_last_error(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text(FAILED_RUN)
+    found = check_log(log)
+    end = "phase reward: grpo_jax.rewards.base.RewardError: prompt train/21, completion 1: ZeroDivisionError"
+    assert found.is_ok is False and found.found == f"is of a run that ended with: {end}"
+    log.write_text(FAILED_RUN + "2026-11-27 20:10:00,000 INFO   Step 2/4: reward=0.2 [1.0s]\n")
+    assert check_log(log).is_ok is None  # it has gone on since
+    log.write_text("Epoch 1/1:\nerror: phase gen: engine 0 failed 3 time(s); there is no checkpoint yet\n")
+    assert check_log(log).found.endswith("phase gen: engine 0 failed 3 time(s); there is no checkpoint yet")
 
 
 def test_jaxs_plugin_beside_jaxlib_and_the_driver():
