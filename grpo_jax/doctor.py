@@ -4,12 +4,12 @@
     python -m grpo_jax.doctor [--hosts] [--json] [--sample] --config=FILE.py [--workdir=DIR]
         [--config.SECTION.KEY=VALUE ...]
 
-Each line says ok, BAD and the command that mends it, or ? where that cannot be told. vLLM, where it is installed or
-the configuration asks for it, is imported, and a Ray is started and ended. With --sample the model of the
-configuration is loaded, and its engine started, which says a greedy sentence. With --json one JSON object is printed
-in place of the lines. With --log=FILE, what pip, an engine or a run has written is read, and what mends it is said.
-With --hosts, started on every host as training is, it checks what the hosts must have in common (docs/hosts.md).
-Writes nothing that stays.
+Each line says ok, BAD and the command that mends it, or ? where that cannot be told. vLLM, where it is installed
+or the configuration asks for it, is imported, and a Ray is started and ended. With --sample the model of the
+configuration is loaded, and its engine started, which says a greedy sentence. With --json one JSON object is
+printed in place of the lines. With --log=FILE, what pip, an engine or a run has written is read, and what mends it
+is said. With --hosts, started on every host as training is, it checks what the hosts must have in common
+(docs/hosts.md). Writes nothing that stays.
 
 Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
 """

@@ -60,9 +60,8 @@ def first_difference(ours: Message, other: Message) -> tuple[str, Any, Any] | No
         {f"{s}.{k}": v for s, keys in config.items() for k, v in keys.items()} for config in (ours, other)
     ]
     for key in flat[0] | flat[1]:
-        values = [config.get(key) for config in flat]
-        if values[0] != values[1]:
-            return key, *values
+        if flat[0].get(key) != flat[1].get(key):
+            return key, flat[0].get(key), flat[1].get(key)
     return None
 
 
