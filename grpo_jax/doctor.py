@@ -15,8 +15,8 @@ Exit code 0 when everything is in order, 2 when the configuration or an installe
 """
 
 import importlib.metadata
+import itertools
 import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from grpo_jax.run.checks import (
     check_log,
     reference_reward,
 )
+from grpo_jax.storage.files import size_text
 
 NUM_TOKENS = 32
 """Of a greedy sample."""
@@ -63,7 +64,7 @@ def check_packages(report: Report) -> None:
             version = "missing"
         is_good = version != "missing" and requirement.specifier.contains(version, prereleases=True)
         wanted = f"{requirement.name}{requirement.specifier}"
-        found = f"{version} (needs {requirement.specifier})"
+        found = f"{version} (needs {requirement.specifier})" if requirement.specifier else version
         report.add(Check(requirement.name, is_good, found, "" if is_good else f"pip install -U '{wanted}'"))
 
 
@@ -99,9 +100,11 @@ def check_engines(report: Report, config: Config | None) -> None:
     else:
         every = [RolloutSection(engine=name) for name in ENGINES]
         sections = [section for section in every if is_installed(section)]
-    for section in sections:
-        for finding in try_installation(section):
-            report.add(Check(*finding))
+    findings = itertools.chain.from_iterable(map(try_installation, sections))
+    for number, finding in enumerate(findings):
+        if number == 0:
+            report.text("Engine")
+        report.add(Check(*finding))
 
 
 def print_config(report: Report, config: Config) -> None:
@@ -146,7 +149,6 @@ def check_config(report: Report, config: Config, path: Path) -> None:
     rows += held
     existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
     rows += memory_rows(config.rollout)
-    rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     report.values(rows)
     report.text(*table_lines(rows), *doubts(config, config.num_steps(steps)))
     epochs = config.num_steps(steps) / steps
@@ -175,12 +177,12 @@ def _memory_rows(config: Config, mesh: Any) -> tuple[list[tuple[str, str]], int,
     )
     rows = [
         ("parameters", f"{num_params(model):,}"),
-        ("a device holds between steps", f"{sum(plan.held.values()) / 1e9:.1f} GB ({', '.join(plan.held)})"),
-        ("a device needs in a step", f"{plan.peak / 1e9:.1f} GB; see python -m grpo_jax.plan"),
+        ("a device holds between steps", f"{size_text(sum(plan.held.values()))} ({', '.join(plan.held)})"),
+        ("a device needs in a step", f"{size_text(plan.peak)}; see python -m grpo_jax.plan"),
     ]
     if plan.host:
-        rows.append(("the host holds", f"{sum(plan.host.values()) / 1e9:.1f} GB ({', '.join(plan.host)})"))
-    rows.append(("one checkpoint", f"{checkpoint / 1e9:.1f} GB"))
+        rows.append(("the host holds", f"{size_text(sum(plan.host.values()))} ({', '.join(plan.host)})"))
+    rows.append(("one checkpoint", size_text(checkpoint)))
     return rows, checkpoint, num_params(model) * (4 if config.model.dtype == "float32" else 2)
 
 
@@ -286,7 +288,6 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
             report.text(warning)
         report.text("What the run would hold")
         check_config(report, config, path)
-    report.text("Engine")  # after what is said at once: vLLM and Ray take a minute
     check_engines(report, parsed[0] if parsed else None)
     if parsed is not None and parsed[2].sample:
         check_sample(report, parsed[0])

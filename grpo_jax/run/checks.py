@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_jax.config import Config
 from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.remedies import OLDEST_DRIVER, find_remedy
+from grpo_jax.storage.files import size_text
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
@@ -231,7 +232,7 @@ def check_disk(config: Config, *, place: Path, checkpoint: int, weights: int, nu
     num_folders = math.floor(num_epochs / section.hf_every_epochs) if section.hf_every_epochs else 0
     needed = num_kept * checkpoint + max(1, num_folders) * weights
     free = shutil.disk_usage(place).free
-    found = f"{free / 1e9:.0f} GB free, {needed / 1e9:.1f} GB for {num_kept} checkpoints and HF folders"
+    found = f"{size_text(free)} free, {size_text(needed)} for {num_kept} checkpoints and HF folders"
     is_ok = needed < free
     mend = "another --workdir, a lower checkpoint.max_to_keep, or a higher checkpoint.hf_every_epochs"
     return Check("disk", is_ok, found, "" if is_ok else mend)

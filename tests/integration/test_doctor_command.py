@@ -1,6 +1,7 @@
 """`python -m grpo_jax.doctor`: what it says of a configuration."""
 
 import json
+import re
 import socket
 
 import integration_helpers as helpers
@@ -33,12 +34,15 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
     common = {"model.path": model_folder, "algorithm.kl_coef": 0.1}
     rows = run(tmp_path / "run", common)
     assert rows["parameters"] == f"{n:,}" and rows["steps in all"] == "3"
-    assert rows["a device holds between steps"] == "0.0 GB (parameters, Adam's moments, reference)"
+    # 4 bytes of each parameter, 8 of its moments, and 4 of the reference, in float32
+    held = rows["a device holds between steps"]
+    assert held == f"{16 * n / 1e6:.1f} MB (parameters, Adam's moments, reference)"
     assert "the host holds" not in rows
     on_host = {"optim.offload": True, "algorithm.ref_offload": True, "model.dtype": "bfloat16"}
     rows = run(tmp_path / "run", common | on_host)
-    assert rows["a device holds between steps"] == "0.0 GB (parameters)"
-    assert rows["the host holds"] == "0.0 GB (master parameters, Adam's moments, reference)"
+    assert rows["a device holds between steps"] == f"{2 * n / 1e6:.1f} MB (parameters)"
+    on_host = f"{14 * n / 1e6:.1f} MB (master parameters, Adam's moments, reference)"
+    assert rows["the host holds"] == on_host
 
 
 def test_every_key_is_printed_and_what_is_not_the_default_is_marked(tmp_path, model_folder):
@@ -97,6 +101,18 @@ def test_json_of_what_is_wrong_names_it_and_the_code_is_2(tmp_path):
     assert wrong["name"] == "model.path" and wrong["mend"].startswith("there is no such folder")
 
 
+def test_packages_without_a_range_and_no_engine_to_try_leave_nothing_empty(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["numpy"])
+    result = helpers.call(doctor.main, [])
+    assert f"  ok  numpy {doctor.importlib.metadata.version('numpy')}\n" in result.out
+    assert not re.search(r"^Engine\n(?!  )", result.out, re.MULTILINE)
+
+
+def test_the_free_disk_is_said_once(tmp_path, model_folder):
+    argv = helpers.train_argv(tmp_path / "run", {"model.path": model_folder})
+    assert helpers.call(doctor.main, argv).out.count(" free") == 1
+
+
 def test_a_package_that_is_too_old_is_named_with_its_cure(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["numpy>=999", "no-such-package>=1"])
     result = helpers.call(doctor.main, [])
@@ -112,7 +128,7 @@ def test_a_disk_that_is_too_small_and_a_clock_that_is_behind(tmp_path):
     config = Config(checkpoint=CheckpointSection(max_to_keep=2, hf_every_epochs=1))
     sizes = {"place": tmp_path, "num_epochs": 3.0}
     small = check_disk(config, checkpoint=10**6, weights=10**6, **sizes)
-    assert small.is_ok and "0.0 GB for 3 checkpoints" in small.found
+    assert small.is_ok and "6.0 MB for 3 checkpoints" in small.found  # and 3 HF folders
     large = check_disk(config, checkpoint=10**15, weights=10**14, **sizes)
     assert not large.is_ok and "3300000.0 GB for 3 checkpoints" in large.found  # 3 of each
     assert "checkpoint.max_to_keep" in large.mend
