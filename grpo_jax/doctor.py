@@ -18,6 +18,8 @@ import importlib.metadata
 import itertools
 import platform
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from grpo_jax.run.checks import (
     check_disk,
     check_driver,
     check_log,
+    check_of,
     reference_reward,
 )
 from grpo_jax.storage.files import size_text
@@ -116,15 +119,17 @@ def print_config(report: Report, config: Config) -> None:
         report.text(f"  {' ' if value == key.default else '*'} {name} = {value!r}{note}")
 
 
-def check_config(report: Report, config: Config, path: Path) -> None:
+def check_config(report: Report, config: Config, path: Path, disk: Path) -> None:
     """Reads all that the run would read, and says what it would hold.
 
+    Args:
+        path: of a workdir in which this run can be; disk: the one that was named.
     Raises: ConfigError: the first thing that is wrong.
     """
     from grpo_jax.algorithm import load_algorithm, try_functions
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import check_engine, memory_rows
+    from grpo_jax.rollout import memory_rows
     from grpo_jax.run.alarms import first_of_each
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
@@ -133,8 +138,6 @@ def check_config(report: Report, config: Config, path: Path) -> None:
     from grpo_jax.run.writer import read_metrics
 
     workdir = Workdir(path)
-    workdir.check(config)
-    check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     algorithm = load_algorithm(config)
     with make_reward(config.reward, max_response_length=config.data.max_response_length) as reward:
@@ -147,7 +150,7 @@ def check_config(report: Report, config: Config, path: Path) -> None:
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     held, checkpoint, weights = _memory_rows(config, mesh)
     rows += held
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (disk, *disk.resolve().parents) if parent.exists())
     rows += memory_rows(config.rollout)
     report.values(rows)
     report.text(*table_lines(rows), *doubts(config, config.num_steps(steps)))
@@ -240,7 +243,7 @@ def main() -> None:
         try:
             _check_all(report, parsed)
         except ConfigError as error:
-            report.checks.append(Check(error.key, False, repr(error.value), error.rule))
+            report.checks.append(check_of(error))
             report.finish()
             raise
         _conclude(report)
@@ -249,6 +252,8 @@ def main() -> None:
 def _conclude(report: Report) -> None:
     """Raises: ConfigError: something is wrong."""
     report.finish()
+    if report.errors:
+        raise report.errors[0]
     if problems := report.problems():
         found = "; ".join(f"{problem.name} {problem.found}" for problem in problems)
         raise ConfigError("installation", found, problems[0].mend)
@@ -273,7 +278,9 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
     check_packages(report)
     report.add(check_clock())
     if parsed is not None:
+        from grpo_jax.rollout import check_engine
         from grpo_jax.run.devices import prepare_process
+        from grpo_jax.run.workdir import Workdir
 
         prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
     report.text("Devices")
@@ -287,10 +294,27 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
         if warning := unread_warning(config):
             report.text(warning)
         report.text("What the run would hold")
-        check_config(report, config, path)
-    check_engines(report, parsed[0] if parsed else None)
+        has_place = _is_good(report, Workdir(path).check, config)
+        has_engine = _is_good(report, check_engine, config.rollout)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            check_config(report, config, path if has_place else Path(elsewhere) / "run", disk=path)
+        if not has_engine:  # which is said above
+            return
+    check_engines(
+        report, parsed[0] if parsed else None
+    )  # after what is said at once: vLLM and Ray take a minute
     if parsed is not None and parsed[2].sample:
         check_sample(report, parsed[0])
+
+
+def _is_good(report: Report, check: Callable[[Any], None], what: Any) -> bool:
+    """Whether a check passes without which the others can go on; where not, the report has a line."""
+    try:
+        check(what)
+    except ConfigError as error:
+        report.fail(error)
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.remedies import OLDEST_DRIVER, find_remedy
 from grpo_jax.storage.files import size_text
@@ -48,12 +48,19 @@ class Check:
     """The command or the change that mends it; "" where it is ok."""
 
 
+def check_of(error: ConfigError) -> Check:
+    """A user's mistake as a check."""
+    return Check(error.key, False, repr(error.value), error.rule)
+
+
 class Report:
     """Checks and text, printed as they come, or all checks as one JSON object at the end."""
 
     def __init__(self, *, is_json: bool):
         self._is_json = is_json
         self.checks: list[Check] = []
+        self.errors: list[ConfigError] = []
+        """Of the configuration, where the other checks could go on."""
         self._values: dict[str, str] = {}
 
     def text(self, *lines: str) -> None:
@@ -64,6 +71,12 @@ class Report:
         self.checks.append(check)
         mend = f"; mend it: {check.mend}" if check.mend else ""
         self.text(f"  {WORDS[check.is_ok]} {check.name} {check.found}{mend}")
+
+    def fail(self, error: ConfigError) -> None:
+        """Adds what is wrong with the configuration, for checks that go on."""
+        self.errors.append(error)
+        self.checks.append(check_of(error))
+        self.text(f"  BAD {error}")
 
     def values(self, rows: Sequence[tuple[str, str]]) -> None:
         """Keeps (name, value) pairs, as of a table, for the JSON object alone."""

@@ -3,12 +3,14 @@
 import json
 import re
 import socket
+import sys
 
 import integration_helpers as helpers
 import pytest
 
 from grpo_jax import doctor
 from grpo_jax.config import CheckpointSection, Config
+from grpo_jax.config.command_line import config_parser, read_command_line
 from grpo_jax.model.hf import inspect_folder
 from grpo_jax.model.transformer import num_params
 from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_log, check_plugins
@@ -106,6 +108,38 @@ def test_packages_without_a_range_and_no_engine_to_try_leave_nothing_empty(monke
     result = helpers.call(doctor.main, [])
     assert f"  ok  numpy {doctor.importlib.metadata.version('numpy')}\n" in result.out
     assert not re.search(r"^Engine\n(?!  )", result.out, re.MULTILINE)
+
+
+def test_an_engine_that_is_missing_and_the_workdir_of_another_run_leave_the_other_checks(
+    tmp_path, model_folder, monkeypatch
+):
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    python = tmp_path / "python"  # an interpreter that has no vLLM
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    overrides = {"model.path": model_folder, "rollout.engine": "vllm", "rollout.python": python}
+    argv = helpers.train_argv(tmp_path / "run", overrides)
+    config, *_ = read_command_line(config_parser("doctor", ""), argv)
+    held = config.to_dict()
+    held["algorithm"]["group_size"] += 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(held))
+    result = helpers.call(doctor.main, argv)
+    assert result.code == 2 and result.err.startswith("error: algorithm.group_size=")
+    assert result.err.count("\n") == 1
+    wrong = [line for line in result.out.splitlines() if line.startswith("  BAD ")]
+    assert len(wrong) == 2 and wrong[0].startswith("  BAD algorithm.group_size=")
+    assert "BAD rollout" in wrong[1] and "vLLM" in wrong[1]
+    for later in (
+        "\n  ok  data train/0",
+        "\n  completions per step ",
+        "\n  one checkpoint ",
+        "\n  ok  disk ",
+    ):
+        assert result.out.index(later) > result.out.index(wrong[1])
+    report = json.loads(helpers.call(doctor.main, [*argv, "--json"]).out)
+    bad = [check["name"] for check in report["checks"] if not check["is_ok"]]
+    assert bad[0] == "algorithm.group_size" and len(bad) == 2 and "steps in all" in report["run"]
 
 
 def test_the_free_disk_is_said_once(tmp_path, model_folder):
