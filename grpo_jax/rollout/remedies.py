@@ -135,8 +135,9 @@ SYMPTOMS = (
     Symptom(
         r"ResolutionImpossible|Cannot install [\s\S]{0,2000}?conflicting dependencies",
         "no versions fit all that pip was asked for",
-        "an environment for vLLM alone (python -m venv engine && engine/bin/pip install vllm=={vllm} ray=={ray}), "
-        "and --config.rollout.python=engine/bin/python; or ask pip for fewer packages, without their versions",
+        "ask pip for fewer packages, or without their versions; where vLLM is among them, give it an environment "
+        "(python -m venv engine && engine/bin/pip install vllm=={vllm} ray=={ray}), and "
+        "--config.rollout.python=engine/bin/python",
     ),
     # Memory
     Symptom(
