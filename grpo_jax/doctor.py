@@ -4,27 +4,30 @@
     python -m grpo_jax.doctor [--hosts] [--json] [--sample] --config=FILE.py [--workdir=DIR]
         [--config.SECTION.KEY=VALUE ...]
 
-Each line says ok, or BAD and the command that mends it. vLLM, where it is installed or the configuration asks for
-it, is imported, and a Ray is started and ended. With --sample the model of the configuration is loaded, and its
-engine started, which says a greedy sentence. With --json one JSON object is printed in place of the lines. With
---log=FILE, what pip, an engine or a run has written is read, and what mends it is said. With --hosts, started on
-every host as training is, it checks what the hosts must have in common (docs/hosts.md). Writes nothing that stays.
+Each line says ok, BAD and the command that mends it, or ? where that cannot be told. vLLM, where it is installed
+or the configuration asks for it, is imported, and a Ray is started and ended. With --sample the model of the
+configuration is loaded, and its engine started, which says a greedy sentence. With --json one JSON object is
+printed in place of the lines. With --log=FILE, what pip, an engine or a run has written is read, and what mends it
+is said. With --hosts, started on every host as training is, it checks what the hosts must have in common
+(docs/hosts.md). Writes nothing that stays.
 
 Exit code 0 when everything is in order, 2 when the configuration or an installed version is not.
 """
 
 import importlib.metadata
+import itertools
 import platform
-import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, RolloutSection, unread_keys, unread_warning
 from grpo_jax.config.command_line import (
     USAGE,
+    Parser,
     config_parser,
-    make_parser,
     one_line_errors,
     read_command_line,
 )
@@ -37,8 +40,10 @@ from grpo_jax.run.checks import (
     check_disk,
     check_driver,
     check_log,
+    check_of,
     reference_reward,
 )
+from grpo_jax.storage.files import size_text
 
 NUM_TOKENS = 32
 """Of a greedy sample."""
@@ -62,7 +67,7 @@ def check_packages(report: Report) -> None:
             version = "missing"
         is_good = version != "missing" and requirement.specifier.contains(version, prereleases=True)
         wanted = f"{requirement.name}{requirement.specifier}"
-        found = f"{version} (needs {requirement.specifier})"
+        found = f"{version} (needs {requirement.specifier})" if requirement.specifier else version
         report.add(Check(requirement.name, is_good, found, "" if is_good else f"pip install -U '{wanted}'"))
 
 
@@ -98,9 +103,11 @@ def check_engines(report: Report, config: Config | None) -> None:
     else:
         every = [RolloutSection(engine=name) for name in ENGINES]
         sections = [section for section in every if is_installed(section)]
-    for section in sections:
-        for finding in try_installation(section):
-            report.add(Check(*finding))
+    findings = itertools.chain.from_iterable(map(try_installation, sections))
+    for number, finding in enumerate(findings):
+        if number == 0:
+            report.text("Engine")
+        report.add(Check(*finding))
 
 
 def print_config(report: Report, config: Config) -> None:
@@ -112,15 +119,17 @@ def print_config(report: Report, config: Config) -> None:
         report.text(f"  {' ' if value == key.default else '*'} {name} = {value!r}{note}")
 
 
-def check_config(report: Report, config: Config, path: Path) -> None:
+def check_config(report: Report, config: Config, path: Path, disk: Path) -> None:
     """Reads all that the run would read, and says what it would hold.
 
+    Args:
+        path: of a workdir in which this run can be; disk: the one that was named.
     Raises: ConfigError: the first thing that is wrong.
     """
     from grpo_jax.algorithm import load_algorithm, try_functions
     from grpo_jax.model.sharding import num_batch_shards
     from grpo_jax.rewards import make_reward
-    from grpo_jax.rollout import check_engine, memory_rows
+    from grpo_jax.rollout import memory_rows
     from grpo_jax.run.alarms import first_of_each
     from grpo_jax.run.devices import open_mesh
     from grpo_jax.run.inputs import read_inputs
@@ -129,8 +138,6 @@ def check_config(report: Report, config: Config, path: Path) -> None:
     from grpo_jax.run.writer import read_metrics
 
     workdir = Workdir(path)
-    workdir.check(config)
-    check_engine(config.rollout)
     inputs = read_inputs(config, workdir)
     algorithm = load_algorithm(config)
     with make_reward(config.reward, max_response_length=config.data.max_response_length) as reward:
@@ -143,9 +150,8 @@ def check_config(report: Report, config: Config, path: Path) -> None:
     rows = batch_table(config, num_data_shards=num_batch_shards(mesh), steps_per_epoch=steps)
     held, checkpoint, weights = _memory_rows(config, mesh)
     rows += held
-    existing = next(parent for parent in (path, *path.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (disk, *disk.resolve().parents) if parent.exists())
     rows += memory_rows(config.rollout)
-    rows.append(("free disk for the workdir", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB"))
     report.values(rows)
     report.text(*table_lines(rows), *doubts(config, config.num_steps(steps)))
     epochs = config.num_steps(steps) / steps
@@ -174,12 +180,12 @@ def _memory_rows(config: Config, mesh: Any) -> tuple[list[tuple[str, str]], int,
     )
     rows = [
         ("parameters", f"{num_params(model):,}"),
-        ("a device holds between steps", f"{sum(plan.held.values()) / 1e9:.1f} GB ({', '.join(plan.held)})"),
-        ("a device needs in a step", f"{plan.peak / 1e9:.1f} GB; see python -m grpo_jax.plan"),
+        ("a device holds between steps", f"{size_text(sum(plan.held.values()))} ({', '.join(plan.held)})"),
+        ("a device needs in a step", f"{size_text(plan.peak)}; see python -m grpo_jax.plan"),
     ]
     if plan.host:
-        rows.append(("the host holds", f"{sum(plan.host.values()) / 1e9:.1f} GB ({', '.join(plan.host)})"))
-    rows.append(("one checkpoint", f"{checkpoint / 1e9:.1f} GB"))
+        rows.append(("the host holds", f"{size_text(sum(plan.host.values()))} ({', '.join(plan.host)})"))
+    rows.append(("one checkpoint", size_text(checkpoint)))
     return rows, checkpoint, num_params(model) * (4 if config.model.dtype == "float32" else 2)
 
 
@@ -210,24 +216,24 @@ def check_sample(report: Report, config: Config) -> None:
     report.add(Check("sample", is_close, found, mend))
 
 
-def _parse(argv: list[str]) -> tuple[Config, Path, Any]:
-    """Raises: ConfigError: as `read_command_line`."""
-    parser = config_parser("grpo_jax.doctor", __doc__, f"[--hosts] [--json] [--sample] {USAGE}")
+def _make_parser() -> Parser:
+    parser = config_parser("grpo_jax.doctor", __doc__, f"[--log=FILE] [--hosts] [--json] [--sample] {USAGE}")
+    parser.add_argument("--log", help="say what a file of pip's, an engine's or a run's messages means")
     parser.add_argument(
         "--hosts", action="store_true", help="of all hosts of a run: start it on each of them"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
     parser.add_argument("--sample", action="store_true", help="load the model, and print a greedy sample")
-    return read_command_line(parser, argv)
+    return parser
 
 
 def main() -> None:
     with one_line_errors():
-        argv = sys.argv[1:]
+        argv, parser = sys.argv[1:], _make_parser()
         if any(flag.partition("=")[0] == "--log" for flag in argv):
-            _report_log(argv)
+            _report_log(parser.parse_args(argv))
             return
-        parsed = _parse(argv) if [flag for flag in argv if flag != "--json"] else None
+        parsed = read_command_line(parser, argv) if [flag for flag in argv if flag != "--json"] else None
         if parsed is not None and parsed[2].hosts:
             from grpo_jax.run.host_check import check_hosts
 
@@ -237,7 +243,7 @@ def main() -> None:
         try:
             _check_all(report, parsed)
         except ConfigError as error:
-            report.checks.append(Check(error.key, False, repr(error.value), error.rule))
+            report.checks.append(check_of(error))
             report.finish()
             raise
         _conclude(report)
@@ -246,18 +252,20 @@ def main() -> None:
 def _conclude(report: Report) -> None:
     """Raises: ConfigError: something is wrong."""
     report.finish()
+    if report.errors:
+        raise report.errors[0]
     if problems := report.problems():
         found = "; ".join(f"{problem.name} {problem.found}" for problem in problems)
         raise ConfigError("installation", found, problems[0].mend)
     report.text("Everything is in order.")
 
 
-def _report_log(argv: list[str]) -> None:
+def _report_log(args: Any) -> None:
     """Says what a file of messages means. Raises: ConfigError: it means something that is wrong."""
-    parser = make_parser("grpo_jax.doctor", __doc__)
-    parser.add_argument("--log", required=True, help="what pip, an engine or a run has written")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the lines")
-    args = parser.parse_args(argv)
+    if args.config or args.hosts or args.sample:
+        raise ConfigError(
+            "--log", args.log, "goes with --json alone: a file is read, and nothing else is checked"
+        )
     report = Report(is_json=args.json)
     report.add(check_log(Path(args.log)))
     report.finish()
@@ -270,7 +278,9 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
     check_packages(report)
     report.add(check_clock())
     if parsed is not None:
+        from grpo_jax.rollout import check_engine
         from grpo_jax.run.devices import prepare_process
+        from grpo_jax.run.workdir import Workdir
 
         prepare_process(parsed[0], None, engine=parsed[0].rollout)  # what JAX will have in the run
     report.text("Devices")
@@ -284,11 +294,27 @@ def _check_all(report: Report, parsed: tuple[Config, Path, Any] | None) -> None:
         if warning := unread_warning(config):
             report.text(warning)
         report.text("What the run would hold")
-        check_config(report, config, path)
-    report.text("Engine")  # after what is said at once: vLLM and Ray take a minute
-    check_engines(report, parsed[0] if parsed else None)
+        has_place = _is_good(report, Workdir(path).check, config)
+        has_engine = _is_good(report, check_engine, config.rollout)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            check_config(report, config, path if has_place else Path(elsewhere) / "run", disk=path)
+        if not has_engine:  # which is said above
+            return
+    check_engines(
+        report, parsed[0] if parsed else None
+    )  # after what is said at once: vLLM and Ray take a minute
     if parsed is not None and parsed[2].sample:
         check_sample(report, parsed[0])
+
+
+def _is_good(report: Report, check: Callable[[Any], None], what: Any) -> bool:
+    """Whether a check passes without which the others can go on; where not, the report has a line."""
+    try:
+        check(what)
+    except ConfigError as error:
+        report.fail(error)
+        return False
+    return True
 
 
 if __name__ == "__main__":

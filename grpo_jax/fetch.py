@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grpo_jax.config import KEYS, ConfigError
 from grpo_jax.config.command_line import make_parser, one_line_errors
-from grpo_jax.storage.hubs import HUBS, check, fetch
+from grpo_jax.storage.hubs import HUBS, check, check_name, fetch
 
 NUM_TOKENS = 32
 
@@ -30,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--check_only", action="store_true", help="fetch nothing")
     args = parser.parse_args()
+    check_name(args.name)
     folder = Path(args.to)
     if folder.exists() and not folder.is_dir():
         raise ConfigError("--to", args.to, "is a file")

@@ -8,6 +8,8 @@ v5e-16, v5p-8, v6e-8), or its memory in GB; without it, the device at hand. Of t
 so that a plan can be made before anything is fetched or rented. `grpo_jax.train` logs the same figures and the
 real ones beside them. With --compile, the run's programs are compiled for the devices, TPU slices, h100 or h200,
 which need not be there. It takes minutes, and what the compiler says stands beside what is counted.
+
+Exit code 0 where all phases fit, 1 where one does not, 2 after a mistake in the command or the configuration.
 """
 
 import math
@@ -16,8 +18,9 @@ from typing import Any
 
 from grpo_jax.config import Config, ConfigError, nearest
 from grpo_jax.config.command_line import USAGE, config_parser, one_line_errors, read_command_line
+from grpo_jax.storage.files import size_text
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         print_seconds(config, model, device, sizes)
         if target is not None:
             print_compiled(budget, target)
+        if budget.plan.peak > budget.limit:
+            raise SystemExit(1)
 
 
 def find_devices(device: str, num_devices: str) -> tuple[str, int]:
@@ -141,9 +146,8 @@ def print_plan(budget: Any, memory: int) -> None:
     config, limit = budget.config, budget.limit
     sizes = tuple(budget.mesh.shape.values())
     rows, length = micro_batch_shape(config, config.completions_per_update, sizes[0] * sizes[1])
-    print(
-        f"Device          {memory / GB:.1f} GB, {limit / memory:.0%} of it for the trainer: {limit / GB:.1f} GB"
-    )
+    share = f"{limit / memory:.0%} of it for the trainer: {size_text(limit)}"
+    print(f"Device          {size_text(memory)}, {share}")
     print(f"Mesh            data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}")
     print(f"Micro-batch     {rows // (sizes[0] * sizes[1])} rows of {length:,} tokens on each data shard")
     print_memory(budget)
@@ -161,22 +165,23 @@ def print_plan(budget: Any, memory: int) -> None:
 def print_memory(budget: Any) -> None:
     """Tables of a `Budget`."""
     plan = budget.plan
-    print("Held from step to step, GB a device")
+    unit, name_of_unit = (GB, "GB") if plan.peak >= GB else (MB, "MB")
+    print(f"Held from step to step, {name_of_unit} a device")
     for name, size in plan.held.items():
-        print(f"  {name:<32}{size / GB:>8.2f}")
+        print(f"  {name:<32}{size / unit:>8.2f}")
     if plan.host:
-        print("Held in the host's memory, GB for all devices")
+        print(f"Held in the host's memory, {name_of_unit} for all devices")
         for name, size in plan.host.items():
-            print(f"  {name:<32}{size / GB:>8.2f}")
-    print("The most in each phase, GB a device, and what of it is beside what is held")
+            print(f"  {name:<32}{size / unit:>8.2f}")
+    print(f"The most in each phase, {name_of_unit} a device, and what of it is beside what is held")
     for phase, size in plan.phases.items():
-        print(f"  {phase:<32}{size / GB:>8.2f}{'' if size <= budget.limit else '   does not fit'}")
+        print(f"  {phase:<32}{size / unit:>8.2f}{'' if size <= budget.limit else '   does not fit'}")
         for name, part in plan.beside[phase].items():
-            print(f"    {name:<38}{part / GB:>8.2f}")
+            print(f"    {name:<38}{part / unit:>8.2f}")
 
 
 def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int, int]) -> None:
-    """The expected seconds of a step, where the card's rates are known. Args: device: as in `device_bytes`."""
+    """The expected seconds of a step, or in one line why there are none. Args: device: as in `device_bytes`."""
     from grpo_jax.learner.memory import abstract_mesh
     from grpo_jax.model.cards import CARDS
     from grpo_jax.run.speed import PHASES, Speed
@@ -184,6 +189,8 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
     speed = Speed(config, model, abstract_mesh(*sizes), device if device in CARDS else local_card(device))
     work = speed.planned_work()
     if not (seconds := speed.expected(work)):
+        reason = speed.why_unknown or "those of this mesh and this engine have not been measured"
+        print(f"Expected seconds of a step: not said, since {reason}")
         return
     rates = "rates measured on one" if CARDS[speed.card].is_measured else "rates by its data sheet"
     print(
@@ -202,6 +209,8 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
         print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
     is_whole = all(phase in seconds for phase in phases)
     print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
+    if config.rollout.engine == "local":
+        print("The local engine's sampling is not predicted: a run says after three steps what gen takes")
 
 
 def describe_target(device: str, num_devices: int) -> Any:

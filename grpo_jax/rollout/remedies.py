@@ -1,4 +1,4 @@
-"""What pip, PyTorch, CUDA, JAX and vLLM say when an installation is broken, and the one command that mends it.
+"""What pip, PyTorch, CUDA, JAX and vLLM say when something is broken or too small, and what mends it.
 
 Text in, remedy out: nothing is run or imported. Both the doctor and a run whose engine does not start ask here.
 """
@@ -131,6 +131,25 @@ SYMPTOMS = (
         r"vllm \S+ requires ([\w.-]+?)[<>=!~]\S*, but you have \S+ \S+ which is incompatible",
         "{0} is outside of vLLM's range",
         AGAIN,
+    ),
+    Symptom(
+        r"ResolutionImpossible|Cannot install [\s\S]{0,2000}?conflicting dependencies",
+        "no versions fit all that pip was asked for",
+        "ask pip for fewer packages, or without their versions; where vLLM is among them, give it an environment "
+        "(python -m venv engine && engine/bin/pip install vllm=={vllm} ray=={ray}), and "
+        "--config.rollout.python=engine/bin/python",
+    ),
+    # Memory
+    Symptom(
+        r"No available memory for the cache blocks",
+        "vLLM has no memory left beside the model",
+        "a higher rollout.gpu_memory_utilization, or a shorter data.max_prompt_length or data.max_response_length",
+    ),
+    Symptom(
+        r"RESOURCE_EXHAUSTED: Out of memory",
+        "JAX has run out of the device's memory",
+        "python -m grpo_jax.plan with the flags of the run says which settings make it fit; "
+        "docs/troubleshooting.md, Out of memory",
     ),
     # Python packages
     Symptom(

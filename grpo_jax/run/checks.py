@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.remedies import OLDEST_DRIVER, find_remedy
+from grpo_jax.storage.files import size_text
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.base import Reward
@@ -25,6 +28,12 @@ GIB = 1 << 30
 PLUGINS = {12: "jax-cuda12-plugin", 13: "jax-cuda13-plugin"}
 """CUDA's major version -> the package that JAX reaches it by."""
 ASK_S = 120.0
+WORDS = {True: "ok ", False: "BAD", None: "?  "}
+RUN_ERROR = re.compile(r"^error: (phase .*)", re.MULTILINE)
+"""The last line of a run that has failed, on a terminal."""
+LOGGED_ERROR = re.compile(r"ERROR (phase \S+) failed\n((?:(?!\d{4}-\d\d-\d\d ).*\n?)*)")
+"""Phase and traceback, in train.log."""
+STEP_LINE = re.compile(r"\bStep \d+/\d+: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +41,16 @@ class Check:
     """One thing that was looked at."""
 
     name: str
-    is_ok: bool
+    is_ok: bool | None
+    """None: that cannot be told."""
     found: str
     mend: str = ""
     """The command or the change that mends it; "" where it is ok."""
+
+
+def check_of(error: ConfigError) -> Check:
+    """A user's mistake as a check."""
+    return Check(error.key, False, repr(error.value), error.rule)
 
 
 class Report:
@@ -44,6 +59,8 @@ class Report:
     def __init__(self, *, is_json: bool):
         self._is_json = is_json
         self.checks: list[Check] = []
+        self.errors: list[ConfigError] = []
+        """Of the configuration, where the other checks could go on."""
         self._values: dict[str, str] = {}
 
     def text(self, *lines: str) -> None:
@@ -53,20 +70,30 @@ class Report:
     def add(self, check: Check) -> None:
         self.checks.append(check)
         mend = f"; mend it: {check.mend}" if check.mend else ""
-        self.text(f"  {'ok ' if check.is_ok else 'BAD'} {check.name} {check.found}{mend}")
+        self.text(f"  {WORDS[check.is_ok]} {check.name} {check.found}{mend}")
+
+    def fail(self, error: ConfigError) -> None:
+        """Adds what is wrong with the configuration, for checks that go on."""
+        self.errors.append(error)
+        self.checks.append(check_of(error))
+        self.text(f"  BAD {error}")
 
     def values(self, rows: Sequence[tuple[str, str]]) -> None:
         """Keeps (name, value) pairs, as of a table, for the JSON object alone."""
         self._values |= dict(rows)
 
     def problems(self) -> list[Check]:
-        return [check for check in self.checks if not check.is_ok]
+        return [check for check in self.checks if check.is_ok is False]
 
     def finish(self) -> None:
-        """Prints the JSON object, if it was asked for: {"ok", "checks": [fields of `Check`], "run": values}."""
+        """Prints the JSON object, if it was asked for: {"ok", "checks": [fields of `Check`], "run": values}.
+
+        "ok" is null where nothing is wrong, and of something it cannot be told.
+        """
         if self._is_json:
             checks = [dataclasses.asdict(check) for check in self.checks]
-            print(json.dumps({"ok": not self.problems(), "checks": checks, "run": self._values}, indent=2))
+            is_ok = False if self.problems() else all(check.is_ok for check in self.checks) or None
+            print(json.dumps({"ok": is_ok, "checks": checks, "run": self._values}, indent=2))
 
 
 def check_driver(platforms: Sequence[str]) -> list[Check]:
@@ -170,10 +197,28 @@ def check_coordinator() -> Check | None:
 def check_log(path: Path) -> Check:
     """What went wrong, by what pip, an engine or a run has written. Raises: OSError: it cannot be read."""
     text = path.read_text(errors="replace")
-    remedy = find_remedy(text)
-    if remedy is None:
-        return Check(str(path), True, "says nothing that is known here")
-    return Check(str(path), False, f"says that {remedy.what}", remedy.mend)
+    if end := _end_of_run(text):
+        remedy = find_remedy(end)
+        mend = remedy.mend if remedy else "as the line says; docs/troubleshooting.md has each kind"
+        return Check(str(path), False, f"is of a run that ended with: {one_line(end, 600)}", mend)
+    if remedy := find_remedy(text):
+        return Check(str(path), False, f"says that {remedy.what}", remedy.mend)
+    what = "has nothing in it that is known here" if text.strip() else "is empty"
+    return Check(str(path), None, f"{what}; see its last lines, and docs/troubleshooting.md")
+
+
+def _end_of_run(text: str) -> str:
+    """The error that a run has ended with, by its output or its train.log; "": none, or it has gone on since."""
+    ends = [*RUN_ERROR.finditer(text), *LOGGED_ERROR.finditer(text)]
+    if not ends:
+        return ""
+    last = max(ends, key=lambda end: end.start())
+    if STEP_LINE.search(text, last.end()):
+        return ""
+    if last.re is RUN_ERROR:
+        return last[1]
+    causes = re.findall(r"^[A-Za-z_][\w.]*: .*", last[2], re.MULTILINE)
+    return f"{last[1]}: {causes[-1]}" if causes else f"{last[1]} failed"
 
 
 def check_clock(now: float | None = None) -> Check:
@@ -200,7 +245,7 @@ def check_disk(config: Config, *, place: Path, checkpoint: int, weights: int, nu
     num_folders = math.floor(num_epochs / section.hf_every_epochs) if section.hf_every_epochs else 0
     needed = num_kept * checkpoint + max(1, num_folders) * weights
     free = shutil.disk_usage(place).free
-    found = f"{free / 1e9:.0f} GB free, {needed / 1e9:.1f} GB for {num_kept} checkpoints and HF folders"
+    found = f"{size_text(free)} free, {size_text(needed)} for {num_kept} checkpoints and HF folders"
     is_ok = needed < free
     mend = "another --workdir, a lower checkpoint.max_to_keep, or a higher checkpoint.hf_every_epochs"
     return Check("disk", is_ok, found, "" if is_ok else mend)

@@ -11,7 +11,6 @@ strangers out lies in the workdir, which all share.
 
 import atexit
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -244,7 +243,7 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "versions": {"python": platform.python_version()} | {n: version_of(n) for n in CHECKED},
-        "config": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "config": config.to_dict(),
     }
     try:
         connection.send_bytes(json.dumps(hello).encode())
@@ -253,7 +252,7 @@ def _join(config: Config, workdir: Path, count: int, rank: int, address: str) ->
         rule = "the first process, or the hub beside it, has gone while others were awaited"
         raise ConfigError(ADDRESS, address, rule) from None
     if answer["kind"] == "refused":
-        if rank == answer["speaker"]:
+        if rank in answer["tellers"]:  # the first, and who differs: somebody may have started it by hand
             raise ConfigError(COUNT, count, answer["text"])
         raise SystemExit(2)
     link = _Link(connection, rank)

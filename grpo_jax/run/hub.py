@@ -54,6 +54,17 @@ def receive(connection: Connection, timeout_s: float | None) -> Message:
     return {"kind": "bytes", "data": data} if data[:1] == BYTES else json.loads(data)
 
 
+def first_difference(ours: Message, other: Message) -> tuple[str, Any, Any] | None:
+    """The first key that differs, and its value in each. Args: {section: {key: value}}."""
+    flat = [
+        {f"{s}.{k}": v for s, keys in config.items() for k, v in keys.items()} for config in (ours, other)
+    ]
+    for key in flat[0] | flat[1]:
+        if flat[0].get(key) != flat[1].get(key):
+            return key, flat[0].get(key), flat[1].get(key)
+    return None
+
+
 class Member:
     """One process of the run, as the hub sees it."""
 
@@ -90,6 +101,8 @@ class Hub:
         self._gathered: dict[int, dict[int, Any]] = {}
         self._lock = threading.Lock()
         self._refusal = ""
+        self.differs: int | None = None
+        """The process that does not fit to the first one."""
         self._is_complete = self._has_ended = False
 
     # ---- joining ----
@@ -139,12 +152,18 @@ class Hub:
         for _, member in sorted(self.members.items()):
             for name, version in member.hello["versions"].items():
                 if version != first["versions"][name]:
+                    self.differs = member.rank
                     return (
                         f"{member.name} has {name} {version}, process 0 on {first['host']} has "
                         f"{first['versions'][name]}: install the same on all hosts"
                     )
-            if member.hello["config"] != first["config"]:
-                return f"{member.name} has another configuration than process 0 on {first['host']}"
+            if difference := first_difference(first["config"], member.hello["config"]):
+                self.differs = member.rank
+                key, ours, other = difference
+                return (
+                    f"{key} is {ours!r} in process 0 and {other!r} in process {member.rank}: {member.name} has "
+                    f"another configuration than process 0 on {first['host']}"
+                )
         return ""
 
     # ---- running ----
@@ -287,7 +306,7 @@ def main() -> None:
     print("{}", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     refusal = hub.gather(settings["timeout_s"])
-    refused = {"kind": "refused", "text": refusal, "speaker": hub.speaker()}
+    refused = {"kind": "refused", "text": refusal, "tellers": [hub.speaker(), hub.differs]}
     hub.tell_all(refused if refusal else {"kind": "welcome", "jax_address": jax_address})
     if not refusal:
         hub.serve()

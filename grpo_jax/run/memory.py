@@ -20,6 +20,7 @@ from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.rollout import memory_savers, push_bytes, sampling_bytes, trainer_share
+from grpo_jax.storage.files import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ TOLERANCE = 0.1
 """How far a plan may be off: a peak above what there is by so much gets a warning, by more it is refused."""
 MOST_ADVICE = 3
 """Settings that are named where each of them is enough."""
+LEAST_GAIN = 0.001
+"""Of the device: a setting that gives back less is not named, unless it is enough."""
 FEW_LOGITS = 512
 """`actor.logits_chunk_tokens` below which the output head becomes slow."""
 VISIBLE = 5e7
@@ -104,7 +107,9 @@ class Budget:
         """
         for phase, size in sizes.items():
             if self.limit and size > self.limit:
-                counted = f"the plan counted {_gb(self.plan.need(phase))}: {_listed(self.plan.parts(phase))}"
+                counted = (
+                    f"the plan counted {size_text(self.plan.need(phase))}: {_listed(self.plan.parts(phase))}"
+                )
                 advice = self.advice(phase, size / self.plan.need(phase))
                 raise DoesNotFit(
                     f"{_needs(phase, size, self.limit)}, as the compiler says; {counted}. {advice}"
@@ -128,19 +133,20 @@ class Budget:
         assert self.limit
         plan, asked = self.plan, asked_bytes(message)
         phase = max(PLANNED.get(timed_phase, (timed_phase,)), key=plan.need)
-        wanted = f"JAX asked for {_gb(asked)} more" if asked else "JAX asked for more"
-        full = f"a device's memory is full: {wanted}, with {_gb(self.limit)} in all"
+        wanted = f"JAX asked for {size_text(asked)} more" if asked else "JAX asked for more"
+        full = f"a device's memory is full: {wanted}, with {size_text(self.limit)} in all"
         if phase not in plan.beside:
             ways = [self._described(way, phase, 1.0) for way in self.ways(phase)][:MOST_ADVICE]
             return (
-                f"{full}. What is held from step to step is {_gb(plan.need(phase))}: {_listed(plan.held)}. Of it, "
-                f"memory is given back by {', '.join(ways) or 'no setting'}; docs/troubleshooting.md has more"
+                f"{full}. What is held from step to step is {size_text(plan.need(phase))}: {_listed(plan.held)}. "
+                f"Of it, memory is given back by {', '.join(ways) or 'no setting'}; "
+                "docs/troubleshooting.md has more"
             )
         free = self.limit - device_stats().get("bytes_in_use", self.limit - asked)
         # It did not fit, whatever was counted.
         needed = max(plan.need(phase), self.limit + max(asked - free, 0.02 * self.limit))
         return (
-            f"{full}. The plan counts {_gb(plan.need(phase))} for {phase}: {_listed(plan.parts(phase))}. "
+            f"{full}. The plan counts {size_text(plan.need(phase))} for {phase}: {_listed(plan.parts(phase))}. "
             f"{self.advice(phase, needed / plan.need(phase))}"
         )
 
@@ -200,12 +206,18 @@ class Budget:
                 yield changes
 
     def is_gain(self, changes: Changes, phase: str, factor: float) -> bool:
-        """Whether a phase takes less with other settings, which no rule forbids. Args: as `advice`."""
+        """Whether a phase takes less with other settings, which no rule forbids, and not for next to nothing.
+
+        Args: as `advice`.
+        """
         try:
             parse_config(_changed(self.config, changes).to_dict())
         except ConfigError:
             return False
-        return self.after(changes).excess(phase, factor) < self.excess(phase, factor)
+        after = self.after(changes)
+        gain = self.excess(phase, factor) - after.excess(phase, factor)
+        assert self.limit is not None
+        return gain > 0 and (gain > LEAST_GAIN * self.limit or after.fits(phase, factor))
 
     def _fewer_rows(self, phase: str, factor: float) -> Changes:
         """The largest micro-batch that fits, or one row where none does; {} where there is one row already."""
@@ -252,12 +264,12 @@ class Budget:
         texts, before = [], self
         for key, value in changes.items():
             after = before.after({key: value})
-            text = f"{_gb(before.excess(phase, factor) - after.excess(phase, factor))} back"
+            text = f"{size_text(before.excess(phase, factor) - after.excess(phase, factor))} back"
             if key == "mesh.fsdp":
                 text += f", with {after.mesh.size} devices"
             on_host = sum(after.plan.host.values()) - sum(before.plan.host.values())
             if on_host > VISIBLE:
-                text += f", {_gb(on_host)} more on the host"
+                text += f", {size_text(on_host)} more on the host"
             texts.append(f"{key}={value} ({text})")
             before = after
         return " and ".join(texts)
@@ -278,12 +290,8 @@ def _changed(config: Config, changes: Changes) -> Config:
 
 
 def _needs(phase: str, size: float, limit: float) -> str:
-    return f"phase {phase} needs {_gb(size)} of a device that has {_gb(limit)} for the trainer"
+    return f"phase {phase} needs {size_text(size)} of a device that has {size_text(limit)} for the trainer"
 
 
 def _listed(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items())
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())

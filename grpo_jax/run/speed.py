@@ -39,9 +39,20 @@ class Speed:
     card: str
     """A name of `CARDS`; "" for a device whose rates are not known: then nothing is expected."""
 
+    @property
+    def why_unknown(self) -> str:
+        """Why nothing is expected of any phase; "": something is."""
+        if not self.card:
+            return "the rates of this device are not known"
+        if not CARDS[self.card].matmul:
+            return f"the rates of a {self.card} are not known"
+        if jnp.dtype(self.model.dtype).itemsize != 2:
+            return f"they are known for bfloat16 and float16, and not for model.dtype={self.model.dtype}"
+        return ""
+
     def expected(self, work: Workload) -> dict[str, float]:
         """Phase -> seconds, as far as they are predicted, in the order of a step."""
-        if not self.card or not CARDS[self.card].matmul or jnp.dtype(self.model.dtype).itemsize != 2:
+        if self.why_unknown:
             return {}
         card, section = CARDS[self.card], self.config.rollout
         seconds = rollout.expected_seconds(section, self.model, card, work, self.mesh.size)

@@ -77,3 +77,8 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for people, as "1.5 GB"; below 0.1 GB in MB, so that what is small is not 0.0."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import logging
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -27,6 +30,15 @@ WANTED = (
 """What a run reads, and what belongs to it."""
 CLIENT = "modelscope-hub>=0.5.1"
 BLOCK = 1 << 20
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+REFUSALS = (
+    *(
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+    ),  # of Hugging Face; a gated model is the first one too
+    *("NotExistError", "AuthenticationError", "PermissionDeniedError"),  # of ModelScope
+)
+"""What the clients raise where the hub answers, and gives nothing of that name: asking again does not help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +112,8 @@ class ModelScope:
         except ImportError:
             rule = f"the package modelscope-hub is not installed: pip install '{CLIENT}'"
             raise ConfigError("--from", "modelscope", rule) from None
+        # It tells of each attempt; what the last one has raised is said in the one line.
+        logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
         self._api = modelscope_hub.HubApi()
 
     def listing(self, name: str, revision: str) -> Listing:
@@ -115,17 +129,25 @@ class ModelScope:
 HUBS: dict[str, Callable[[], Hub]] = {"hf": HuggingFace, "modelscope": ModelScope}
 
 
+def check_name(name: str) -> None:
+    """Raises: ConfigError: no hub can have a model of that name."""
+    if not NAME.fullmatch(name):
+        is_here = os.path.exists(os.path.expanduser(name))
+        here = f"; what is here already needs no fetching: --config.model.path={name}" if is_here else ""
+        raise ConfigError("NAME", name, f"must be OWNER/NAME, as the hub has it{here}")
+
+
 def fetch(hub: Hub, name: str, folder: Path, revision: str) -> str:
     """Downloads what is not there yet, and compares all of it with the hub's checksums.
 
     Returns: the revision that the files are of; of the Hugging Face hub, a commit.
     Raises:  ConfigError: the hub does not give it, a file is not what the hub says, or another model is there.
     """
-    with _one_line(name):
+    with _one_line(name, folder):
         listing = hub.listing(name, revision)
     _check_paths(name, listing)
     _refuse_another(name, listing, folder)
-    with _one_line(name):
+    with _one_line(name, folder):
         hub.download(name, listing, folder)
     compare(listing, folder)
     return listing.revision
@@ -133,7 +155,7 @@ def fetch(hub: Hub, name: str, folder: Path, revision: str) -> str:
 
 def check(hub: Hub, name: str, folder: Path, revision: str) -> str:
     """As `fetch`, of a folder that is there, and fetches nothing."""
-    with _one_line(name):
+    with _one_line(name, folder):
         listing = hub.listing(name, revision)
     _check_paths(name, listing)
     compare(listing, folder)
@@ -175,7 +197,7 @@ def _refuse_another(name: str, listing: Listing, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, folder: Path) -> Iterator[None]:
     """Makes a `ConfigError` of what the hub's client raises: no network, a proxy, a wrong name, no token."""
     try:
         yield
@@ -186,7 +208,12 @@ def _one_line(name: str) -> Iterator[None]:
         reasons = [f"{path}: {why}" for path, why in getattr(error, "failed_files", {}).items()]
         lines = [line.strip() for line in (reasons or [str(error)])[0].splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
-        rule = f"the hub did not give it ({reason}); run the same command again to go on"
+        way = "run the same command again to go on"
+        if os.path.isdir(name) and Path(name).resolve() != folder.resolve():
+            way = "the folder of that name which is here needs no fetching"
+        elif any(kind.__name__ in REFUSALS for kind in type(error).__mro__):
+            way = "check the name and the revision, and whether it wants a token"
+        rule = f"the hub did not give it ({reason}); {way}"
         raise ConfigError("NAME", name, rule) from None
 
 

@@ -71,7 +71,8 @@ def complaint(command, module, arguments, capsys):
     """What the command would say of its flags, its configuration and its keys: "" for nothing."""
     try:
         parser = parser_of(module, arguments)
-        if "--config" not in parser.flags:
+        reads_log = any(word.startswith("--log=") for word in arguments)  # doctor, without a configuration
+        if "--config" not in parser.flags or reads_log:
             parser.parse_args(arguments)
         elif arguments:
             read_command_line(parser, arguments)

@@ -31,6 +31,7 @@ NOT_RUN = [
         r"^launch/|--hosts ",
         "needs several hosts; tests/run/test_launch_scripts.py, tests/integration/test_hosts.py",
     ),
+    (r"^docs/hosts.md: ", "needs several processes; tests/integration/test_hosts.py"),
     (r"^python benchmarks/", MINUTES),
     (r"grpo_jax.doctor --log=", "of an installation that fails; tests/integration/test_doctor_command.py"),
     (r"--config=configs/quickstart.py$", MINUTES + "; a step of it: test_recipes.py"),

@@ -137,7 +137,7 @@ OTHERS = [
     # doctor
     doctor("misspelt-flag", {}, "--confg", "did you mean --config?", extra=["--confg=x"]),
     Case("doctor-log-missing", "grpo_jax.doctor", ["--log=inputs/absent.log"], ("absent.log", "No such file")),
-    Case("doctor-log-and-more", "grpo_jax.doctor", ["--log=a", "--config=b"], ("--config", "no such flag")),
+    Case("doctor-log-and-more", "grpo_jax.doctor", ["--log=a", "--config=b"], ("--log", "goes with --json alone")),
     doctor("unknown-key", {"model.pth": "x"}, "model.pth", "did you mean model.path?"),
     doctor("config-missing", {}, "--config=", "no such file", extra=["--config=inputs/absent.py"]),
     doctor("platform-that-jax-has-not", {}, "JAX_PLATFORMS='no_such_platform'", "no such devices"),

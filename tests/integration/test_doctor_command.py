@@ -1,15 +1,19 @@
 """`python -m grpo_jax.doctor`: what it says of a configuration."""
 
 import json
+import re
 import socket
+import sys
 
 import integration_helpers as helpers
+import pytest
 
 from grpo_jax import doctor
 from grpo_jax.config import CheckpointSection, Config
+from grpo_jax.config.command_line import config_parser, read_command_line
 from grpo_jax.model.hf import inspect_folder
 from grpo_jax.model.transformer import num_params
-from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_plugins
+from grpo_jax.run.checks import check_clock, check_coordinator, check_disk, check_log, check_plugins
 
 QWEN_7B = dict(
     model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6,
@@ -32,12 +36,15 @@ def test_what_a_run_would_hold(tmp_path, model_folder):
     common = {"model.path": model_folder, "algorithm.kl_coef": 0.1}
     rows = run(tmp_path / "run", common)
     assert rows["parameters"] == f"{n:,}" and rows["steps in all"] == "3"
-    assert rows["a device holds between steps"] == "0.0 GB (parameters, Adam's moments, reference)"
+    # 4 bytes of each parameter, 8 of its moments, and 4 of the reference, in float32
+    held = rows["a device holds between steps"]
+    assert held == f"{16 * n / 1e6:.1f} MB (parameters, Adam's moments, reference)"
     assert "the host holds" not in rows
     on_host = {"optim.offload": True, "algorithm.ref_offload": True, "model.dtype": "bfloat16"}
     rows = run(tmp_path / "run", common | on_host)
-    assert rows["a device holds between steps"] == "0.0 GB (parameters)"
-    assert rows["the host holds"] == "0.0 GB (master parameters, Adam's moments, reference)"
+    assert rows["a device holds between steps"] == f"{2 * n / 1e6:.1f} MB (parameters)"
+    on_host = f"{14 * n / 1e6:.1f} MB (master parameters, Adam's moments, reference)"
+    assert rows["the host holds"] == on_host
 
 
 def test_every_key_is_printed_and_what_is_not_the_default_is_marked(tmp_path, model_folder):
@@ -96,6 +103,50 @@ def test_json_of_what_is_wrong_names_it_and_the_code_is_2(tmp_path):
     assert wrong["name"] == "model.path" and wrong["mend"].startswith("there is no such folder")
 
 
+def test_packages_without_a_range_and_no_engine_to_try_leave_nothing_empty(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["numpy"])
+    result = helpers.call(doctor.main, [])
+    assert f"  ok  numpy {doctor.importlib.metadata.version('numpy')}\n" in result.out
+    assert not re.search(r"^Engine\n(?!  )", result.out, re.MULTILINE)
+
+
+def test_an_engine_that_is_missing_and_the_workdir_of_another_run_leave_the_other_checks(
+    tmp_path, model_folder, monkeypatch
+):
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    python = tmp_path / "python"  # an interpreter that has no vLLM
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    overrides = {"model.path": model_folder, "rollout.engine": "vllm", "rollout.python": python}
+    argv = helpers.train_argv(tmp_path / "run", overrides)
+    config, *_ = read_command_line(config_parser("doctor", ""), argv)
+    held = config.to_dict()
+    held["algorithm"]["group_size"] += 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(held))
+    result = helpers.call(doctor.main, argv)
+    assert result.code == 2 and result.err.startswith("error: algorithm.group_size=")
+    assert result.err.count("\n") == 1
+    wrong = [line for line in result.out.splitlines() if line.startswith("  BAD ")]
+    assert len(wrong) == 2 and wrong[0].startswith("  BAD algorithm.group_size=")
+    assert "BAD rollout" in wrong[1] and "vLLM" in wrong[1]
+    for later in (
+        "\n  ok  data train/0",
+        "\n  completions per step ",
+        "\n  one checkpoint ",
+        "\n  ok  disk ",
+    ):
+        assert result.out.index(later) > result.out.index(wrong[1])
+    report = json.loads(helpers.call(doctor.main, [*argv, "--json"]).out)
+    bad = [check["name"] for check in report["checks"] if not check["is_ok"]]
+    assert bad[0] == "algorithm.group_size" and len(bad) == 2 and "steps in all" in report["run"]
+
+
+def test_the_free_disk_is_said_once(tmp_path, model_folder):
+    argv = helpers.train_argv(tmp_path / "run", {"model.path": model_folder})
+    assert helpers.call(doctor.main, argv).out.count(" free") == 1
+
+
 def test_a_package_that_is_too_old_is_named_with_its_cure(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["numpy>=999", "no-such-package>=1"])
     result = helpers.call(doctor.main, [])
@@ -111,7 +162,7 @@ def test_a_disk_that_is_too_small_and_a_clock_that_is_behind(tmp_path):
     config = Config(checkpoint=CheckpointSection(max_to_keep=2, hf_every_epochs=1))
     sizes = {"place": tmp_path, "num_epochs": 3.0}
     small = check_disk(config, checkpoint=10**6, weights=10**6, **sizes)
-    assert small.is_ok and "0.0 GB for 3 checkpoints" in small.found
+    assert small.is_ok and "6.0 MB for 3 checkpoints" in small.found  # and 3 HF folders
     large = check_disk(config, checkpoint=10**15, weights=10**14, **sizes)
     assert not large.is_ok and "3300000.0 GB for 3 checkpoints" in large.found  # 3 of each
     assert "checkpoint.max_to_keep" in large.mend
@@ -129,9 +180,47 @@ def test_a_log_is_read_and_what_mends_it_is_said(tmp_path):
     assert result.err.startswith(f"error: --log='{log}': ") and result.err.endswith(f"{mend}\n")
     (check,) = json.loads(helpers.call(doctor.main, [f"--log={log}", "--json"]).out)["checks"]
     assert not check["is_ok"] and check["mend"] == mend
-    log.write_text("Successfully installed vllm-0.25.1\n")
+    argv = [f"--log={log}", "--config=configs/gsm8k.py"]
+    assert "goes with --json alone" in helpers.call(doctor.main, argv).err
+    assert "--log LOG" in helpers.call(doctor.main, ["--help"]).out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"Successfully installed vllm-0.25.1\n", "has nothing in it that is known here"),
+        (b" \n", "is empty"),
+        (bytes(range(128, 256)), "has nothing in it that is known here"),
+    ],
+)
+def test_a_log_that_says_nothing_known_is_not_called_ok(tmp_path, content, says):
+    log = tmp_path / "some.log"
+    log.write_bytes(content)
     result = helpers.call(doctor.main, [f"--log={log}"])
-    assert (result.code, result.err) == (0, "") and "says nothing that is known here" in result.out
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"  ?   {log} {says}; see its last lines, and docs/troubleshooting.md\n"
+    assert json.loads(helpers.call(doctor.main, [f"--log={log}", "--json"]).out)["ok"] is None
+
+
+FAILED_RUN = """2026-11-27 20:00:00,000 INFO   Step 1/4: reward=0.1 [1.0s]
+2026-11-27 20:00:01,000 ERROR phase reward failed
+Traceback (most recent call last):
+  File "pool.py", line 9, in score
+    raise RewardError(text)
+grpo_jax.rewards.base.RewardError: prompt train/21, completion 1: ZeroDivisionError
+"""
+
+
+def test_the_log_of_a_run_that_has_failed_says_its_last_error(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text(FAILED_RUN)
+    found = check_log(log)
+    end = "phase reward: grpo_jax.rewards.base.RewardError: prompt train/21, completion 1: ZeroDivisionError"
+    assert found.is_ok is False and found.found == f"is of a run that ended with: {end}"
+    log.write_text(FAILED_RUN + "2026-11-27 20:10:00,000 INFO   Step 2/4: reward=0.2 [1.0s]\n")
+    assert check_log(log).is_ok is None  # it has gone on since
+    log.write_text("Epoch 1/1:\nerror: phase gen: engine 0 failed 3 time(s); there is no checkpoint yet\n")
+    assert check_log(log).found.endswith("phase gen: engine 0 failed 3 time(s); there is no checkpoint yet")
 
 
 def test_jaxs_plugin_beside_jaxlib_and_the_driver():

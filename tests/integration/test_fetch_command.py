@@ -10,6 +10,10 @@ import hub_server
 import integration_helpers as helpers
 import pytest
 
+from grpo_jax import fetch as fetch_command
+from grpo_jax.config import ConfigError
+from grpo_jax.storage import hubs
+
 MB = 2**20
 HUBS = (hub_server.HuggingFace, hub_server.ModelScope)
 
@@ -17,17 +21,17 @@ HUBS = (hub_server.HuggingFace, hub_server.ModelScope)
 @pytest.fixture
 def served(model_folder, tmp_path):
     """Starts hubs, of one model's folder each."""
-    hubs = []
+    started = []
 
     def start(answers):
-        folder = tmp_path / f"served-{len(hubs)}"
+        folder = tmp_path / f"served-{len(started)}"
         shutil.copytree(model_folder, folder)
         (folder / "pytorch_model.bin").write_bytes(b"not for us")
-        hubs.append(hub_server.Hub(folder, answers))
-        return hubs[-1]
+        started.append(hub_server.Hub(folder, answers))
+        return started[-1]
 
     yield start
-    for hub in hubs:
+    for hub in started:
         hub.shutdown()
         hub.server_close()
 
@@ -52,7 +56,7 @@ def fetch(hub, tmp_path, *flags, name=hub_server.NAME, environment=()):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "MODELSCOPE_CACHE": str(tmp_path / "cache"),
         "MODELSCOPE_HOME": str(tmp_path / "home"),
-        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # otherwise seven seconds, and a line for each
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",  # otherwise seven seconds
         "TQDM_DISABLE": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(helpers.ROOT),
@@ -119,14 +123,40 @@ def test_files_that_are_not_what_the_hub_says_are_refused(hub, tmp_path):
 
 
 def test_names_that_the_hub_does_not_have_end_in_one_line(hub, tmp_path):
-    for name in ("tiny/other", "no name", "a/b/c"):
-        assert line_of(fetch(hub, tmp_path, name=name)).startswith(
-            f"error: NAME='{name}': the hub did not give it"
-        )
+    line = line_of(fetch(hub, tmp_path, name="tiny/other"))
+    assert line.startswith("error: NAME='tiny/other': the hub did not give it")
+    assert "check the name" in line and "again" not in line
     line = line_of(fetch(hub, tmp_path, "--revision=v9"))
     assert line.startswith(f"error: NAME='{hub_server.NAME}': the hub did not give it")
     (tmp_path / "got").write_text("")
     assert "is a file" in fetch(hub, tmp_path).stderr
+
+
+@pytest.mark.parametrize("name", ["../../etc", "no name", "a/b/c", "gpt2", "/etc", "a/", "a/..", "models"])
+def test_what_can_be_no_name_is_refused_before_the_hub_is_asked(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    result = helpers.call(fetch_command.main, [name, "--to=got"])
+    assert result.code == 2 and result.err.startswith(
+        f"error: NAME='{name}': must be OWNER/NAME, as the hub has it"
+    )
+    is_here = name in ("/etc", "models") or (name == "../../etc" and (tmp_path / name).exists())
+    assert ("what is here already needs no fetching" in result.err) == is_here
+
+
+def test_a_folder_here_of_a_name_that_the_hub_could_have(monkeypatch, tmp_path):
+    """Only a hub that fails is told of it: the name may be a hub's all the same."""
+
+    def fail():
+        with hubs._one_line("own/model", tmp_path / "got"):
+            raise ConnectionError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="run the same command again"):
+        fail()
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"\(no network\); the folder of that name which is here needs no"):
+        fail()
 
 
 def test_a_folder_with_another_model_is_left_as_it_is(hub, tmp_path):
@@ -139,6 +169,7 @@ def test_a_folder_with_another_model_is_left_as_it_is(hub, tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_named(hub, tmp_path):
     closed = dict.fromkeys(hub.environment, "http://127.0.0.1:9")
+    closed["MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS"] = "2"  # of which its client would tell by itself
     line = line_of(fetch(hub, tmp_path, environment=closed))
     assert "the hub did not give it (" in line and "refused" in line
 

@@ -184,13 +184,14 @@ def test_a_process_that_does_not_come_is_named(join_file, tmp_path):
     )
 
 
-def test_another_configuration_is_named_by_the_first_alone(join_file, tmp_path):
+def test_another_configuration_is_named_with_both_values_by_the_first_and_by_who_differs(join_file, tmp_path):
     join_file.write_text(
         "import os, sys\nsys.argv.append('--config.trainer.seed=' + os.environ['JAX_PROCESS_ID'])\n" + JOIN
     )
     first, second = join(join_file, tmp_path / "run")
-    assert (first.code, second.code, second.err) == (2, 2, "")
-    assert re.search(r"process 1 on \S+ has another configuration than process 0 on \S+\n$", first.err)
+    assert (first.code, second.code) == (2, 2)
+    what = r"trainer\.seed is 0 in process 0 and 1 in process 1: process 1 on \S+ has another configuration"
+    assert re.search(what + r" than process 0 on \S+\n$", first.err) and second.err == first.err
 
 
 @pytest.mark.parametrize(

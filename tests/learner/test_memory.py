@@ -277,6 +277,30 @@ def test_devices_by_name_and_by_size():
         plan.device_bytes("")
 
 
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def test_where_no_seconds_are_said_a_line_says_why(capsys):
+    plan.main([QUICKSTART, "--device=h100"])
+    out = capsys.readouterr().out
+    assert "Expected seconds of a step: not said, since they are known for bfloat16 and float16" in out
+    assert "The most in each phase, MB a device" in out
+    plan.main([QUICKSTART, "--device=8"])
+    assert "not said, since the rates of this device are not known" in capsys.readouterr().out
+    plan.main([QUICKSTART, "--device=h100", "--config.model.dtype=bfloat16"])
+    out = capsys.readouterr().out
+    assert "gen                             not predicted" in out
+    assert "The local engine's sampling is not predicted" in out
+
+
+def test_a_plan_that_does_not_fit_ends_with_code_1_after_all_of_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main([QUICKSTART, "--device=0.1"])
+    out = capsys.readouterr().out
+    assert end.value.code == 1
+    assert "\nPhase update does not fit. It fits with" in out and "Expected seconds" in out
+
+
 def test_slices_by_name():
     """v5e and v6e are named by chips, v4 and v5p by cores, of which a chip has two."""
     assert plan.find_devices("v5e-16", "") == ("tpu-v5e", 16)

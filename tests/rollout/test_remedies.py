@@ -80,6 +80,14 @@ TRUE_TEXTS = [  # what was said, a part of what is wrong, the command
     ("OSError: AF_UNIX path length cannot exceed 107 bytes: '/home/somebody/a/long/path/ray/session/sockets/plasma_store'",
      "too long", "export RAY_TMPDIR=/tmp"),
     ("RuntimeError: Failed to infer device type", "sees no GPU", "make nvidia-smi work here"),
+    ("ERROR: Cannot install grpo_jax and vllm==0.25.1 because these package versions have conflicting dependencies.",
+     "no versions fit", "--config.rollout.python=engine/bin/python"),
+    ("ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution",
+     "no versions fit", "engine/bin/pip install vllm==0.25.1 ray==2.60.0"),
+    ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing "
+     "the engine.", "no memory left beside the model", "a higher rollout.gpu_memory_utilization"),
+    ("jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 25769803776 bytes.",
+     "out of the device's memory", "python -m grpo_jax.plan"),
     ("ModuleNotFoundError: No module named 'cachetools'", "cachetools is missing", AGAIN),
 ]  # fmt: skip
 

@@ -121,6 +121,20 @@ def test_several_settings_where_one_is_not_enough_and_none_for_nothing():
         assert run.after(others).plan.peak > run.after(others).limit, key
 
 
+def test_a_setting_that_gives_back_next_to_nothing_is_not_named():
+    """Two kilobytes of logits: of 20 GB that are missing, nobody wants to hear of them."""
+    rows = {"actor.micro_batch_size_per_device": 1, "actor.logits_chunk_tokens": 513, "optim.offload": True}
+    run = budget(2e9, hf=QWEN_7B, base={}, **rows)
+    gain = lambda way: run.excess("update", 1.0) - run.after(way).excess("update", 1.0)
+    fewer = {"actor.logits_chunk_tokens": 512}
+    assert 0 < gain(fewer) < 2e6
+    ways = list(run.ways("update"))
+    assert ways and fewer not in ways and all(gain(way) > 2e6 for way in ways)
+    assert " 0.0 " not in run.advice("update")
+    nearly = run.plan.peak - gain(fewer) / 2
+    assert fewer in budget(nearly, hf=QWEN_7B, base={}, **rows).ways("update")  # there it is enough
+
+
 def test_a_model_that_no_setting_saves():
     text = budget(2e9, hf=QWEN_7B, base={}).advice("update")
     assert text.startswith("Even with ") and text.endswith(

@@ -262,4 +262,5 @@ def test_the_command_prints_seconds(capsys):
     plan.print_seconds(speed(**W1 | {"rollout.engine": "local"}).config, run.model, "h200", (1, 1, 1))
     assert "not predicted" in capsys.readouterr().out.splitlines()[1]
     plan.print_seconds(run.config, run.model, "80", (1, 1, 1))
-    assert capsys.readouterr().out == ""
+    reason = "the rates of this device are not known"
+    assert capsys.readouterr().out == f"Expected seconds of a step: not said, since {reason}\n"
