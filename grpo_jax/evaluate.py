@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, LoraSection, check_value
-from grpo_jax.config.command_line import make_parser, one_line_errors
+from grpo_jax.config.command_line import Parser, make_parser, one_line_errors
 
 if TYPE_CHECKING:
     from grpo_jax.rollout.evaluation import Evaluation
@@ -41,11 +41,11 @@ NUMBERS = {
 """Flags, and the keys whose rules hold for them."""
 
 
-def main() -> None:
+def command_parser() -> Parser:
     parser = make_parser("grpo_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--adapter", default="", help="PEFT folder of an adapter of that model")
-    parser.add_argument("--data", required=True, help="Parquet file with verl's columns")
+    parser.add_argument("--data", required=True, nargs="+", help="Parquet files with verl's columns")
     parser.add_argument("--engine", default="local", choices=KEYS["rollout.engine"].choices)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--num", type=int, default=0, help="problems, from the first; 0: all")
@@ -53,6 +53,15 @@ def main() -> None:
     parser.add_argument("--max_response_length", type=int, default=512, help="tokens")
     parser.add_argument(
         "--max_prompt_length", type=int, default=2048, help="tokens; longer prompts are left out"
+    )
+    parser.add_argument(
+        "--overlong_prompts",
+        default="filter",
+        choices=KEYS["data.overlong_prompts"].choices,
+        help="or their left end is cut",
+    )
+    parser.add_argument(
+        "--stop_token_ids", type=int, nargs="+", default=(), help="they end a completion, beside EOS"
     )
     parser.add_argument(
         "--allow_beyond_max_position",
@@ -70,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--chat_template_args",
         nargs="+",
-        default=[],
+        default=(),
         metavar="NAME=VALUE",
         help="as data.chat_template_args of a configuration",
     )
@@ -83,15 +92,20 @@ def main() -> None:
     )
     parser.add_argument("--json", default="", help="file for the result")
     parser.add_argument("--generations", default="", help="file for the completions, a JSON line each")
+    return parser
+
+
+def main() -> None:
     flags = {
         "model.path": "--model",
         "lora.path": "--adapter",
         "data.max_prompt_length": "--max_prompt_length",
         "reward.function": "--reward",
+        "rollout.stop_token_ids": "--stop_token_ids",
         "data.chat_template_args": "--chat_template_args",
     }
     with one_line_errors(flags):
-        args = parser.parse_args()
+        args = command_parser().parse_args()
         _check_arguments(args)
         _run_watched(args)
 
@@ -129,6 +143,7 @@ def make_config(args: Any) -> Config:
             tensor_parallel_size=args.tensor_parallel_size,
             gpu_memory_utilization=args.gpu_memory_utilization,
             python=args.python,
+            stop_token_ids=tuple(args.stop_token_ids),
             max_restarts=0,
         ),
         reward=replace(base.reward, function=args.reward, on_error="zero"),
@@ -189,13 +204,13 @@ def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:
     from grpo_jax.data.prompts import encode_prompts
     from grpo_jax.data.schema import read_rows
 
-    rows = read_rows([args.data], "--data")
+    rows = read_rows(args.data, "--data")
     limit = args.max_prompt_length
     prompts, counts = encode_prompts(
         rows,
         tokenizer,
         max_prompt_length=limit,
-        overlong="filter",
+        overlong=args.overlong_prompts,
         key="--data",
         template_args=args.chat_template_args,
     )

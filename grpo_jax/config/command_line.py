@@ -191,8 +191,9 @@ class Parser(argparse.ArgumentParser):
         """Checks the text of all flags but those of keys, which have rules of their own."""
         parsed, unknown = super().parse_known_args(*args, **kwargs)
         for name, value in vars(parsed).items():
-            if isinstance(value, str) and not name.startswith("config.") and (broken := broken_text(value)):
-                raise ConfigError(f"--{name}", value, broken)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not name.startswith("config.") and (broken := broken_text(text)):
+                    raise ConfigError(f"--{name}", text, broken)
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:

@@ -9,6 +9,7 @@ from grpo_jax.config import Config
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.evaluation import read_jsonl
+from grpo_jax.run.evaluation_command import evaluation_command
 from grpo_jax.run.speed import Speed, steady
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import read_metrics
@@ -49,11 +50,8 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
     logger.info("Trained model:   %s   (a %s folder)", model, "PEFT" if config.lora.rank else "Hugging Face")
-    data = config.data.val_files[0] if not config.arithmetic.num_train else workdir.data / "val.parquet"
-    named = f"--model={model}"
-    if config.lora.rank:
-        named = f"--model={workdir.base_model(config)} --adapter={model}"
-    logger.info("Evaluate it:     python -m grpo_jax.evaluate %s --data=%s", named, data)
+    last_validation = accuracies[-1][0] if accuracies else lines[-1]["step"]
+    logger.info("Evaluate it:     %s", evaluation_command(config, workdir, model, last_validation))
     if config.arithmetic.num_train:
         logger.info(
             "Next, on a GPU:  pip install -e '.[gpu,vllm]', then train a real model on GSM8K:\n"
