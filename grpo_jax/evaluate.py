@@ -252,11 +252,12 @@ def _evaluate(
 
 
 def _report(args: Any, result: Evaluation) -> None:
+    from grpo_jax.rollout.base import LONGEST_ERROR, one_line
     from grpo_jax.rollout.evaluation import write_jsonl
     from grpo_jax.storage.files import write_whole
 
     for error in result.errors:
-        print(f"reward error, counted as 0: {error}")
+        print(f"reward error, counted as 0: {one_line(error, LONGEST_ERROR)}")
     summary = result.summary()
     print(", ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
     if args.json:

@@ -34,6 +34,7 @@ from grpo_jax.config.rules import (
     unread_keys,
 )
 from grpo_jax.config.sections import KEYS, Config
+from grpo_jax.config.text import printable
 from grpo_jax.config.user_code import describe
 
 USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]"
@@ -150,7 +151,7 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
 
 def _exit(message: str, code: int = 2) -> NoReturn:
     """Prints one line, whatever line breaks the message carries from elsewhere, and exits."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     raise SystemExit(code)
 
 

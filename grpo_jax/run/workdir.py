@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
+from grpo_jax.config.text import printable
 from grpo_jax.run import lock
 from grpo_jax.run.retention import saved_steps
 from grpo_jax.storage.files import sweep, write_whole
@@ -281,14 +282,21 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         handler.close()
     if console:
         handler = _Terminal() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
         logger.addHandler(handler)
     elif file is None:
         logger.addHandler(logging.NullHandler())  # or Python would print warnings itself
     if file is not None:
         to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _Printable(logging.Formatter):
+    """Python's, where texts of models and of reward functions never act on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Terminal(logging.Handler):
