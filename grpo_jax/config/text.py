@@ -1,4 +1,4 @@
-"""Text of models, users and files as it may be printed: nothing in it acts on a terminal or moves what is beside it."""
+"""Text of models, users and files as it may be printed: nothing in it acts on a terminal."""
 
 import re
 
