@@ -10,6 +10,7 @@ out has its default.
 """
 
 import argparse
+import ast
 import atexit
 import contextlib
 import dataclasses
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_jax.config.old_names import OLD_NAME, key_of
 from grpo_jax.config.rules import (
     NO_SECTION,
     ConfigError,
@@ -263,9 +265,17 @@ def read_command_line(
 
 def _refuse(argument: str, flags: Sequence[str]) -> NoReturn:
     """Says what is wrong with an argument that is none of `flags`."""
-    flag, _, value = argument.partition("=")
+    flag, equals, value = argument.partition("=")
+    key = flag.removeprefix("--").removeprefix("config.").lstrip("+~")
+    if key in KEYS and flag != f"--config.{key}":
+        raise ConfigError(flag, value, f"write --config.{key}{equals}{value}")
+    if known := key_of(key):
+        raise ConfigError(flag.removeprefix("--config."), value, f"{OLD_NAME}: here it is --config.{known}")
     if not flag.startswith("--"):
-        raise ConfigError("command line", flag, "is neither a flag nor the value of one")
+        is_setting = equals and "." in flag
+        rule = "is neither a flag nor the value of one"
+        rule += "; keys are set as --config.SECTION.KEY=VALUE" if is_setting else ""
+        raise ConfigError("command line", flag, rule)
     hint = nearest(flag, flags).replace("--config.", "")
     raise ConfigError(flag.removeprefix("--config."), value, f"there is no such key{hint}")
 
@@ -275,6 +285,8 @@ def _override(config: Any, key: str, value: str) -> None:
     from absl import flags
     from ml_collections import config_flags
 
+    if KEYS[key].default.__class__ is tuple and value[:1] + value[-1:] in ("[]", "()"):
+        _check_tuple(key, value)
     argument, values = f"--config.{key}={value}", flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
@@ -284,6 +296,16 @@ def _override(config: Any, key: str, value: str) -> None:
         rules = {bool: "must be True or False", int: "must be a whole number", float: "must be a number"}
         rule = rules.get(type(config[section][name]), str(error).partition(": ")[2] or str(error))
         raise ConfigError(key, value, f"has the wrong type: {rule}") from None
+
+
+def _check_tuple(key: str, value: str) -> None:
+    """Raises: ConfigError: ml_collections would take a list without quotes for one name with brackets."""
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        words = [word.strip(" '\"") for word in value[1:-1].split(",")]
+        written = f'"--config.{key}={tuple(filter(None, words))}"'
+        raise ConfigError(key, value, f"a tuple is written with quotes, as {written}") from None
 
 
 # ---- files ----
