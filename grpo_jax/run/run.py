@@ -46,6 +46,7 @@ from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.inputs import (
     Inputs,
     check_weights,
+    check_workdir,
     first_params,
     make_model,
     read_inputs,
@@ -86,7 +87,7 @@ def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"
         watch = resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
         resources.enter_context(hosts.watched(timers, watch))
         with timers.within("read_inputs"):
-            workdir.check(config)
+            check_workdir(config, workdir)
             start_logging(console=hosts.is_first)
             if hosts.is_first:
                 check_engine(config.rollout)

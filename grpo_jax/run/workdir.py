@@ -37,6 +37,10 @@ class Beginning:
         return {"date": self.date.isoformat(), "prompts": self.prompts}
 
 
+class OtherRun(ConfigError):
+    """A workdir holds a run with another value of a key."""
+
+
 class Workdir:
     """Paths of one run. Creating the object writes nothing."""
 
@@ -88,8 +92,10 @@ class Workdir:
     def check(self, config: Config) -> None:
         """Refuses a folder that holds another run, or in which one is under way.
 
-        Raises: ConfigError: another process holds the lock; or config.json is there and differs in a key that
-            changes what is computed; with resume=force, in one that its checkpoints depend on.
+        Raises:
+            ConfigError: another process holds the lock; or, with resume=force, config.json differs in a key that
+                its checkpoints depend on.
+            OtherRun: config.json differs in a key that changes what is computed.
         """
         check_place("--workdir", self.path)
         for folder in (
@@ -128,12 +134,15 @@ class Workdir:
         for key, (old, new) in differences.items():
             if KEYS[key].resume in free or key in unread:
                 continue
-            raise ConfigError(
-                key,
-                new,
-                f"the run in {self.path} has {old!r}; choose another --workdir, or insist on going on with "
-                "--config.checkpoint.resume=force",
-            )
+            rule = f"the run in {self.path} has {old!r}; {self._ways_out(key)}"
+            raise OtherRun(key, new, rule)
+
+    def _ways_out(self, key: str) -> str:
+        if KEYS[key].resume == ARRAYS and saved_steps(self.checkpoints):
+            return "choose another --workdir: its checkpoints hold other arrays"
+        condition = ", where that fits the devices," if key.startswith("mesh.") else ""
+        insist = f"insist on going on{condition} with --config.checkpoint.resume=force"
+        return f"choose another --workdir, or {insist}"
 
     def read_config(self) -> Config | None:
         """The configuration of the run in this folder: config.json, or what its last checkpoint knows of it.
