@@ -57,7 +57,7 @@ QUANTITIES: dict[str, tuple[Value, float, float]] = {
 
 SORTS: dict[str, Callable[[Group], float]] = {
     "sampled": lambda group: group.number,
-    "mismatch": lambda group: -group.mismatch,
+    "mismatch": lambda group: -(group.mismatch or 0.0),
     "longest": lambda group: -max(map(length, group.completions)),
     "reward": lambda group: sum(c.get("reward", 0.0) for c in group.completions),
 }
@@ -135,7 +135,8 @@ def facts(c: Completion) -> str:
     parts += [f"advantage {np.mean(c['token_advantages']):.4g}"] if has(c, "token_advantages") else []
     parts += [f"{length(c)} tokens", visible(str(c.get("finish_reason", "")))]
     parts += [f"seed {c['seed']}"] if c.get("seed") is not None else []
-    parts += [f"version {c.get('policy_version')}", f"mismatch {mismatch(c):.3g}"]
+    parts += [f"version {c.get('policy_version')}"]
+    parts += [f"mismatch {gap:.3g}"] if (gap := mismatch(c)) is not None else []
     parts += [
         name for name, key in {"repeats itself": "repeats", "dropped": "is_dropped"}.items() if c.get(key)
     ]
