@@ -240,11 +240,12 @@ def check_tokens(entry: Entry, file: Path) -> Iterator[str]:
     if len(held) != len(expected):
         yield f"step {entry['step']}: {file.name} has {len(held)} completions, the ledger {len(expected)}"
     for row, (ids, (num, crc)) in enumerate(zip(held, expected, strict=False)):
+        which = f"step {entry['step']}: completion {row} of {file.name}"
         if len(ids) != num:
-            yield f"step {entry['step']}: completion {row} of {file.name} has {len(ids)} tokens, the ledger's {num}"
+            yield f"{which} has {len(ids)} tokens, the ledger's {num}"
             return
         if zlib.crc32(ids.tobytes()) != crc:
-            yield f"step {entry['step']}: completion {row} of {file.name} has other tokens than the ledger's"
+            yield f"{which} has other tokens than the ledger's"
             return
 
 

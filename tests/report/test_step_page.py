@@ -166,7 +166,7 @@ def test_without_the_tokenizer_ids_are_shown(workdir):
 def test_mismatch_of_values_that_are_not_finite():
     sampler = np.array([-1.5, -1.0])
     assert mismatch({"trainer_logprobs": np.array([-1.0, np.nan]), "sampler_logprobs": sampler}) == 0.5
-    assert mismatch({"trainer_logprobs": None, "sampler_logprobs": sampler}) == 0
+    assert mismatch({"trainer_logprobs": None, "sampler_logprobs": sampler}) is None
     assert json.dumps(mismatch({})) == "0.0"
 
 
