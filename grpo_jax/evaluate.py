@@ -101,6 +101,10 @@ def main() -> None:
         "lora.path": "--adapter",
         "data.max_prompt_length": "--max_prompt_length",
         "reward.function": "--reward",
+        "rollout.engine": "--engine",
+        "rollout.python": "--python",
+        "rollout.tensor_parallel_size": "--tensor_parallel_size",
+        "rollout.gpu_memory_utilization": "--gpu_memory_utilization",
         "rollout.stop_token_ids": "--stop_token_ids",
         "data.chat_template_args": "--chat_template_args",
     }
@@ -180,6 +184,9 @@ def _run(args: Any, timers: Timers) -> None:
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     with timers.within("read_inputs"):
         check_engine(config.rollout)
+        for flag, path in (("--model", args.model), ("--adapter", args.adapter)):
+            if path:
+                _check_is_no_workdir(flag, Path(path))
         folder = inspect_folder(args.model, config.model)
         if args.adapter:
             folder = dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
@@ -198,6 +205,19 @@ def _run(args: Any, timers: Timers) -> None:
         with timers.within("testing"):
             result = _evaluate(args, config, folder, tokenizer, prompts, reward, mesh)
         _report(args, result)
+
+
+def _check_is_no_workdir(flag: str, path: Path) -> None:
+    """Raises: ConfigError: a folder is a run's workdir, or one that is missing from it; names the models in it."""
+    from grpo_jax.run.workdir import Workdir
+
+    workdir, above = Workdir(path), Workdir(path.parent)
+    if workdir.metrics.is_file() or workdir.checkpoints.is_dir():
+        export = f"none yet; `python -m grpo_jax.export --checkpoint={path} --output=HF_DIR` makes one"
+        found = ", ".join(str(path / name) for name in workdir.models()) or export
+        raise ConfigError(flag, str(path), f"is the workdir of a run; the models in it: {found}")
+    if not path.exists() and (names := above.models()):
+        raise ConfigError(flag, str(path), f"there is no such folder; {path.parent} has {', '.join(names)}")
 
 
 def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:

@@ -18,6 +18,7 @@ import errno
 import faulthandler
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -142,13 +143,21 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
-        _exit(str(ConfigError(flags.get(error.key, error.key), error.value, error.rule)))
+        _exit(str(ConfigError(flags.get(error.key, error.key), error.value, _with_flags(error.rule, flags))))
     except OSError as error:  # of files: a disk that is full, a folder that may not be looked into
         named = f"{error.filename}: " if error.filename else ""
         _exit(f"{named}{error.strerror or error}", code=2 if error.errno in OF_INPUT and named else 1)
     finally:
         if IS_COMMAND:
             faulthandler.dump_traceback_later(EXIT_S, exit=True)
+
+
+def _with_flags(rule: str, flags: Mapping[str, str]) -> str:
+    """A rule that names the flags of a command in the place of the keys that they stand for."""
+    for key, flag in flags.items():
+        if key in KEYS:
+            rule = re.sub(rf"(?<![\w.])(--config\.)?{re.escape(key)}(?!\w)", flag, rule)
+    return rule
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:

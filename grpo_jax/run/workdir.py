@@ -23,6 +23,8 @@ from grpo_jax.storage.manifest import read_facts
 
 logger = logging.getLogger("grpo_jax")
 
+EPOCH_MODEL = "checkpoint-epoch-"
+
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
@@ -82,12 +84,19 @@ class Workdir:
 
     def epoch_model(self, epoch: int) -> Path:
         """The Hugging Face folder, or with LoRA the PEFT folder, written after an epoch, counted from 1."""
-        return self.path / f"checkpoint-epoch-{epoch}"
+        return self.path / f"{EPOCH_MODEL}{epoch}"
 
     @property
     def final_model(self) -> Path:
         """The same of a run that ended within an epoch."""
         return self.path / "checkpoint-final"
+
+    def models(self) -> list[str]:
+        """Names of the Hugging Face or PEFT folders that the run has written, the last one last."""
+        numbers = [path.name.removeprefix(EPOCH_MODEL) for path in self.path.glob(f"{EPOCH_MODEL}*")]
+        epochs = sorted(int(number) for number in numbers if number.isdecimal())
+        final = [self.final_model.name] if self.final_model.is_dir() else []
+        return [self.epoch_model(epoch).name for epoch in epochs] + final
 
     def check(self, config: Config) -> None:
         """Refuses a folder that holds another run, or in which one is under way.

@@ -165,3 +165,34 @@ def test_it_stops_where_training_stopped(model_folder, data, reward_file, tmp_pa
     shown = ("completion", "num_tokens", "finish_reason", "reward")
     assert [[r[name] for name in shown] for r in records] == [[r[name] for name in shown] for r in expected]
     assert any(r["num_tokens"] < 8 for r in expected)
+
+
+def refusal(*argv):
+    result = helpers.call(evaluate.main, argv)
+    assert result.code == 2 and result.err.count("\n") == 1
+    return result.err
+
+
+def test_folders_of_a_run_that_are_no_models(whole_run, data, tmp_path):
+    workdir = whole_run[0]
+    models = [f"{workdir}/checkpoint-epoch-1", f"{workdir}/checkpoint-epoch-2"]
+    assert refusal(f"--model={workdir}", f"--data={data}") == (
+        f"error: --model='{workdir}': is the workdir of a run; the models in it: {', '.join(models)}\n"
+    )
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(f"--model={tmp_path}", f"--data={data}")
+    assert f"the models in it: none yet; `python -m grpo_jax.export --checkpoint={tmp_path} --output" in said
+    assert refusal(f"--model={workdir}/checkpoint-epoch-9", f"--data={data}") == (
+        f"error: --model='{workdir}/checkpoint-epoch-9': there is no such folder; {workdir} has "
+        "checkpoint-epoch-1, checkpoint-epoch-2\n"
+    )
+
+
+@pytest.mark.parametrize("size", [4, -4, None])
+def test_a_damaged_model_of_a_run_is_not_to_be_downloaded(whole_run, data, tmp_path, size):
+    folder = shutil.copytree(whole_run[0] / "checkpoint-epoch-2", tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size]) if size else file.unlink()
+    said = refusal(f"--model={folder}", f"--data={data}")
+    assert f"--model='{file}'" in said and "download" not in said
+    assert "a run wrote it: `python -m grpo_jax.export --checkpoint=WORKDIR --output=NEW` makes it" in said
