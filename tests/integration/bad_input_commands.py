@@ -113,6 +113,8 @@ OTHERS = [
     export("output-below-a-file", [f"--checkpoint={DATA}", "--output=inputs/rewards/good.py/out"],
            "--output='inputs/rewards/good.py/out'", "is a file"),
     export("output-of-no-name", [f"--checkpoint={DATA}", f"--output={'x' * 300}"], "--output=", "255 bytes"),
+    export("output-empty", [f"--checkpoint={DATA}", "--output="], "--output='': must name a folder"),
+    export("checkpoint-empty", ["--checkpoint=", "--output=new"], "--checkpoint='': must name a folder"),
     export("misspelt-flag", ["--checkpont=x", "--output=new"], "--checkpont", "did you mean --checkpoint?"),
     export("no-output", [f"--checkpoint={DATA}"], "--output"),
     export("checkpoint-cut", [f"--checkpoint={WORKDIRS}/cut", "--output=new"], "no checkpoint is whole",

@@ -16,7 +16,7 @@ from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.evaluation import write_jsonl
 from grpo_jax.run.evaluation_command import evaluation_command
 from grpo_jax.run.speed import Speed
-from grpo_jax.run.summary import LOST_BELOW, batch_table, doubts, draw_learning_curve, print_report
+from grpo_jax.run.summary import LOST_BELOW, _question, batch_table, doubts, draw_learning_curve, print_report
 from grpo_jax.run.workdir import Workdir
 
 
@@ -78,6 +78,26 @@ def test_the_command_that_repeats_a_validation(tmp_path):
         *("--num_samples=4", "--dtype=bfloat16", "--engine=vllm", "--tensor_parallel_size=2"),
         f"--seed={derive_seed(gsm8k().trainer.seed, 6, 'validation')}",
     ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nTwo\nand two?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+        "<|im_start|>user\nTwo\nand two?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nTwo and two?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<bos><start_of_turn>user\nTwo and two?<end_of_turn>\n<start_of_turn>model\n",
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nTwo and two?<|end|>\n<|assistant|>\n",
+        "<s>[INST] Two and two?[/INST]",
+        "Two and two?",
+    ],
+)
+def test_a_question_is_shown_without_its_template(prompt):
+    assert _question(prompt) == "Two and two?"
 
 
 def report(tmp_path, caplog, monkeypatch, steps, **changes):
