@@ -294,7 +294,7 @@ def _override(config: Any, key: str, value: str) -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    if KEYS[key].default.__class__ is tuple and value[:1] + value[-1:] in ("[]", "()"):
+    if KEYS[key].type == tuple[str, ...] and value[:1] + value[-1:] in ("[]", "()"):
         _check_tuple(key, value)
     argument, values = f"--config.{key}={value}", flags.FlagValues()
     try:
