@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from grpo_jax.config.old_names import OLD_NAME, key_of
+from grpo_jax.config.old_names import OLD_NAME, ROOT, key_of
 from grpo_jax.config.rules import (
     NO_SECTION,
     ConfigError,
@@ -275,7 +275,7 @@ def read_command_line(
 def _refuse(argument: str, flags: Sequence[str]) -> NoReturn:
     """Says what is wrong with an argument that is none of `flags`."""
     flag, equals, value = argument.partition("=")
-    key = flag.removeprefix("--").removeprefix("config.").lstrip("+~")
+    key = flag.removeprefix("--").removeprefix("config.").lstrip("+~").removeprefix(ROOT)
     if key in KEYS and flag != f"--config.{key}":
         raise ConfigError(flag, value, f"write --config.{key}{equals}{value}")
     if known := key_of(key):

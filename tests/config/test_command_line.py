@@ -249,6 +249,10 @@ def test_load_config_wants_a_config_dict(tmp_path):
     [
         ("data.train_batch_size=4", "data.train_batch_size='4': write --config.data.train_batch_size=4"),
         ("--data.train_batch_size=4", "--data.train_batch_size='4': write --config.data.train_batch_size=4"),
+        (
+            "actor_rollout_ref.model.path=/m",
+            "actor_rollout_ref.model.path='/m': write --config.model.path=/m",
+        ),
         ("+trainer.seed=1", "+trainer.seed='1': write --config.trainer.seed=1"),
         ("++data.shuffle=False", "++data.shuffle='False': write --config.data.shuffle=False"),
         (
