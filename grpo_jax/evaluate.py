@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import KEYS, Config, ConfigError, LoraSection, check_value
-from grpo_jax.config.command_line import make_parser, one_line_errors
+from grpo_jax.config.command_line import Parser, make_parser, one_line_errors
 
 if TYPE_CHECKING:
     from grpo_jax.rollout.evaluation import Evaluation
@@ -41,11 +41,11 @@ NUMBERS = {
 """Flags, and the keys whose rules hold for them."""
 
 
-def main() -> None:
+def command_parser() -> Parser:
     parser = make_parser("grpo_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--adapter", default="", help="PEFT folder of an adapter of that model")
-    parser.add_argument("--data", required=True, help="Parquet file with verl's columns")
+    parser.add_argument("--data", required=True, nargs="+", help="Parquet files with verl's columns")
     parser.add_argument("--engine", default="local", choices=KEYS["rollout.engine"].choices)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--num", type=int, default=0, help="problems, from the first; 0: all")
@@ -53,6 +53,15 @@ def main() -> None:
     parser.add_argument("--max_response_length", type=int, default=512, help="tokens")
     parser.add_argument(
         "--max_prompt_length", type=int, default=2048, help="tokens; longer prompts are left out"
+    )
+    parser.add_argument(
+        "--overlong_prompts",
+        default="filter",
+        choices=KEYS["data.overlong_prompts"].choices,
+        help="or their left end is cut",
+    )
+    parser.add_argument(
+        "--stop_token_ids", type=int, nargs="+", default=(), help="they end a completion, beside EOS"
     )
     parser.add_argument(
         "--allow_beyond_max_position",
@@ -70,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--chat_template_args",
         nargs="+",
-        default=[],
+        default=(),
         metavar="NAME=VALUE",
         help="as data.chat_template_args of a configuration",
     )
@@ -83,15 +92,24 @@ def main() -> None:
     )
     parser.add_argument("--json", default="", help="file for the result")
     parser.add_argument("--generations", default="", help="file for the completions, a JSON line each")
+    return parser
+
+
+def main() -> None:
     flags = {
         "model.path": "--model",
         "lora.path": "--adapter",
         "data.max_prompt_length": "--max_prompt_length",
         "reward.function": "--reward",
+        "rollout.engine": "--engine",
+        "rollout.python": "--python",
+        "rollout.tensor_parallel_size": "--tensor_parallel_size",
+        "rollout.gpu_memory_utilization": "--gpu_memory_utilization",
+        "rollout.stop_token_ids": "--stop_token_ids",
         "data.chat_template_args": "--chat_template_args",
     }
     with one_line_errors(flags):
-        args = parser.parse_args()
+        args = command_parser().parse_args()
         _check_arguments(args)
         _run_watched(args)
 
@@ -129,6 +147,7 @@ def make_config(args: Any) -> Config:
             tensor_parallel_size=args.tensor_parallel_size,
             gpu_memory_utilization=args.gpu_memory_utilization,
             python=args.python,
+            stop_token_ids=tuple(args.stop_token_ids),
             max_restarts=0,
         ),
         reward=replace(base.reward, function=args.reward, on_error="zero"),
@@ -165,6 +184,9 @@ def _run(args: Any, timers: Timers) -> None:
         start_logging()  # an engine with processes of its own takes a minute or two to start, and says so
     with timers.within("read_inputs"):
         check_engine(config.rollout)
+        for flag, path in (("--model", args.model), ("--adapter", args.adapter)):
+            if path:
+                _check_is_no_workdir(flag, Path(path))
         folder = inspect_folder(args.model, config.model)
         if args.adapter:
             folder = dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
@@ -185,17 +207,30 @@ def _run(args: Any, timers: Timers) -> None:
         _report(args, result)
 
 
+def _check_is_no_workdir(flag: str, path: Path) -> None:
+    """Raises: ConfigError: a folder is a run's workdir, or one that is missing from it; names the models in it."""
+    from grpo_jax.run.workdir import Workdir
+
+    workdir, above = Workdir(path), Workdir(path.parent)
+    if workdir.metrics.is_file() or workdir.checkpoints.is_dir():
+        export = f"none yet; `python -m grpo_jax.export --checkpoint={path} --output=HF_DIR` makes one"
+        found = ", ".join(str(path / name) for name in workdir.models()) or export
+        raise ConfigError(flag, str(path), f"is the workdir of a run; the models in it: {found}")
+    if not path.exists() and (names := above.models()):
+        raise ConfigError(flag, str(path), f"there is no such folder; {path.parent} has {', '.join(names)}")
+
+
 def _read_prompts(args: Any, tokenizer: Any) -> list[Prompt]:
     from grpo_jax.data.prompts import encode_prompts
     from grpo_jax.data.schema import read_rows
 
-    rows = read_rows([args.data], "--data")
+    rows = read_rows(args.data, "--data")
     limit = args.max_prompt_length
     prompts, counts = encode_prompts(
         rows,
         tokenizer,
         max_prompt_length=limit,
-        overlong="filter",
+        overlong=args.overlong_prompts,
         key="--data",
         template_args=args.chat_template_args,
     )
@@ -237,11 +272,12 @@ def _evaluate(
 
 
 def _report(args: Any, result: Evaluation) -> None:
+    from grpo_jax.rollout.base import LONGEST_ERROR, one_line
     from grpo_jax.rollout.evaluation import write_jsonl
     from grpo_jax.storage.files import write_whole
 
     for error in result.errors:
-        print(f"reward error, counted as 0: {error}")
+        print(f"reward error, counted as 0: {one_line(error, LONGEST_ERROR)}")
     summary = result.summary()
     print(", ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in summary.items()))
     if args.json:

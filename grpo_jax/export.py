@@ -22,7 +22,7 @@ from grpo_jax.run.checkpoint import find_checkpoint, load_for_export
 from grpo_jax.run.devices import find_devices
 from grpo_jax.run.hangs import watched
 from grpo_jax.run.metrics import Timers
-from grpo_jax.run.workdir import Workdir, check_place
+from grpo_jax.run.workdir import Workdir, check_place, start_logging
 
 
 def export(checkpoint: Path, output: Path, timers: Timers, *, merge: bool = False) -> int:
@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="adapters into their model")
     with one_line_errors({"--workdir": "--checkpoint", "model.path": "--checkpoint"}):
         args = parser.parse_args()
+        start_logging()
+        for name in ("checkpoint", "output"):
+            if not getattr(args, name):
+                raise ConfigError(f"--{name}", "", "must name a folder")
         timers = Timers()
         with watched(timers, None, Config().trainer.phase_timeout_s):
             step = export(Path(args.checkpoint), Path(args.output), timers, merge=args.merge)

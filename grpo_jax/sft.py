@@ -19,14 +19,14 @@ def main() -> None:
         config, path = parse_command_line("grpo_jax.sft", __doc__)
         from grpo_jax.run.devices import open_devices
         from grpo_jax.run.hangs import watched
-        from grpo_jax.run.inputs import make_model, read_inputs
+        from grpo_jax.run.inputs import check_workdir, make_model, read_inputs
         from grpo_jax.run.metrics import Timers
         from grpo_jax.run.workdir import Workdir, start_logging
 
         workdir = Workdir(path)
         if not config.sft.num_steps:
             raise ConfigError("sft.num_steps", 0, "must be above 0 to fine-tune")
-        workdir.check(config)
+        check_workdir(config, workdir)
         if workdir.sft_model.exists():
             raise ConfigError("--workdir", str(path), f"already holds {workdir.sft_model.name}")
         timers = Timers()

@@ -10,6 +10,7 @@ out has its default.
 """
 
 import argparse
+import ast
 import atexit
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ import errno
 import faulthandler
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -25,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_jax.config.old_names import OLD_NAME, ROOT, key_of
 from grpo_jax.config.rules import (
     NO_SECTION,
     ConfigError,
@@ -34,6 +37,7 @@ from grpo_jax.config.rules import (
     unread_keys,
 )
 from grpo_jax.config.sections import KEYS, Config
+from grpo_jax.config.text import printable
 from grpo_jax.config.user_code import describe
 
 USAGE = "--config=FILE.py[:VARIANT] [--workdir=DIR] [--config.SECTION.KEY=VALUE ...]"
@@ -139,7 +143,7 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except ConfigError as error:
-        _exit(str(ConfigError(flags.get(error.key, error.key), error.value, error.rule)))
+        _exit(str(ConfigError(flags.get(error.key, error.key), error.value, _with_flags(error.rule, flags))))
     except OSError as error:  # of files: a disk that is full, a folder that may not be looked into
         named = f"{error.filename}: " if error.filename else ""
         _exit(f"{named}{error.strerror or error}", code=2 if error.errno in OF_INPUT and named else 1)
@@ -148,9 +152,17 @@ def _in_one_line(flags: Mapping[str, str]) -> Iterator[None]:
             faulthandler.dump_traceback_later(EXIT_S, exit=True)
 
 
+def _with_flags(rule: str, flags: Mapping[str, str]) -> str:
+    """A rule that names the flags of a command in the place of the keys that they stand for."""
+    for key, flag in flags.items():
+        if key in KEYS:
+            rule = re.sub(rf"(?<![\w.])(--config\.)?{re.escape(key)}(?!\w)", flag, rule)
+    return rule
+
+
 def _exit(message: str, code: int = 2) -> NoReturn:
     """Prints one line, whatever line breaks the message carries from elsewhere, and exits."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -191,8 +203,9 @@ class Parser(argparse.ArgumentParser):
         """Checks the text of all flags but those of keys, which have rules of their own."""
         parsed, unknown = super().parse_known_args(*args, **kwargs)
         for name, value in vars(parsed).items():
-            if isinstance(value, str) and not name.startswith("config.") and (broken := broken_text(value)):
-                raise ConfigError(f"--{name}", value, broken)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not name.startswith("config.") and (broken := broken_text(text)):
+                    raise ConfigError(f"--{name}", text, broken)
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -261,9 +274,17 @@ def read_command_line(
 
 def _refuse(argument: str, flags: Sequence[str]) -> NoReturn:
     """Says what is wrong with an argument that is none of `flags`."""
-    flag, _, value = argument.partition("=")
+    flag, equals, value = argument.partition("=")
+    key = flag.removeprefix("--").removeprefix("config.").lstrip("+~").removeprefix(ROOT)
+    if key in KEYS and flag != f"--config.{key}":
+        raise ConfigError(flag, value, f"write --config.{key}{equals}{value}")
+    if known := key_of(key):
+        raise ConfigError(flag.removeprefix("--config."), value, f"{OLD_NAME}: here it is --config.{known}")
     if not flag.startswith("--"):
-        raise ConfigError("command line", flag, "is neither a flag nor the value of one")
+        is_setting = equals and "." in flag
+        rule = "is neither a flag nor the value of one"
+        rule += "; keys are set as --config.SECTION.KEY=VALUE" if is_setting else ""
+        raise ConfigError("command line", flag, rule)
     hint = nearest(flag, flags).replace("--config.", "")
     raise ConfigError(flag.removeprefix("--config."), value, f"there is no such key{hint}")
 
@@ -273,6 +294,8 @@ def _override(config: Any, key: str, value: str) -> None:
     from absl import flags
     from ml_collections import config_flags
 
+    if KEYS[key].type == tuple[str, ...] and value[:1] + value[-1:] in ("[]", "()"):
+        _check_tuple(key, value)
     argument, values = f"--config.{key}={value}", flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
@@ -282,6 +305,16 @@ def _override(config: Any, key: str, value: str) -> None:
         rules = {bool: "must be True or False", int: "must be a whole number", float: "must be a number"}
         rule = rules.get(type(config[section][name]), str(error).partition(": ")[2] or str(error))
         raise ConfigError(key, value, f"has the wrong type: {rule}") from None
+
+
+def _check_tuple(key: str, value: str) -> None:
+    """Raises: ConfigError: ml_collections would take a list without quotes for one name with brackets."""
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        words = [word.strip(" '\"") for word in value[1:-1].split(",")]
+        written = f'"--config.{key}={tuple(filter(None, words))}"'
+        raise ConfigError(key, value, f"a tuple is written with quotes, as {written}") from None
 
 
 # ---- files ----

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from grpo_jax.config.old_names import OLD_NAME, key_of
 from grpo_jax.config.sections import KEYS, SECTIONS, Config, Key
 
 
@@ -89,6 +90,8 @@ def _parse_section(section: str, values: Mapping[str, Any]) -> Any:
     siblings = {field.name: f"{section}.{field.name}" for field in dataclasses.fields(SECTIONS[section])}
     for key in values:
         if key not in siblings:
+            if known := key_of(f"{section}.{key}"):
+                raise ConfigError(f"{section}.{key}", values[key], f"{OLD_NAME}: here it is {known}")
             # The key's own name decides: with the section's name before it, anything in the section is near.
             close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
             hint = f" (did you mean {siblings[close[0]]}?)" if close else nearest(key, KEYS)

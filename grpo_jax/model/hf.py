@@ -166,7 +166,7 @@ def read_header(file: Path, key: str = KEY) -> dict[str, StoredTensor]:
     """
     try:
         if not file.exists():
-            raise ConfigError(key, str(file), "this weights file is missing; is the download complete?")
+            raise ConfigError(key, str(file), f"this weights file is missing; {_remedy(file.parent)}")
         with safe_open(file, framework="np") as content:
             names = content.keys()
             slices = {name: content.get_slice(name) for name in names}
@@ -174,15 +174,24 @@ def read_header(file: Path, key: str = KEY) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ConfigError(key, str(file), f"cannot be read ({error})") from None
     except SafetensorError as error:
-        raise ConfigError(key, str(file), _what_is_wrong(str(error), file.stat().st_size)) from None
+        raise ConfigError(key, str(file), _what_is_wrong(str(error), file)) from None
 
 
-def _what_is_wrong(error: str, size: int) -> str:
-    """Says what an error of `safe_open` means for a file of `size` bytes."""
+def _remedy(folder: Path) -> str:
+    """What brings back a damaged file of a folder."""
+    if has_manifest(folder):
+        return "a run wrote it: `python -m grpo_jax.export --checkpoint=WORKDIR --output=NEW` makes it again"
+    return "download it again"
+
+
+def _what_is_wrong(error: str, file: Path) -> str:
+    """Says what an error of `safe_open` means for a file."""
+    size = file.stat().st_size
     if "header too small" in error or "invalid header length" in error:
-        return f"is cut short at {size} bytes; download it again"
+        return f"is cut short at {size} bytes; {_remedy(file.parent)}"
     if "not fully covered" in error:
-        return f"is cut short or too long: {size} bytes instead of those in its header; download it again"
+        cut = f"is cut short or too long: {size} bytes instead of those in its header"
+        return f"{cut}; {_remedy(file.parent)}"
     # "header too large": a Git LFS pointer or a web page, whose first letters make an absurd length.
     return f"is not a safetensors file ({error})"
 

@@ -24,12 +24,18 @@ def main() -> None:
         args = parser.parse_args()
         if args.step is not None and (len(args.workdirs) > 1 or args.output):
             parser.error("--step is for one WORKDIR, without --output")
-        from grpo_jax.report.write import write_report, write_step
+        from grpo_jax.config.text import printable
+        from grpo_jax.report.read import read_run
+        from grpo_jax.report.write import write_runs, write_step
         from grpo_jax.run.workdir import Workdir
 
         paths = [Path(path) for path in args.workdirs]
         if args.step is None:
-            file = write_report(paths, Path(args.output) if args.output else None)
+            runs = [read_run(path) for path in paths]
+            file = write_runs(runs, Path(args.output) if args.output else None)
+            for run in runs:
+                for note in run.notes:
+                    print(printable(f"{run.path}: {note}"))
         else:
             file = write_step(Workdir(paths[0]), args.step)
         print(f"{file}   ({file.stat().st_size / 1e6:.2f} MB)")

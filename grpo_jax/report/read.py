@@ -24,6 +24,8 @@ from grpo_jax.run.writer import read_lines
 
 MOST_SPREADS = 400
 """Steps whose completions are looked at one by one: as many as a chart has columns."""
+MOST_NAMED = 10
+"""Damaged lines of a file."""
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Percent."""
 SAVED = re.compile(r"step-(\d+)\.(jsonl|parquet)")
@@ -71,8 +73,7 @@ def read_run(path: Path) -> RunFacts:
     check_is_run(workdir)
     notes: list[str] = []
     lines, damaged = read_lines(workdir.metrics)
-    if damaged:
-        notes.append(f"metrics.jsonl: {len(damaged)} damaged lines left out, the first is line {damaged[0]}")
+    notes += damage_note(workdir.metrics.name, damaged)
     config = _read_config(workdir, notes)
     starts = list(_json_lines(workdir.starts, notes))
     return RunFacts(
@@ -118,6 +119,15 @@ def expected(lines: list[Line]) -> list[tuple[str, float | None, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
+def damage_note(name: str, damaged: list[int]) -> list[str]:
+    """One line that names damaged lines of a file, or none. Args: damaged: their numbers, from 1."""
+    if not damaged:
+        return []
+    shown = ", ".join(map(str, damaged[:MOST_NAMED]))
+    more = f" and {len(damaged) - MOST_NAMED} more" if len(damaged) > MOST_NAMED else ""
+    return [f"{name}: damaged, and left out: line{'s' if len(damaged) > 1 else ''} {shown}{more}"]
+
+
 def _is_line(line: Line) -> bool:
     return isinstance(line, dict) and isinstance(line["step"], int)
 
@@ -134,9 +144,10 @@ def _read_config(workdir: Workdir, notes: list[str]) -> dict[str, dict[str, Any]
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[Line]:
-    """The objects of a file of JSON lines; damaged ones are counted in a note."""
-    num_damaged = 0
-    for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+    """The objects of a file of JSON lines; damaged ones are named in a note."""
+    damaged = []
+    texts = path.read_text(errors="replace").split("\n") if path.is_file() else []
+    for number, text in enumerate(texts, 1):
         line = None
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text) if text else {}
@@ -144,9 +155,8 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[Line]:
             if line:
                 yield line
         else:
-            num_damaged += 1
-    if num_damaged:
-        notes.append(f"{path.name}: {num_damaged} damaged lines left out")
+            damaged.append(number)
+    notes += damage_note(path.name, damaged)
 
 
 def _read_spreads(path: Path, notes: list[str]) -> list[Line]:

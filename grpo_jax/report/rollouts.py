@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_jax.config import ConfigError
+from grpo_jax.report.read import damage_note, saved_steps
 from grpo_jax.run.workdir import Workdir
 
 TOKEN_COLUMNS = (
     *("token_ids", "sampler_logprobs", "trainer_logprobs", "old_logprobs", "logprobs", "ref_logprobs"),
     *("token_advantages", "is_clipped", "weighs", "token_versions"),
 )
+MOST_STEPS = 20
+"""That are named one by one."""
 Completion = dict[str, Any]
 """Column -> value; [n] numpy, an element a token, where it is one of `TOKEN_COLUMNS`."""
 
@@ -39,9 +42,10 @@ class Group:
         return sum(map(num_tokens, self.completions))
 
     @property
-    def mismatch(self) -> float:
-        """The largest difference between trainer's and sampler's log-probability of a token."""
-        return max(map(mismatch, self.completions))
+    def mismatch(self) -> float | None:
+        """The largest difference between trainer's and sampler's log-probability of a token; None: not known."""
+        known = [gap for c in self.completions if (gap := mismatch(c)) is not None]
+        return max(known, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,11 @@ class SavedStep:
     """Token id -> what it stands for; {} without the tokenizer."""
     notes: list[str]
     """What is missing, a line each."""
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the tokens of any completion are known."""
+        return any(group.num_tokens for group in self.groups)
 
 
 def has(completion: Completion, name: str) -> bool:
@@ -77,10 +86,10 @@ def num_clipped(completion: Completion) -> int:
     return int(np.sum(completion["is_clipped"])) if has(completion, "is_clipped") else 0
 
 
-def mismatch(completion: Completion) -> float:
-    """The largest |log p_trainer - log p_sampler| of a completion's tokens, 0 where it is not known."""
+def mismatch(completion: Completion) -> float | None:
+    """The largest |log p_trainer - log p_sampler| of a completion's tokens, None where it is not known."""
     if not (has(completion, "trainer_logprobs") and has(completion, "sampler_logprobs")):
-        return 0.0
+        return None
     gaps = np.abs(completion["trainer_logprobs"] - completion["sampler_logprobs"])
     return float(np.max(gaps, initial=0.0, where=np.isfinite(gaps)))
 
@@ -95,13 +104,22 @@ def read_step(workdir: Workdir, step: int) -> SavedStep:
     if not rows:
         rows = _read_jsonl(files_of(workdir, step)[1], notes)
     if not rows:
-        why = "; ".join(notes) or f"{workdir.rollouts} has none"
+        steps = saved_steps(workdir)
+        why = f"saved are those of {in_short(steps)}" if steps else "none are saved (logging.save_rollouts)"
+        why = "; ".join(notes) if step in steps else why
         raise ConfigError("--step", step, f"there are no rollouts of it to be read: {why}")
     keyed = itertools.groupby(rows, key=lambda row: (row.get("is_dropped", False), row["group"]))
     groups = [Group(number, list(each)) for number, (_, each) in enumerate(keyed)]
     ids = [c["token_ids"] for c in rows if has(c, "token_ids")]
     used = np.unique(np.concatenate(ids)).tolist() if ids else []
     return SavedStep(step, groups, _texts(workdir, used, notes), notes)
+
+
+def in_short(steps: Sequence[int]) -> str:
+    """Steps in words: all of a few, or the first, the last and how many."""
+    if len(steps) <= MOST_STEPS:
+        return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
 def files_of(workdir: Workdir, step: int) -> tuple[Path, Path]:
@@ -136,20 +154,20 @@ def _rows(table: pa.Table) -> list[Completion]:
 
 def _read_jsonl(path: Path, notes: list[str]) -> list[Completion]:
     """The records, those of neighbours with the same prompt as one group."""
-    rows, num_damaged, last, number = [], 0, None, -1
-    for text in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+    damaged: list[int] = []
+    rows, last, number = [], None, -1
+    for place, text in enumerate(path.read_text(errors="replace").split("\n") if path.is_file() else [], 1):
         try:
             row = json.loads(text) if text else None
             if row is None:
                 continue
             key = (row["prompt_id"], row.get("is_dropped", False))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            num_damaged += 1
+            damaged.append(place)
             continue
         number, last = (number, last) if key == last else (number + 1, key)
         rows.append({"group": number, **row})
-    if num_damaged:
-        notes.append(f"{path.name}: {num_damaged} damaged lines left out")
+    notes += damage_note(path.name, damaged)
     return rows
 
 

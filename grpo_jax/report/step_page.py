@@ -48,7 +48,7 @@ def _within(groups: Sequence[Group]) -> list[Group]:
     """All groups, or those with the largest mismatch that a page can hold, in their order."""
     kept: list[Group] = []
     num_tokens = 0
-    for group in sorted(groups, key=lambda group: -group.mismatch):
+    for group in sorted(groups, key=lambda group: -(group.mismatch or 0.0)):
         num_tokens += group.num_tokens
         if kept and num_tokens > MOST_TOKENS:
             break

@@ -1,7 +1,6 @@
 """A run and its steps on a terminal, for a machine without a browser. Texts never act on the terminal."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.config import ConfigError
+from grpo_jax.config.text import visible
 from grpo_jax.report.page import SHOWN
 from grpo_jax.report.read import RunFacts, expected
 from grpo_jax.report.rollouts import (
@@ -26,21 +26,8 @@ from grpo_jax.report.rollouts import (
     num_clipped,
 )
 
-HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-"""Characters that cannot be seen, or that would move others or the cursor."""
 SHADES = 5
 Value = Callable[[Completion, int], float | None]
-
-
-def visible(text: str) -> str:
-    """A text with signs in the place of hidden characters; line breaks stay, after a sign."""
-    return HIDDEN.sub(lambda match: _sign(match[0]), text)
-
-
-def _sign(character: str) -> str:
-    if character == "\n":
-        return "⏎\n"
-    return chr(0x2400 + ord(character)) if character < " " else f"⟨U+{ord(character):04X}⟩"
 
 
 def _at(name: str) -> Value:
@@ -70,7 +57,7 @@ QUANTITIES: dict[str, tuple[Value, float, float]] = {
 
 SORTS: dict[str, Callable[[Group], float]] = {
     "sampled": lambda group: group.number,
-    "mismatch": lambda group: -group.mismatch,
+    "mismatch": lambda group: -(group.mismatch or 0.0),
     "longest": lambda group: -max(map(length, group.completions)),
     "reward": lambda group: sum(c.get("reward", 0.0) for c in group.completions),
 }
@@ -148,7 +135,8 @@ def facts(c: Completion) -> str:
     parts += [f"advantage {np.mean(c['token_advantages']):.4g}"] if has(c, "token_advantages") else []
     parts += [f"{length(c)} tokens", visible(str(c.get("finish_reason", "")))]
     parts += [f"seed {c['seed']}"] if c.get("seed") is not None else []
-    parts += [f"version {c.get('policy_version')}", f"mismatch {mismatch(c):.3g}"]
+    parts += [f"version {c.get('policy_version')}"]
+    parts += [f"mismatch {gap:.3g}"] if (gap := mismatch(c)) is not None else []
     parts += [
         name for name, key in {"repeats itself": "repeats", "dropped": "is_dropped"}.items() if c.get(key)
     ]

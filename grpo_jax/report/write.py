@@ -25,7 +25,12 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     Returns: the file.
     Raises:  ConfigError: a workdir holds no run. OSError: a file cannot be written.
     """
-    runs = [read_run(path) for path in paths]
+    return write_runs([read_run(path) for path in paths], output)
+
+
+def write_runs(runs: Sequence[RunFacts], output: Path | None = None) -> Path:
+    """The same of runs that were read already; what is wrong with their steps is added to their notes."""
+    paths = [run.path for run in runs]
     file = output or (Workdir(paths[0]).report if len(paths) == 1 else paths[0] / COMPARISON)
     file.parent.mkdir(parents=True, exist_ok=True)
     notes = [write_missing_steps(Workdir(path)) for path in paths]

@@ -24,6 +24,14 @@ class UnreadableError(Exception):
 NAMES = ("gsm8k", "gsm8k_flexible", "gsm8k_format", "think_format", "math")
 
 
+def check_names(section: RewardSection) -> None:
+    """Raises: ConfigError: a function that is named is none of `NAMES`, and in no file that is there."""
+    named = [("reward.function", section.function)]
+    for key, name in [*named, *(("reward.extra_functions", name) for name in section.extra_functions)]:
+        if name not in NAMES:
+            _find_file(key, name)
+
+
 def make_reward(section: RewardSection, *, max_response_length: int) -> "Reward":
     """Returns the weighted sum of the functions that `section` names, with its length penalty.
 
@@ -69,14 +77,19 @@ def _make_one(key: str, name: str, section: RewardSection) -> "Reward":
         return _make_pool_reward(
             key, name, "grpo_jax.rewards.math", "compute_score", section, explain="explain"
         )
+    path, attribute = _find_file(key, name)
+    return _make_pool_reward(key, name, str(Path(path).resolve()), attribute, section, explain=None)
+
+
+def _find_file(key: str, name: str) -> tuple[str, str]:
+    """The file of a function of the user's own, and its name there."""
     file_name = split_file_name(name)
     if file_name is None:
         rule = f"must be one of {', '.join(NAMES)}, or FILE.py:NAME{nearest(name, NAMES)}"
         raise ConfigError(key, name, rule)
-    path, attribute = file_name
-    if not Path(path).is_file():
-        raise ConfigError(key, name, f"there is no file {path}")
-    return _make_pool_reward(key, name, str(Path(path).resolve()), attribute, section, explain=None)
+    if not Path(file_name[0]).is_file():
+        raise ConfigError(key, name, f"there is no file {file_name[0]}")
+    return file_name
 
 
 def _make_pool_reward(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from grpo_jax.config.text import printable
+
 if TYPE_CHECKING:
     from grpo_jax.config import Config
     from grpo_jax.types import Params, Prompt, RolloutGroup
@@ -30,6 +32,10 @@ class EngineError(RuntimeError):
     """The rollout engine cannot go on; the message says why and what may help."""
 
 
+LONGEST_ERROR = 2000
+"""Characters that are printed of an error of a reward."""
+
+
 def derive_seed(seed: int, number: int, purpose: str) -> int:
     """A seed below 2**31 for each number (of a step, or of a batch) and purpose."""
     words = [seed, number, *purpose.encode()]
@@ -37,9 +43,14 @@ def derive_seed(seed: int, number: int, purpose: str) -> int:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """A text for a message: on one line, and cut to `limit` characters."""
-    text = " ".join(text.split()) or "(empty)"
+    """A text for a message: on one line, cut to `limit` characters, with signs for hidden characters."""
+    text = printable(" ".join(text.split())) or shown_empty(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown_empty(text: str) -> str:
+    """What stands for a text in which nothing can be seen."""
+    return f"(only {len(text)} characters of white space)" if text else "(empty)"
 
 
 @dataclasses.dataclass(frozen=True)

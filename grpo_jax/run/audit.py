@@ -7,11 +7,13 @@ were written. Every check yields one line for each thing that disagrees.
 import collections
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import derive_seed
@@ -64,10 +66,13 @@ def audit(workdir: Workdir) -> Audit:
     files = {s: workdir.rollouts / f"step-{s:06d}.jsonl" for s in by_step}
     written = {s: file for s, file in files.items() if file.exists()}
     problems += [p for s, file in written.items() for p in check_rollouts(by_step[s], file)]
+    of_tokens = {s: file for s in by_step if (file := workdir.rollouts / f"step-{s:06d}.parquet").exists()}
+    problems += [p for s, file in of_tokens.items() for p in check_tokens(by_step[s], file)]
     compared = {
         "lines of metrics.jsonl": len(lines),
         "checkpoints": len(steps),
         "files of rollouts": len(written),
+        "files of tokens": len(of_tokens),
     }
     completions, tokens = totals(entries)
     return Audit(len(entries), completions, tokens, compared, problems)
@@ -220,6 +225,27 @@ def check_rollouts(entry: Entry, file: Path) -> Iterator[str]:
     for row, (ours, theirs) in enumerate(zip(held, expected, strict=False)):
         if ours != theirs:
             yield f"step {entry['step']}: completion {row} of {file.name} is {ours}, the ledger's {theirs}"
+            return
+
+
+def check_tokens(entry: Entry, file: Path) -> Iterator[str]:
+    """The tokens that were written are those of the ledger, each completion's by its checksum."""
+    try:
+        held = [np.array(ids, np.int32) for ids in pq.read_table(file, columns=["token_ids"])[0].to_pylist()]
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        yield f"step {entry['step']}: {file.name} cannot be read ({type(error).__name__})"
+        return
+    kinds = [columns for columns in (entry["trained"], entry["no_spread"]) if columns is not None]
+    expected = [pair for columns in kinds for pair in zip(columns["tokens"], columns["crc"], strict=True)]
+    if len(held) != len(expected):
+        yield f"step {entry['step']}: {file.name} has {len(held)} completions, the ledger {len(expected)}"
+    for row, (ids, (num, crc)) in enumerate(zip(held, expected, strict=False)):
+        which = f"step {entry['step']}: completion {row} of {file.name}"
+        if len(ids) != num:
+            yield f"{which} has {len(ids)} tokens, the ledger's {num}"
+            return
+        if zlib.crc32(ids.tobytes()) != crc:
+            yield f"{which} has other tokens than the ledger's"
             return
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from grpo_jax.algorithm import load_algorithm
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data import arithmetic
 from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, sft_examples
@@ -23,12 +24,13 @@ from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_con
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, inspect_folder, param_readers, read_json
 from grpo_jax.model.lora import init_adapters, join
-from grpo_jax.model.peft import adapter_readers, inspect_adapter, with_adapters
+from grpo_jax.model.peft import adapter_readers, inspect_adapter, read_adapter_config, with_adapters
 from grpo_jax.model.rope import max_position
+from grpo_jax.rewards import check_names
 from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.trackers import check_trackers
 from grpo_jax.run.warm_start import warm_start
-from grpo_jax.run.workdir import Beginning, Workdir
+from grpo_jax.run.workdir import Beginning, OtherRun, Workdir
 from grpo_jax.types import Params, Prompt
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,24 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
 
 def _kernel(config: Config, model: ModelConfig, kind: DeviceKind) -> str:
     return choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
+
+
+def check_workdir(config: Config, workdir: Workdir) -> None:
+    """`Workdir.check`, where a name that leads nowhere comes before a difference from the run that is there.
+
+    Raises: ConfigError: as `Workdir.check`; or a file, folder or function that is named is not there.
+    """
+    try:
+        workdir.check(config)
+    except OtherRun:
+        check_names(config.reward)
+        load_algorithm(config)
+        _read_rows(config)
+        if config.model.path != "random":
+            inspect_folder(config.model.path, config.model)
+        if config.lora.path:
+            read_adapter_config(Path(config.lora.path))
+        raise
 
 
 def read_inputs(config: Config, workdir: Workdir, hosts: Hosts = ALONE) -> Inputs:

@@ -31,7 +31,7 @@ from grpo_jax.model.transformer import num_params
 from grpo_jax.rewards import make_reward
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout import check_engine, eval_sampling, make_engine, rollout_sampling, shares_parameters
-from grpo_jax.rollout.base import derive_seed
+from grpo_jax.rollout.base import LONGEST_ERROR, derive_seed, one_line
 from grpo_jax.rollout.batches import Ahead, RolloutBatches
 from grpo_jax.rollout.dynamic import Dynamic
 from grpo_jax.rollout.evaluation import evaluate, rollout_records, write_jsonl
@@ -46,6 +46,7 @@ from grpo_jax.run.hosts import ALONE, Hosts
 from grpo_jax.run.inputs import (
     Inputs,
     check_weights,
+    check_workdir,
     first_params,
     make_model,
     read_inputs,
@@ -86,7 +87,7 @@ def open_run(config: Config, path: Path, hosts: Hosts = ALONE) -> Iterator["Run"
         watch = resources.enter_context(watched(timers, workdir.hangs, config.trainer.phase_timeout_s))
         resources.enter_context(hosts.watched(timers, watch))
         with timers.within("read_inputs"):
-            workdir.check(config)
+            check_workdir(config, workdir)
             start_logging(console=hosts.is_first)
             if hosts.is_first:
                 check_engine(config.rollout)
@@ -566,4 +567,4 @@ class Run:
 
 
 def _log_reward_error(error: str) -> None:
-    logger.warning("reward error, counted as 0: %s", error)
+    logger.warning("reward error, counted as 0: %s", one_line(error, LONGEST_ERROR))

@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_jax.config import Config, ConfigError, split_file_name
 from grpo_jax.config.command_line import hush, was_interrupted
+from grpo_jax.config.text import printable
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.hangs import PhaseTimedOut, hang_behind
 from grpo_jax.run.hosts import ALONE, Hosts
@@ -173,7 +174,7 @@ def reported_failure(
             logger.exception("phase %s failed", phase)
         line = f"phase {phase}: {explain(error, phase) or error}; {left}"
         if hosts.speaks:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         if isinstance(error, PhaseTimedOut):
             error.is_told = True
             raise SystemExit(error.code) from None

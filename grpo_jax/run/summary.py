@@ -1,6 +1,7 @@
 """Summaries for a person: batch sizes at the start of a run, report and learning curve at its end."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from grpo_jax.config import Config
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.rollout.base import one_line
 from grpo_jax.rollout.evaluation import read_jsonl
+from grpo_jax.run.evaluation_command import evaluation_command
 from grpo_jax.run.speed import Speed, steady
 from grpo_jax.run.workdir import Workdir
 from grpo_jax.run.writer import read_metrics
@@ -16,6 +18,12 @@ from grpo_jax.run.writer import read_metrics
 logger = logging.getLogger(__name__)
 
 NUM_PROBLEMS = 3
+ROLES = "(system|developer|user|assistant|model|tool)"
+TURN = re.compile(
+    rf"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=\w+\|>)){ROLES}(?:<\|end_header_id\|>|\|>|\n)"
+)
+"""The beginning of a turn in the templates of the supported families."""
+MARKER = re.compile(r"<\|[^<>|]*\|>|<(?:end|start)_of_turn>|</?s>|<[be]os>|\[/?INST\]")
 TYPICAL_WEIGHT = 0.02
 """The standard deviation that the families of models here are initialized with."""
 LOST_BELOW = 2.0**-8 * TYPICAL_WEIGHT
@@ -49,11 +57,8 @@ def print_report(config: Config, workdir: Workdir, model: Path, speed: Speed, fi
     if "tensorboard" in config.logging.loggers:
         logger.info("TensorBoard:     tensorboard --logdir %s", workdir.tensorboard)
     logger.info("Trained model:   %s   (a %s folder)", model, "PEFT" if config.lora.rank else "Hugging Face")
-    data = config.data.val_files[0] if not config.arithmetic.num_train else workdir.data / "val.parquet"
-    named = f"--model={model}"
-    if config.lora.rank:
-        named = f"--model={workdir.base_model(config)} --adapter={model}"
-    logger.info("Evaluate it:     python -m grpo_jax.evaluate %s --data=%s", named, data)
+    last_validation = accuracies[-1][0] if accuracies else lines[-1]["step"]
+    logger.info("Evaluate it:     %s", evaluation_command(config, workdir, model, last_validation))
     if config.arithmetic.num_train:
         logger.info(
             "Next, on a GPU:  pip install -e '.[gpu,vllm]', then train a real model on GSM8K:\n"
@@ -115,10 +120,10 @@ def _read_validation(workdir: Workdir, step: int) -> list[dict[str, Any]]:
 
 
 def _question(prompt: str) -> str:
-    """The prompt without the chat template's markers, on one line."""
-    for marker in ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"):
-        prompt = prompt.replace(marker, "")
-    return one_line(prompt)
+    """What the user of a chat says last, without the template's markers; of other prompts, all. On one line."""
+    _, *turns = TURN.split(prompt)
+    asked = [text for role, text in zip(turns[::2], turns[1::2], strict=True) if role == "user"]
+    return one_line(MARKER.sub(" ", asked[-1] if asked else prompt))
 
 
 def batch_table(config: Config, *, num_data_shards: int, steps_per_epoch: int) -> list[tuple[str, str]]:

@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
+from grpo_jax.config.text import printable
 from grpo_jax.run import lock
 from grpo_jax.run.retention import saved_steps
 from grpo_jax.storage.files import sweep, write_whole
 from grpo_jax.storage.manifest import read_facts
 
 logger = logging.getLogger("grpo_jax")
+
+EPOCH_MODEL = "checkpoint-epoch-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Beginning:
 
     def to_json(self) -> dict[str, str]:
         return {"date": self.date.isoformat(), "prompts": self.prompts}
+
+
+class OtherRun(ConfigError):
+    """A workdir holds a run with another value of a key."""
 
 
 class Workdir:
@@ -77,18 +84,27 @@ class Workdir:
 
     def epoch_model(self, epoch: int) -> Path:
         """The Hugging Face folder, or with LoRA the PEFT folder, written after an epoch, counted from 1."""
-        return self.path / f"checkpoint-epoch-{epoch}"
+        return self.path / f"{EPOCH_MODEL}{epoch}"
 
     @property
     def final_model(self) -> Path:
         """The same of a run that ended within an epoch."""
         return self.path / "checkpoint-final"
 
+    def models(self) -> list[str]:
+        """Names of the Hugging Face or PEFT folders that the run has written, the last one last."""
+        numbers = [path.name.removeprefix(EPOCH_MODEL) for path in self.path.glob(f"{EPOCH_MODEL}*")]
+        epochs = sorted(int(number) for number in numbers if number.isdecimal())
+        final = [self.final_model.name] if self.final_model.is_dir() else []
+        return [self.epoch_model(epoch).name for epoch in epochs] + final
+
     def check(self, config: Config) -> None:
         """Refuses a folder that holds another run, or in which one is under way.
 
-        Raises: ConfigError: another process holds the lock; or config.json is there and differs in a key that
-            changes what is computed; with resume=force, in one that its checkpoints depend on.
+        Raises:
+            ConfigError: another process holds the lock; or, with resume=force, config.json differs in a key that
+                its checkpoints depend on.
+            OtherRun: config.json differs in a key that changes what is computed.
         """
         check_place("--workdir", self.path)
         for folder in (
@@ -127,12 +143,15 @@ class Workdir:
         for key, (old, new) in differences.items():
             if KEYS[key].resume in free or key in unread:
                 continue
-            raise ConfigError(
-                key,
-                new,
-                f"the run in {self.path} has {old!r}; choose another --workdir, or insist on going on with "
-                "--config.checkpoint.resume=force",
-            )
+            rule = f"the run in {self.path} has {old!r}; {self._ways_out(key)}"
+            raise OtherRun(key, new, rule)
+
+    def _ways_out(self, key: str) -> str:
+        if KEYS[key].resume == ARRAYS and saved_steps(self.checkpoints):
+            return "choose another --workdir: its checkpoints hold other arrays"
+        condition = ", where that fits the devices," if key.startswith("mesh.") else ""
+        insist = f"insist on going on{condition} with --config.checkpoint.resume=force"
+        return f"choose another --workdir, or {insist}"
 
     def read_config(self) -> Config | None:
         """The configuration of the run in this folder: config.json, or what its last checkpoint knows of it.
@@ -281,14 +300,21 @@ def start_logging(file: Path | None = None, *, console: bool = True) -> None:
         handler.close()
     if console:
         handler = _Terminal() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
         logger.addHandler(handler)
     elif file is None:
         logger.addHandler(logging.NullHandler())  # or Python would print warnings itself
     if file is not None:
         to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _Printable(logging.Formatter):
+    """Python's, where texts of models and of reward functions never act on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Terminal(logging.Handler):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config
+from grpo_jax.config.text import printable
 from grpo_jax.run.tensorboard import TensorBoard
 from grpo_jax.run.trackers import Trackers
 from grpo_jax.run.workdir import Workdir
@@ -53,7 +54,8 @@ class MetricsWriter:
         self._trackers.write(values, step)
 
     def write_text(self, name: str, texts: Sequence[str], *, step: int) -> None:
-        """Shows texts in TensorBoard and trackers, each as it is."""
+        """Shows texts in TensorBoard and trackers, with signs for hidden characters."""
+        texts = [printable(text) for text in texts]
         if self._tensorboard is not None and texts:
             blocks = ["    " + text.replace("\n", "\n    ") for text in texts]  # Markdown for verbatim
             self._tensorboard.write_text(name, "\n\n---\n\n".join(blocks), step)

@@ -1,6 +1,7 @@
 """The command line of a command that takes a configuration, and the files that it reads."""
 
 import errno
+import pathlib
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from grpo_jax import plan
-from grpo_jax.config import Config, ConfigError, command_line, defaults, load_config, parse_config
+from grpo_jax.config import KEYS, Config, ConfigError, command_line, defaults, load_config, parse_config
 from grpo_jax.config.command_line import config_parser, parse_command_line, read_command_line
+from grpo_jax.config.old_names import TRL, VERL
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PART = """
 from ml_collections import ConfigDict
 
@@ -239,3 +242,86 @@ def test_load_config_wants_a_config_dict(tmp_path):
     path.write_text("def get_config():\n    return {}\n")
     with pytest.raises(ConfigError, match=r"must return an ml_collections\.ConfigDict"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.train_batch_size=4", "data.train_batch_size='4': write --config.data.train_batch_size=4"),
+        ("--data.train_batch_size=4", "--data.train_batch_size='4': write --config.data.train_batch_size=4"),
+        (
+            "actor_rollout_ref.model.path=/m",
+            "actor_rollout_ref.model.path='/m': write --config.model.path=/m",
+        ),
+        ("+trainer.seed=1", "+trainer.seed='1': write --config.trainer.seed=1"),
+        ("++data.shuffle=False", "++data.shuffle='False': write --config.data.shuffle=False"),
+        (
+            "+trainer.foo=1",
+            "command line='+trainer.foo': is neither a flag nor the value of one; keys are set as "
+            "--config.SECTION.KEY=VALUE",
+        ),
+    ],
+)
+def test_overrides_as_verl_has_them(file, argument, message):
+    assert refusal(file, argument) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rollout.n", "algorithm.group_size"),
+        ("actor_rollout_ref.rollout.n", "algorithm.group_size"),
+        ("--actor_rollout_ref.rollout.n", "algorithm.group_size"),
+        ("--config.rollout.n", "algorithm.group_size"),
+        ("optim.lr", "optim.learning_rate"),
+        ("--config.optim.lr", "optim.learning_rate"),
+        ("actor.optim.lr", "optim.learning_rate"),
+        ("actor_rollout_ref.actor.optim.lr", "optim.learning_rate"),
+        ("trainer.total_training_steps", "trainer.num_steps"),
+        ("--config.trainer.save_freq", "checkpoint.every_steps"),
+        ("trainer.test_freq", "eval.every_steps"),
+        ("trainer.logger", "logging.loggers"),
+        ("trainer.project_name", "logging.project_name"),
+        ("algorithm.num_generations", "algorithm.group_size"),
+        ("--num_generations", "algorithm.group_size"),
+        ("--beta", "algorithm.kl_coef"),
+        ("--config.algorithm.beta", "algorithm.kl_coef"),
+        ("kl_loss_coef", "algorithm.kl_coef"),
+        ("--config.algorithm.kl_loss_coef", "algorithm.kl_coef"),
+        ("data.truncation", "data.overlong_prompts"),
+    ],
+)
+def test_names_of_verl_and_trl_lead_to_our_key(file, name, key):
+    assert refusal(file, f"{name}=1") == (
+        f"{name.removeprefix('--config.')}='1': is a name of verl or TRL: here it is --config.{key}"
+    )
+
+
+def test_old_names_are_none_of_ours_and_their_keys_are():
+    assert {*VERL.values(), *TRL.values()} <= KEYS.keys()
+    assert not VERL.keys() & KEYS.keys()
+    last = {name.rpartition(".")[2] for name in KEYS}
+    assert not TRL.keys() & last
+
+
+@pytest.mark.parametrize("table", ["from_verl", "from_trl"])
+def test_old_names_are_those_of_the_docs(table):
+    """Each stands on the page, in a row that names its key too."""
+    page = ROOT / "docs" / f"{table}.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    for old, key in (VERL if table == "from_verl" else TRL).items():
+        own, named = old.rpartition(".")[2], key.rpartition(".")[2]
+        section = f"{key.partition('.')[0]}.*"
+        assert any(own in row and (named in row or section in row) for row in rows), (old, key)
+
+
+def test_a_tuple_without_quotes():
+    path = ROOT / "configs" / "gsm8k.py"
+    written = "\"--config.data.train_files=('a.parquet',)\""
+    assert refusal(path, "--config.data.train_files=[a.parquet]") == (
+        f"data.train_files='[a.parquet]': a tuple is written with quotes, as {written}"
+    )
+    assert "=('a', 'b')\"" in refusal(path, "--config.data.val_files=(a,b)")
+    for value in ("['a', 'b']", "('a', 'b')"):
+        config = parse(path, "--config.model.path=x", f"--config.data.train_files={value}")
+        assert config.data.train_files == ("a", "b")

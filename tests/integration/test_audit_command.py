@@ -4,6 +4,8 @@ import json
 import shutil
 
 import integration_helpers as helpers
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grpo_jax import audit
@@ -52,7 +54,10 @@ def test_a_run_is_accounted_for(dynamic_run):
     assert f"{len(trained) - len(cut)} completions trained: {tokens} tokens in the policy loss" in result.out
     assert f"{len(cut)} completions: truncated\n" in result.out
     assert f"{len(records) - len(trained)} completions: no spread\n" in result.out
-    assert "compared with 6 lines of metrics.jsonl, 2 checkpoints, 6 files of rollouts\n" in result.out
+    assert (
+        "compared with 6 lines of metrics.jsonl, 2 checkpoints, 6 files of rollouts, 6 files of tokens\n"
+        in result.out
+    )
 
 
 def edit_ledger(workdir, change):
@@ -86,6 +91,28 @@ def edit_rollouts(workdir):
     file.write_text(file.read_text().replace('"num_tokens": ', '"num_tokens": 1', 1))
 
 
+def cut_tokens(workdir):
+    file = workdir / "rollouts" / "step-000002.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def edit_tokens(workdir, change):
+    file = workdir / "rollouts" / "step-000003.parquet"
+    table = pq.read_table(file)
+    ids = table["token_ids"].to_pylist()
+    change(ids)
+    place = table.column_names.index("token_ids")
+    pq.write_table(table.set_column(place, "token_ids", pa.array(ids, pa.list_(pa.int32()))), file)
+
+
+def drop_token(workdir):
+    edit_tokens(workdir, lambda ids: ids[1].pop())
+
+
+def change_token(workdir):
+    edit_tokens(workdir, lambda ids: ids[0].__setitem__(0, ids[0][0] + 1))
+
+
 def edit_progress(workdir):
     file = workdir / "checkpoints" / "6" / "progress" / "metadata"
     held = json.loads(file.read_text())
@@ -100,6 +127,9 @@ def edit_progress(workdir):
         (lambda w: edit_ledger(w, train_twice), "was trained or left out 2 times"),
         (edit_metrics, "step 4: metrics.jsonl has response_length/max "),
         (edit_rollouts, "step 2: completion 0 of step-000002.jsonl is "),
+        (cut_tokens, "step 2: step-000002.parquet cannot be read (ArrowInvalid)"),
+        (drop_token, "step 3: completion 1 of step-000003.parquet has "),
+        (change_token, "step 3: completion 0 of step-000003.parquet has other tokens than the ledger's"),
         (edit_progress, "the checkpoint of step 6 is damaged (progress/metadata "),
         (lambda w: (w / "metrics.jsonl").unlink(), "step 5 is in the ledger, and not in metrics.jsonl"),
     ],

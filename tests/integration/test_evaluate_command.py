@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import shutil
 
 import integration_helpers as helpers
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from grpo_jax import evaluate, export
 from grpo_jax.data import arithmetic
 from grpo_jax.rollout.evaluation import pass_at_k
+from grpo_jax.run.evaluation_command import FLAGS, OF_ENGINE
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -101,15 +103,32 @@ def test_a_reward_that_fails_is_counted_as_0(model_folder, data, tmp_path):
     assert result.out.count("reward error, counted as 0: prompt train/") == 2
 
 
-def test_it_gives_what_training_reported(whole_run, reward_file, tmp_path):
-    workdir, _ = whole_run
-    argv = [f"--reward={reward_file}:score"]
-    _, summary, records = run(
-        workdir / "checkpoint-epoch-2", workdir / "data" / "val.parquet", tmp_path, *argv
-    )
-    assert summary["accuracy"] == pytest.approx(helpers.read_lines(workdir)[-1]["val/accuracy"])
+def printed_command(out):
+    """The flags of the command that a run prints at its end."""
+    (line,) = [line for line in out.splitlines() if line.startswith("Evaluate it:")]
+    words = shlex.split(line.removeprefix("Evaluate it:"))
+    assert words[:3] == ["python", "-m", "grpo_jax.evaluate"]
+    return words[3:]
+
+
+def test_the_printed_command_gives_what_training_reported(whole_run, tmp_path):
+    workdir, out = whole_run
+    files = [f"--json={tmp_path / 'out.json'}", f"--generations={tmp_path / 'out.jsonl'}"]
+    result = helpers.call(evaluate.main, [*printed_command(out), *files])
+    assert result.code == 0, result.err
+    accuracy = helpers.read_lines(workdir)[-1]["val/accuracy"]
+    assert json.loads((tmp_path / "out.json").read_text())["accuracy"] == pytest.approx(accuracy)
     expected = helpers.read_jsonl(workdir / "validation" / "step-000006.jsonl")
+    records = helpers.read_jsonl(tmp_path / "out.jsonl")
     assert [r["completion"] for r in records] == [r["completion"] for r in expected]
+    assert [r["reward"] for r in records] == [r["reward"] for r in expected]
+
+
+def test_the_printed_command_omits_what_is_a_default():
+    args = evaluate.command_parser().parse_args(["--model=m", "--data", "a", "b"])
+    assert args.data == ["a", "b"]
+    flags = FLAGS | OF_ENGINE["local"] | OF_ENGINE["vllm"]
+    assert {name: getattr(args, name) for name in flags} == {name: of for name, (_, of) in flags.items()}
 
 
 @pytest.mark.slow
@@ -146,3 +165,34 @@ def test_it_stops_where_training_stopped(model_folder, data, reward_file, tmp_pa
     shown = ("completion", "num_tokens", "finish_reason", "reward")
     assert [[r[name] for name in shown] for r in records] == [[r[name] for name in shown] for r in expected]
     assert any(r["num_tokens"] < 8 for r in expected)
+
+
+def refusal(*argv):
+    result = helpers.call(evaluate.main, argv)
+    assert result.code == 2 and result.err.count("\n") == 1
+    return result.err
+
+
+def test_folders_of_a_run_that_are_no_models(whole_run, data, tmp_path):
+    workdir = whole_run[0]
+    models = [f"{workdir}/checkpoint-epoch-1", f"{workdir}/checkpoint-epoch-2"]
+    assert refusal(f"--model={workdir}", f"--data={data}") == (
+        f"error: --model='{workdir}': is the workdir of a run; the models in it: {', '.join(models)}\n"
+    )
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(f"--model={tmp_path}", f"--data={data}")
+    assert f"the models in it: none yet; `python -m grpo_jax.export --checkpoint={tmp_path} --output" in said
+    assert refusal(f"--model={workdir}/checkpoint-epoch-9", f"--data={data}") == (
+        f"error: --model='{workdir}/checkpoint-epoch-9': there is no such folder; {workdir} has "
+        "checkpoint-epoch-1, checkpoint-epoch-2\n"
+    )
+
+
+@pytest.mark.parametrize("size", [4, -4, None])
+def test_a_damaged_model_of_a_run_is_not_to_be_downloaded(whole_run, data, tmp_path, size):
+    folder = shutil.copytree(whole_run[0] / "checkpoint-epoch-2", tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size]) if size else file.unlink()
+    said = refusal(f"--model={folder}", f"--data={data}")
+    assert f"--model='{file}'" in said and "download" not in said
+    assert "a run wrote it: `python -m grpo_jax.export --checkpoint=WORKDIR --output=NEW` makes it" in said

@@ -1,5 +1,7 @@
 """From a checkpoint to a Hugging Face folder that transformers loads, and that says what our engine says."""
 
+import io
+import logging
 import shutil
 
 import integration_helpers as helpers
@@ -36,6 +38,27 @@ def test_an_earlier_checkpoint_can_be_chosen(tmp_path, whole_run):
     assert weights.keys() == helpers.read_tensors(workdir / "checkpoint-epoch-2").keys()
     for epoch in (1, 2):  # after steps 3 and 6
         assert weights != helpers.read_tensors(workdir / f"checkpoint-epoch-{epoch}")
+
+
+def test_a_warning_is_one_line(tmp_path, whole_run, capsys):
+    """Libraries that it imports give the root logger a handler, which would say all once more, in its own form."""
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    (workdir / "checkpoints" / "6" / "manifest.json").write_text("{")
+    root, handler = logging.getLogger(), logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("grpo_jax")
+    handlers, level = list(logger.handlers), logger.level
+    root.addHandler(handler)
+    for own in handlers:
+        logger.removeHandler(own)
+    logger.propagate = True
+    try:
+        result = helpers.call(export.main, [f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}"])
+    finally:
+        root.removeHandler(handler)
+        logger.setLevel(level)
+    assert result.code == 0 and "step 4" in result.out
+    assert handler.stream.getvalue() == ""
+    assert result.out.startswith("WARNING: the checkpoint of step 6 is damaged")
 
 
 def test_it_works_when_the_original_model_is_gone(tmp_path, model_folder, whole_run_overrides):

@@ -7,6 +7,8 @@ import integration_helpers as helpers
 import numpy as np
 import pytest
 
+from grpo_jax.config.text import printable
+
 G, P = 4, 4
 STEPS = 6
 ALWAYS = [
@@ -223,7 +225,7 @@ def test_tensorboard_shows_text_samples(rollouts, workdir):
         assert len(samples) == 2  # logging.num_text_samples
         for sample, record in zip(samples, rollouts[step][0][:2], strict=True):
             plain = "\n".join(line.removeprefix("    ") for line in sample.split("\n"))
-            assert plain.startswith(record["prompt"] + record["completion"])
+            assert plain.startswith(printable(record["prompt"] + record["completion"]))
             assert f"reward {record['reward']:g}, ground truth {record['ground_truth']}" in plain
 
 

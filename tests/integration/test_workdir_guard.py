@@ -125,3 +125,33 @@ def test_processes_that_look_at_the_same_time_are_no_run(tmp_path):
     with lock.hold(file), pytest.raises(ConfigError, match="is in use by"):
         lock.check_free(file)
     lock.check_free(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("reward.function", "gsm8kk", "did you mean gsm8k?"),
+        ("reward.function", "absent.py:score", "there is no file absent.py"),
+        ("model.path", "nosuch", "there is no such folder"),
+        ("algorithm.adv_estimator", "grpoo", "did you mean grpo?"),
+        ("lora.path", "nosuch", "missing"),
+    ],
+)
+def test_a_name_that_leads_nowhere_comes_before_the_run_that_is_there(
+    key, value, said, whole_run, whole_run_overrides
+):
+    before = helpers.tree_digest(whole_run[0])
+    changes = {key: value} | ({"lora.rank": 4} if key == "lora.path" else {})
+    result = helpers.run_train(whole_run[0], whole_run_overrides | changes)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {key}='{value}") and said in result.err
+    assert "resume=force" not in result.err and "--workdir" not in result.err
+    assert helpers.tree_digest(whole_run[0]) == before
+
+
+def test_force_is_advised_where_it_helps_alone(whole_run, whole_run_overrides):
+    result = helpers.run_train(whole_run[0], whole_run_overrides | {"model.param_dtype": "bfloat16"})
+    assert result.code == 2 and "force" not in result.err
+    assert "choose another --workdir: its checkpoints hold other arrays" in result.err
+    result = helpers.run_train(whole_run[0], whole_run_overrides | {"mesh.tensor": 3})
+    assert result.code == 2 and "insist on going on, where that fits the devices, with" in result.err

@@ -7,12 +7,14 @@ import sys
 import pytest
 from rich.console import Console
 from run_folders import write_run
-from step_files import write_step
+from step_files import step_result, write_step
 from test_run_page import HOSTILE
 
 from grpo_jax import inspect
+from grpo_jax.report import __main__ as report_command
 from grpo_jax.report import terminal
 from grpo_jax.report.rollouts import read_step
+from grpo_jax.rollout.evaluation import rollout_records, write_jsonl
 from grpo_jax.run.workdir import Workdir
 
 
@@ -60,7 +62,9 @@ def test_a_group_and_a_filter(workdir, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--step=3"], "--step=3: there are no rollouts of it to be read"),
+        (["--step=99"], "--step=99: there are no rollouts of it to be read: saved are those of step 2\n"),
+        (["--group=1"], "--group=1: needs --step=N"),
+        (["--most=2"], "--most=2: needs --step=N"),
         (["--step=2", "--group=9"], "--group=9: step 2 has groups 0 to 2"),
         (["--step=x"], "invalid int value"),
         (["--step=2", "--colour=red"], "invalid choice"),
@@ -70,6 +74,52 @@ def test_a_group_and_a_filter(workdir, monkeypatch, capsys):
 def test_mistakes_are_one_line(workdir, monkeypatch, capsys, flags, told):
     code, out = inspected(monkeypatch, capsys, workdir.path, *flags)
     assert code == 2 and told in out and out.count("\n") == 1
+
+
+def without_tokens(workdir, damage):
+    """Step 2 as lines of JSON, its Parquet file gone, or damaged."""
+    batch = step_result().rollouts
+    write_jsonl(workdir.rollouts / "step-000002.jsonl", rollout_records(batch.groups, batch.rewards.rewards))
+    file = workdir.rollouts / "step-000002.parquet"
+    file.unlink() if damage is None else file.write_bytes(damage)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [(None, "step-000002.parquet is missing"), (b"PAR1", "step-000002.parquet cannot be read")],
+)
+def test_without_tokens_nothing_is_said_of_them(workdir, monkeypatch, capsys, damage, told):
+    without_tokens(workdir, damage)
+    code, out = inspected(monkeypatch, capsys, workdir.path, "--step=2", "--sort=longest")
+    assert code == 0 and told in out and "#### 8" in out and "3 tokens" in out
+    assert "mismatch" not in out
+    for flag in ("--sort=mismatch", "--colour=ratio", "--colour=sampler", "--show=clipped"):
+        code, out = inspected(monkeypatch, capsys, workdir.path, "--step=2", flag)
+        name, _, value = flag.partition("=")
+        assert code == 2 and out.count("\n") == 1
+        assert out.startswith(f"error: {name}='{value}': needs the tokens of step 2: {told}")
+
+
+def damage_run(path):
+    """Lines 3 and 5 of metrics.jsonl, of which the first has step 0, and config.json."""
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[2], lines[4] = "{damaged\n", "[]\n"
+    (path / "metrics.jsonl").write_text("".join(lines))
+    (path / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("command", [inspect, report_command])
+def test_damaged_files_are_named(workdir, monkeypatch, capsys, command):
+    damage_run(workdir.path)
+    monkeypatch.setattr(inspect, "main", command.main)
+    code, out = inspected(monkeypatch, capsys, workdir.path)
+    assert code == 0 and "metrics.jsonl: damaged, and left out: lines 3, 5\n" in clean(out)
+    assert "config.json cannot be read (JSONDecodeError)\n" in clean(out)
+
+
+def clean(text):
+    """Without the spaces that fill the lines of a terminal."""
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
 def test_what_is_no_run(tmp_path, monkeypatch, capsys):

@@ -158,12 +158,12 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path):
     assert [spread["step"] for spread in run.spreads] == [1, 2, 3, 4, 5]
     told = " ".join(run.notes)
     for name, number in {
-        "metrics.jsonl": "3",
-        "alarms.jsonl": "2",
-        "starts.jsonl": "1",
-        "ledger": "2",
+        "metrics.jsonl": "damaged, and left out: lines 7, 8, 9",
+        "alarms.jsonl": "damaged, and left out: lines 2, 3",
+        "starts.jsonl": "damaged, and left out: line 2",
+        "ledger": "2 of the 7",
     }.items():
-        assert f"{name}: {number} " in told
+        assert f"{name}: {number}" in told
     assert "config.json cannot be read" in told
     write_report([path])
 

@@ -1,6 +1,7 @@
 """What a person reads at the start and at the end of a run."""
 
 import logging
+import shlex
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +12,11 @@ from test_budget import QWEN_1_5B
 
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.model.config import parse_hf_config
+from grpo_jax.rollout.base import derive_seed
 from grpo_jax.rollout.evaluation import write_jsonl
+from grpo_jax.run.evaluation_command import evaluation_command
 from grpo_jax.run.speed import Speed
-from grpo_jax.run.summary import LOST_BELOW, batch_table, doubts, draw_learning_curve, print_report
+from grpo_jax.run.summary import LOST_BELOW, _question, batch_table, doubts, draw_learning_curve, print_report
 from grpo_jax.run.workdir import Workdir
 
 
@@ -48,6 +51,53 @@ def test_table_of_an_uneven_run():
         "at most 2, of 2 packed rows of 1,024 tokens on each of 4 data shards"
     )
     assert table["steps in all"] == "10"
+
+
+def test_the_command_that_repeats_a_validation(tmp_path):
+    changes = {
+        "data.val_files": ("a.parquet", "b c.parquet"),
+        "data.chat_template_args": ("enable_thinking=False", "x=1"),
+        "data.max_prompt_length": 2048,
+        "data.max_response_length": 512,
+        "data.overlong_prompts": "truncate",
+        "reward.function": "my reward.py:score",
+        "model.allow_beyond_max_position": True,
+        "model.dtype": "bfloat16",
+        "eval.temperature": 0.5,
+        "eval.num_samples": 4,
+        "rollout.engine": "vllm",
+        "rollout.gpu_memory_utilization": 0.5,
+        "rollout.tensor_parallel_size": 2,
+        "rollout.python": "",
+    }
+    command = evaluation_command(gsm8k(**changes), Workdir(tmp_path), "model", step=6)
+    assert shlex.split(command) == [
+        *("python", "-m", "grpo_jax.evaluate", "--model=model", "--data", "a.parquet", "b c.parquet"),
+        *("--reward=my reward.py:score", "--chat_template_args", "enable_thinking=False", "x=1"),
+        *("--overlong_prompts=truncate", "--allow_beyond_max_position", "--temperature=0.5"),
+        *("--num_samples=4", "--dtype=bfloat16", "--engine=vllm", "--tensor_parallel_size=2"),
+        f"--seed={derive_seed(gsm8k().trainer.seed, 6, 'validation')}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nTwo\nand two?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+        "<|im_start|>user\nTwo\nand two?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nTwo and two?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<bos><start_of_turn>user\nTwo and two?<end_of_turn>\n<start_of_turn>model\n",
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nTwo and two?<|end|>\n<|assistant|>\n",
+        "<s>[INST] Two and two?[/INST]",
+        "Two and two?",
+    ],
+)
+def test_a_question_is_shown_without_its_template(prompt):
+    assert _question(prompt) == "Two and two?"
 
 
 def report(tmp_path, caplog, monkeypatch, steps, **changes):

@@ -115,7 +115,8 @@ function completionNode(c) {
   const parts = Object.entries(c.parts).map(([name, value]) => `${name} ${shown(value)}`);
   const more = [parts.length ? `(${parts.join(", ")})` : "", c.advantage == null ? "" : `advantage ${shown(c.advantage)}`,
     `${c.length} tokens`, c.finish === "length" ? "cut at the limit" : `finish ${c.finish}`,
-    c.seed == null ? "" : `seed ${c.seed}`, `version ${shown(c.version)}`, `mismatch ${shown(c.mismatch)}`,
+    c.seed == null ? "" : `seed ${c.seed}`, `version ${shown(c.version)}`,
+    c.mismatch == null ? "" : `mismatch ${shown(c.mismatch)}`,
     c.repeats ? "repeats itself" : "", c.dropped ? "dropped" : "", numClipped(c) ? `${numClipped(c)} clipped` : ""];
   facts.append(document.createTextNode(" · " + more.filter(Boolean).join(" · ")));
   node.append(facts, tokensOf(c));
