@@ -184,6 +184,7 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
     """The expected seconds of a step, or in one line why there are none. Args: device: as in `device_bytes`."""
     from grpo_jax.learner.memory import abstract_mesh
     from grpo_jax.model.cards import CARDS
+    from grpo_jax.rollout import shares_parameters
     from grpo_jax.run.speed import PHASES, Speed
 
     speed = Speed(config, model, abstract_mesh(*sizes), device if device in CARDS else local_card(device))
@@ -209,7 +210,7 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
         print(f"  {phase:<32}{seconds[phase]:>8.2f}" if phase in seconds else f"  {phase:<32}not predicted")
     is_whole = all(phase in seconds for phase in phases)
     print(f"  {'together' if is_whole else 'those predicted, together':<32}{sum(seconds.values()):>8.2f}")
-    if config.rollout.engine == "local":
+    if shares_parameters(config.rollout):
         print("The local engine's sampling is not predicted: a run says after three steps what gen takes")
 
 

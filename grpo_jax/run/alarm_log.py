@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_jax.config import Config
-from grpo_jax.config.text import visible
+from grpo_jax.config.text import printable
 from grpo_jax.rewards.base import Reward
 from grpo_jax.rollout.base import shown_empty
 from grpo_jax.run.alarms import Found, Line, is_step, num_before, raised
@@ -206,9 +206,9 @@ def example(rollouts: ScoredBatch, reward: Reward) -> str:
     group, value = rollouts.groups[0], float(rollouts.rewards.rewards[0, 0])
     completion = group.completions[0]
     lines = (
-        f"prompt:       {visible(group.prompt.text.strip())}",
-        f"ground truth: {visible(group.prompt.ground_truth)}",
-        f"completion:   {visible(completion.text.strip()) or shown_empty(completion.text)}",
-        f"reward:       {value:g}, since {visible(reward.explain(group.prompt, completion, value))}",
+        f"prompt:       {printable(group.prompt.text.strip())}",
+        f"ground truth: {printable(group.prompt.ground_truth)}",
+        f"completion:   {printable(completion.text.strip()) or shown_empty(completion.text)}",
+        f"reward:       {value:g}, since {printable(reward.explain(group.prompt, completion, value))}",
     )
     return "\n".join(f"  {line}" for line in lines)

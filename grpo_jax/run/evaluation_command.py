@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, unread_keys
 from grpo_jax.rollout.base import derive_seed
 from grpo_jax.run.workdir import Workdir
 
@@ -21,17 +21,12 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "stop_token_ids": ("rollout.stop_token_ids", ()),
     "dtype": ("model.dtype", "float32"),
     "engine": ("rollout.engine", "local"),
+    "batch_size": ("rollout.batch_size", 256),
+    "python": ("rollout.python", ""),
+    "tensor_parallel_size": ("rollout.tensor_parallel_size", 1),
+    "gpu_memory_utilization": ("rollout.gpu_memory_utilization", 0.5),
 }
 """Flag of `evaluate` -> the key that stands for it in a run, and the flag's default."""
-OF_ENGINE: dict[str, dict[str, tuple[str, Any]]] = {
-    "local": {"batch_size": ("rollout.batch_size", 256)},
-    "vllm": {
-        "python": ("rollout.python", ""),
-        "tensor_parallel_size": ("rollout.tensor_parallel_size", 1),
-        "gpu_memory_utilization": ("rollout.gpu_memory_utilization", 0.5),
-    },
-}
-"""The same of the flags that one engine reads."""
 
 
 def evaluation_command(config: Config, workdir: Workdir, model: Path, step: int) -> str:
@@ -45,8 +40,9 @@ def evaluation_command(config: Config, workdir: Workdir, model: Path, step: int)
     is_generated = config.arithmetic.num_train > 0
     data = (str(workdir.data / "val.parquet"),) if is_generated else config.data.val_files
     words += _words("data", data if len(data) > 1 else data[0])
-    for name, (key, default) in (FLAGS | OF_ENGINE[config.rollout.engine]).items():
-        if (value := config.get(key)) != default:
+    unread = unread_keys(config)  # those of another engine
+    for name, (key, default) in FLAGS.items():
+        if key not in unread and (value := config.get(key)) != default:
             words += _words(name, value)
     if config.eval.temperature > 0:
         words.append(f"--seed={derive_seed(config.trainer.seed, step, 'validation')}")
