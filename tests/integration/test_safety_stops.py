@@ -5,6 +5,7 @@ import re
 import integration_helpers as helpers
 import numpy as np
 
+from grpo_jax.config.text import printable
 from grpo_jax.run import run
 
 HUGE_LATER = """
@@ -94,7 +95,8 @@ def test_rewards_that_are_all_0_give_a_loud_warning(tmp_path, whole_run_override
         assert warning.startswith(f"alarm {name} at step {step}: every ")
         assert f"  prompt:       {record['prompt'].strip()}\n" in warning
         assert f"  ground truth: {record['ground_truth']}\n" in warning
-        assert f"  completion:   {record['completion'].strip() or '(empty)'}\n" in warning
+        shown = printable(record["completion"].strip())  # control characters as signs
+        assert f"  completion:   {shown or '(empty)'}\n" in warning
         assert "  reward:       0, since " in warning
     assert "WARNING: alarm zero-reward" in (tmp_path / "run" / "train.log").read_text()
     told = helpers.read_jsonl(tmp_path / "run" / "alarms.jsonl")
