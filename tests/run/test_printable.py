@@ -55,7 +55,7 @@ def test_the_example_of_an_alarm():
     group = RolloutGroup(prompt, (Completion((1,), (0.0,), f"one\n{RAW}.", "stop", 0),))
     shown = example(ScoredBatch([group], reward.score([group])), reward)
     assert f"prompt:       Q{SHOWN}\n" in shown and f"ground truth: 5{SHOWN}\n" in shown
-    assert f"completion:   one⏎\n{SHOWN}.\n" in shown
+    assert f"completion:   one\n{SHOWN}.\n" in shown
     assert printable(shown) == shown
 
 
