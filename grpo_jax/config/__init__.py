@@ -4,6 +4,7 @@ from grpo_jax.config.command_line import defaults, load_config
 from grpo_jax.config.rules import (
     ConfigError,
     check_value,
+    differences,
     nearest,
     parse_config,
     split_file_name,

@@ -198,6 +198,13 @@ def shown(bound: float) -> str:
 TERM = re.compile(r"([a-z_.]+)(=|!=|>)(.+)")
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that differ, and both values. Args: as from `Config.to_dict`; where one lacks a key, it is None."""
+    flat = lambda config: {f"{s}.{k}": value for s, values in config.items() for k, value in values.items()}
+    a, b = flat(one), flat(other)
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+
+
 def unread_keys(config: Config) -> dict[str, str]:
     """Returns the keys that nothing reads in a run of `config`, and why: key -> "SECTION.KEY=VALUE"."""
     found = {}

@@ -26,15 +26,16 @@ class Symptom(NamedTuple):
     """A regular expression for a part of the message. Case counts."""
     what: str
     mend: str
-    """Has {pip}, {vllm}, and {0}, {1}, ... for the groups of the pattern."""
+    """Has {pip}, {vllm}, {ray}, {driver}, and {0}, {1}, ... for the groups of the pattern."""
 
 
 ANEW = "{pip} install --force-reinstall 'vllm=={vllm}'"
 AGAIN = "{pip} install 'vllm=={vllm}'"
 WHEEL = "{pip} install -U pip && {pip} install --only-binary=:all: 'vllm=={vllm}'"
+NO_DRIVER = "install the driver, or start the container with --gpus all"
 DRIVER = (
-    "install NVIDIA's driver 580 or newer; where you may not, vLLM's build for yours: {pip} install uv && uv pip "
-    "install 'vllm=={vllm}' --torch-backend=auto"
+    "install NVIDIA's driver {driver} or newer; where you may not, vLLM's build for yours: {pip} install uv && uv "
+    "pip install 'vllm=={vllm}' --torch-backend=auto"
 )
 
 SYMPTOMS = (
@@ -52,7 +53,7 @@ SYMPTOMS = (
     Symptom(
         r"libcuda\.so\.1: cannot open shared object",
         "NVIDIA's driver is not here",
-        "install the driver, or start the container with --gpus all",
+        NO_DRIVER,
     ),
     Symptom(
         r"(lib(?:cudart|cublas\w*|cudnn\w*|nvrtc|cusparse\w*|cufft|curand|cusolver|nvJitLink|nccl|cupti)\.so\.\d+)"
@@ -197,6 +198,6 @@ def find_remedy(
     for symptom in SYMPTOMS:
         if match := re.search(symptom.pattern, text):
             words = [group or "" for group in match.groups()]
-            names = {"pip": pip, "vllm": vllm, "ray": ray}
+            names = {"pip": pip, "vllm": vllm, "ray": ray, "driver": OLDEST_DRIVER[13]}
             return Remedy(symptom.what.format(*words, **names), symptom.mend.format(*words, **names))
     return None

@@ -130,13 +130,15 @@ class Hosts:
             return True
         if error is not self._failure and not isinstance(error, FirstFailed):
             return False
-        return self._link.gather(True, AGREE_S) is not None
+        try:
+            self._link.gather(True, AGREE_S)
+        except TimeoutError:
+            return False
+        return True
 
     def from_all(self, value: T) -> list[T]:
         """What each process says, in their order: values that JSON can hold."""
-        values = [value] if self._link is None else self._link.gather(value)
-        assert values is not None  # there is no end to the wait
-        return values
+        return [value] if self._link is None else self._link.gather(value)
 
     def any_of(self, vote: bool) -> bool:
         """Whether any process says so."""
@@ -393,9 +395,7 @@ class _Link:
         return data
 
     def take(self) -> bytes:
-        message = self._wait(self._given)
-        assert message is not None
-        head, data = self._next_head(), message["data"]
+        head, data = self._next_head(), self._wait(self._given)["data"]
         assert data.startswith(head), "the processes ask for different things"
         kind, data = data[len(head) : len(head) + 1], data[len(head) + 1 :]
         if kind == FAILED:
@@ -407,12 +407,11 @@ class _Link:
         self._num_given += 1
         return BYTES + self._num_given.to_bytes(8, "big")
 
-    def gather(self, value: T, timeout_s: float = math.inf) -> list[T] | None:
-        """None: not all have said something within the time."""
+    def gather(self, value: T, timeout_s: float = math.inf) -> list[T]:
+        """Raises: TimeoutError: not all have said something within the time."""
         self._num_gathered += 1
         self._send({"kind": "one of all", "number": self._num_gathered, "value": value})
-        message = self._wait(self._gathered, timeout_s)
-        return None if message is None else message["values"]
+        return self._wait(self._gathered, timeout_s)["values"]
 
     def fail(self, text: str, code: int) -> None:
         """Tells the others that this process ends, and why."""
@@ -440,15 +439,15 @@ class _Link:
     def _tell_overdue(self, text: str) -> None:
         self._send({"kind": "overdue", "text": text})
 
-    def _wait(self, messages: "queue.Queue[Message]", timeout_s: float = math.inf) -> Message | None:
-        """The next message; None: it has not come within the time."""
+    def _wait(self, messages: "queue.Queue[Message]", timeout_s: float = math.inf) -> Message:
+        """The next message. Raises: TimeoutError: it has not come within the time."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             with contextlib.suppress(queue.Empty):
                 return messages.get(timeout=LOOK_S)
             if self._end is not None and self._watch is None:
                 raise self._end
-        return None
+        raise TimeoutError
 
     def _send(self, message: Message) -> None:
         self._send_bytes(json.dumps(message).encode())

@@ -21,6 +21,8 @@ import time
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
+from grpo_jax.config import differences
+
 Message = dict[str, Any]
 
 BYTES = b"B"
@@ -52,17 +54,6 @@ def receive(connection: Connection, timeout_s: float | None) -> Message:
         raise TimeoutError
     data = connection.recv_bytes()
     return {"kind": "bytes", "data": data} if data[:1] == BYTES else json.loads(data)
-
-
-def first_difference(ours: Message, other: Message) -> tuple[str, Any, Any] | None:
-    """The first key that differs, and its value in each. Args: {section: {key: value}}."""
-    flat = [
-        {f"{s}.{k}": v for s, keys in config.items() for k, v in keys.items()} for config in (ours, other)
-    ]
-    for key in flat[0] | flat[1]:
-        if flat[0].get(key) != flat[1].get(key):
-            return key, flat[0].get(key), flat[1].get(key)
-    return None
 
 
 class Member:
@@ -157,9 +148,9 @@ class Hub:
                         f"{member.name} has {name} {version}, process 0 on {first['host']} has "
                         f"{first['versions'][name]}: install the same on all hosts"
                     )
-            if difference := first_difference(first["config"], member.hello["config"]):
+            if changed := differences(first["config"], member.hello["config"]):
                 self.differs = member.rank
-                key, ours, other = difference
+                key, (ours, other) = next(iter(changed.items()))
                 return (
                     f"{key} is {ours!r} in process 0 and {other!r} in process {member.rank}: {member.name} has "
                     f"another configuration than process 0 on {first['host']}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.config.text import verbatim
 from grpo_jax.storage.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -210,8 +211,7 @@ class Trackio:
     def write_samples(self, name: str, texts: Sequence[str], step: int) -> None:
         import trackio
 
-        blocks = ["    " + text.replace("\n", "\n    ") for text in texts]  # Markdown for verbatim
-        self._run.log({f"{name}_samples": trackio.Markdown("\n\n---\n\n".join(blocks))}, step=step)
+        self._run.log({f"{name}_samples": trackio.Markdown(verbatim(texts))}, step=step)
 
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo_jax.config import KEYS, Config, ConfigError, parse_config, unread_keys, unread_warning
+from grpo_jax.config import KEYS, Config, ConfigError, differences, parse_config, unread_keys, unread_warning
 from grpo_jax.config.sections import ARRAYS, FREE, LENGTH
 from grpo_jax.config.text import printable
 from grpo_jax.run import lock
@@ -133,14 +133,14 @@ class Workdir:
             raise _with_way_out(error) from None
         if held is None:
             return
-        differences = _differences(held.to_dict(), config.to_dict())
+        changed = differences(held.to_dict(), config.to_dict())
         if is_forced:
-            self._check_arrays(differences)
+            self._check_arrays(changed)
             return
         free = {FREE, LENGTH} if config.optim.schedule == "constant" else {FREE}
         # What neither run reads may differ: a file need not state it for a run that was begun with it.
         unread = unread_keys(held).keys() & unread_keys(config).keys()
-        for key, (old, new) in differences.items():
+        for key, (old, new) in changed.items():
             if KEYS[key].resume in free or key in unread:
                 continue
             rule = f"the run in {self.path} has {old!r}; {self._ways_out(key)}"
@@ -196,10 +196,10 @@ class Workdir:
         rule = f"holds a {file.name} that cannot be read ({type(error).__name__}: {error})"
         return ConfigError("--workdir", str(self.path), rule)
 
-    def _check_arrays(self, differences: dict[str, tuple[Any, Any]]) -> None:
+    def _check_arrays(self, changed: dict[str, tuple[Any, Any]]) -> None:
         if not saved_steps(self.checkpoints):
             return
-        for key, (old, new) in differences.items():
+        for key, (old, new) in changed.items():
             if KEYS[key].resume != ARRAYS:
                 continue
             if key == "algorithm.ref_refresh_every" and old > 0:
@@ -327,12 +327,3 @@ class _Terminal(logging.Handler):
 def _with_way_out(error: ConfigError) -> ConfigError:
     insist = "if this is the run's folder, --config.checkpoint.resume=force goes on without that file"
     return ConfigError(error.key, error.value, f"{error.rule}; {insist}")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {
-        f"{section}.{key}": (old[section][key], value)
-        for section, values in new.items()
-        for key, value in values.items()
-        if old[section][key] != value
-    }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import KEYS, Config
-from grpo_jax.config.text import printable
+from grpo_jax.config.text import printable, verbatim
 from grpo_jax.run.tensorboard import TensorBoard
 from grpo_jax.run.trackers import Trackers
 from grpo_jax.run.workdir import Workdir
@@ -57,8 +57,7 @@ class MetricsWriter:
         """Shows texts in TensorBoard and trackers, with signs for hidden characters."""
         texts = [printable(text) for text in texts]
         if self._tensorboard is not None and texts:
-            blocks = ["    " + text.replace("\n", "\n    ") for text in texts]  # Markdown for verbatim
-            self._tensorboard.write_text(name, "\n\n---\n\n".join(blocks), step)
+            self._tensorboard.write_text(name, verbatim(texts), step)
         if texts:
             self._trackers.write_samples(name, texts, step)
 

@@ -113,6 +113,21 @@ def without_clock(line):
     return {name: value for name, value in line.items() if not name.startswith(clocked) and name != "time"}
 
 
+def write_failing_reward(folder):
+    """A reward that fails in the fourth step, of 16 completions each, if one process scores. Returns its name."""
+    failing = """
+calls = 0
+
+def failing(**kwargs):
+    global calls
+    calls += 1
+    assert calls <= 48, "the fourth step"
+    return score(**kwargs)
+"""
+    (folder / "failing.py").write_text(REWARD_FILE + failing)
+    return f"{folder / 'failing.py'}:failing"
+
+
 def tree_digest(folder):
     """Path -> hash of every file below `folder`; folders too, so that an empty new one shows."""
     return {

@@ -113,12 +113,8 @@ def test_a_reward_that_fails_ends_all(tmp_path, overrides):
 
 def test_what_is_done_is_saved_by_all_where_the_first_one_fails(tmp_path, overrides):
     """In the fourth step, a reward; nothing was due to be saved before the end."""
-    file = tmp_path / "failing.py"
-    later = "calls = 0\n\ndef failing(**kwargs):\n    global calls\n    calls += 1\n"
-    later += "    assert calls <= 48, 'the fourth step'\n    return score(**kwargs)\n"
-    file.write_text(helpers.REWARD_FILE + "\n" + later)
     overrides = overrides | {
-        "reward.function": f"{file}:failing",
+        "reward.function": helpers.write_failing_reward(tmp_path),
         "eval.before_training": False,
         "eval.every_steps": 0,
         "checkpoint.every_steps": 0,

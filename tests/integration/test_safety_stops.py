@@ -124,12 +124,8 @@ def test_a_run_that_cannot_fit_its_device_is_refused_before_anything_is_written(
 
 def test_what_is_done_is_saved_where_an_engine_or_a_reward_fails(tmp_path, whole_run, whole_run_overrides):
     """Nothing else was due to be saved before the end; the run goes on after that step, to the same bits."""
-    file = tmp_path / "failing.py"
-    later = "calls = 0\n\ndef failing(**kwargs):\n    global calls\n    calls += 1\n"
-    later += "    assert calls <= 48, 'the fourth step'\n    return score(**kwargs)\n"
-    file.write_text(helpers.REWARD_FILE + "\n" + later)
     overrides = whole_run_overrides | {
-        "reward.function": f"{file}:failing",
+        "reward.function": helpers.write_failing_reward(tmp_path),
         "reward.num_workers": 1,
         "reward.on_error": "stop",
         "eval.before_training": False,

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from family_models import DEFAULT_ROPE, LINEAR_ROPE, LLAMA3_ROPE
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_torch_model
@@ -33,16 +34,6 @@ VOCAB = 320
 # With 64 original positions those are 10.2, 3.2, 1.02 and 0.32 turns: the llama3 rule keeps the first (> 4),
 # mixes the next two, and slows the last (< 1) by the whole factor.
 THETA = 100.0
-DEFAULT_ROPE = {"rope_type": "default", "rope_theta": THETA}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": THETA, "factor": 2.5}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": THETA,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": THETA,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from family_models import LLAMA3_ROPE
 from tiny_models import save_tiny_model
 
 from grpo_jax.config import MeshSection
@@ -23,14 +24,6 @@ from grpo_jax.rollout.local import LocalEngine, gumbel_noise, sample_completions
 from grpo_jax.types import Prompt
 
 VOCAB = 48
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 KEYS = dict(vocab_size=VOCAB, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)
 FAMILIES = {
     "qwen2": ("qwen2", KEYS),

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from grpo_jax.config import ConfigError
 from grpo_jax.rollout.base import Finding, one_line
-from grpo_jax.rollout.remedies import OLDEST_DRIVER
+from grpo_jax.rollout.remedies import AGAIN, ANEW, DRIVER, NO_DRIVER, OLDEST_DRIVER
 
 DECISIVE = (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "numba", "protobuf", "transformers", "tokenizers",
@@ -96,24 +96,22 @@ def _check_ranges(packages: Packages, pip: str, ours: Sequence[str]) -> Finding:
             "and --config.rollout.python=engine/bin/python"
         )
         return Finding(name, False, ", ".join(wrong), mend)
-    return Finding(name, False, ", ".join(wrong), f"{pip} install 'vllm=={packages.vllm}'")
+    return Finding(name, False, ", ".join(wrong), AGAIN.format(pip=pip, vllm=packages.vllm))
 
 
 def _check_cuda(packages: Packages, pip: str, driver: str) -> Finding:
     """PyTorch's CUDA beside the driver's. Within a major version, an older driver will do."""
     version, cuda = packages.versions.get("torch", "none"), packages.torch_cuda
     if not cuda:
-        mend = f"{pip} install --force-reinstall 'vllm=={packages.vllm}'"
+        mend = ANEW.format(pip=pip, vllm=packages.vllm)
         return Finding("vLLM's CUDA", False, f"PyTorch {version} is a build without CUDA", mend)
     if not driver:
-        mend = "install the driver, or start the container with --gpus all"
-        return Finding("vLLM's CUDA", False, f"PyTorch's is {cuda}, and there is no NVIDIA driver", mend)
+        return Finding("vLLM's CUDA", False, f"PyTorch's is {cuda}, and there is no NVIDIA driver", NO_DRIVER)
     major = int(cuda.partition(".")[0])
     found = f"PyTorch's is {cuda}, the driver supports {driver}"
     if major <= int(driver.partition(".")[0]):
         return Finding("vLLM's CUDA", True, found)
-    mend = f"install NVIDIA's driver {OLDEST_DRIVER.get(major, '')} or newer; where you may not, vLLM's build for "
-    mend += f"yours: {pip} install uv && uv pip install 'vllm=={packages.vllm}' --torch-backend=auto"
+    mend = DRIVER.format(pip=pip, vllm=packages.vllm, driver=OLDEST_DRIVER.get(major, ""))
     return Finding("vLLM's CUDA", False, found, mend)
 
 
