@@ -1,4 +1,4 @@
-"""A decoder of the Qwen2, Qwen3 and Llama 3 families in Flax linen, as pure functions of its parameters.
+"""A decoder of the families of `families.py` in Flax linen, as pure functions of its parameters.
 
 `forward` maps tokens to hidden states. `logprobs.py` maps hidden states to log-probabilities without ever holding
 all logits, [B, T, V]. Every parameter names its logical axes where it is declared.
