@@ -3,6 +3,8 @@
 Large enough for every mesh of the tests to split something, and for key/value heads to be shared.
 """
 
+import copy
+
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -60,7 +62,8 @@ def tiny_torch_model(family="qwen2", *, seed=0, scale=0.3, **changes):
     """
     config_type, model_type = FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_type(config_type(**(SIZES | changes))).float().eval()
+    fields = copy.deepcopy(SIZES | changes)  # transformers writes into what it is given
+    model = model_type(config_type(**fields)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters() if scale else ():
             parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, scale)
