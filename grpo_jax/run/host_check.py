@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.rollout import shares_parameters
@@ -76,11 +77,10 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
     if problems:
         return problems
     with timers.within("sum_over_devices"):
-        got = np.ravel(multihost_utils.process_allgather(np.int32(hosts.rank)))
-        if not np.array_equal(got, np.arange(hosts.count)):
-            return [
-                f"what processes 0 to {hosts.count - 1} sent through their devices arrived as {got.tolist()}"
-            ]
+        sent = [device.process_index for device in jax.devices()]
+        for device, got in _gather(hosts.rank):
+            if not np.array_equal(got, sent):
+                return [f"what the devices of processes {sent} sent arrived on {device} as {got.tolist()}"]
     shape = dict(open_mesh(config).shape)
     if hosts.is_first:
         _row("mesh", ", ".join(f"{name} {size}" for name, size in shape.items()))
@@ -89,6 +89,16 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
 
 
 # ---- what each process looks at ----
+
+
+def _gather(rank: int) -> list[tuple[jax.Device, np.ndarray]]:
+    """(device, int32 [devices of all processes]: the rank that each one sent) of every device of this process."""
+    devices = Mesh(jax.devices(), ("device",))
+    sent = jax.make_array_from_callback(
+        (devices.size,), NamedSharding(devices, P("device")), lambda _: np.full(1, rank, np.int32)
+    )
+    received = jax.jit(lambda ranks: ranks, out_shardings=NamedSharding(devices, P()))(sent)
+    return [(shard.device, np.asarray(shard.data)) for shard in received.addressable_shards]
 
 
 def _missing(config: Config) -> list[str]:

@@ -53,12 +53,15 @@ def started(argv, count, program=("-m", "grpo_jax.train"), **env):
             process.wait()
 
 
+GLOO = re.compile(
+    r"\[Gloo\] Rank \d*| is connected to \d*| peer ranks\. |Expected number of connected peer ranks is : \d*"
+)
+
+
 def plain(text):
-    """Without the lines of Gloo, which several threads write in pieces, into one another."""
-    is_own = lambda line: (
-        "[Gloo]" not in line and "peer ranks" not in line and not re.fullmatch(r"[\d. :]*\n?", line)
-    )
-    return "".join(filter(is_own, text.splitlines(keepends=True)))
+    """Without what Gloo says, which several threads write in pieces, into one another and into our lines."""
+    rest = [GLOO.sub("", line) for line in text.splitlines(keepends=True)]
+    return "".join(line for line in rest if not re.fullmatch(r"[\d. :]*\n?", line))
 
 
 def finish(processes, timeout=240):

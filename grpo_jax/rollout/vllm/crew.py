@@ -8,7 +8,9 @@ them has a node of Ray for those on its host, and sends them the weights.
     the others        `Member` does
 """
 
+import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from grpo_jax.rollout.vllm.local_ray import RayNode
 from grpo_jax.rollout.vllm.processes import GONE_S, are_gone, end
 from grpo_jax.types import Params
 from grpo_jax.weight_sync import Sender, make_sender
-from grpo_jax.weight_sync.wire import Destination, WeightSyncError, deadline_check
+from grpo_jax.weight_sync.wire import CHECK_S, Destination, WeightSyncError
 
 STOP = {"task": "stop"}
 """The first process has failed in a task. Whoever waits within it is to wait no longer."""
@@ -47,25 +49,68 @@ class Crew:
         least, more = divmod(num_replicas, count)
         return [rank for rank in range(count) for _ in range(least + (rank < more))]
 
-    def ask(self, task: str, own: Callable[[], Any] = lambda: None, **details: Any) -> list[Any]:
+    def ask(
+        self,
+        task: str,
+        own: Callable[[], Any] = lambda: None,
+        check: Callable[[], None] = lambda: None,
+        **details: Any,
+    ) -> list[Any]:
         """Has all processes do a task of `Member`, this one by `own`. Returns what each says, in their order.
 
-        Raises: WeightSyncError: another one has failed. What `own` raises comes first.
+        Args: check: raises where the task cannot end. It is called in a thread: this process may wait in `own` for
+            another one that waits for what does not come.
+
+        Raises: WeightSyncError: another one has failed. What `own` or `check` raises comes first.
         """
         if not self.tell({"task": task, "details": details}):
             return [own()]
-        try:
-            value = own()
-        except BaseException:
-            self.tell(STOP)
-            self.channel.from_all(None)
-            raise
         nothing: Any = None
-        answers = self.channel.from_all(nothing)[1:]
+        failure: list[BaseException] = []
+        with _watching(check, failure, lambda: self.tell(STOP)) as stop:
+            try:
+                value = own()
+            except BaseException as error:
+                stop(error)
+                self.channel.from_all(nothing)
+                raise
+            answers = self.channel.from_all(nothing)[1:]
+        if failure:
+            raise failure[0]
         for answer in answers:
             if answer["error"]:
                 raise WeightSyncError(answer["error"])
         return [value, *(answer["value"] for answer in answers)]
+
+
+@contextlib.contextmanager
+def _watching(
+    check: Callable[[], None], failure: list[BaseException], tell: Callable[[], Any]
+) -> Iterator[Callable[[BaseException], None]]:
+    """Calls `check` now and then. Yields: notes why all are to stop, and tells
+    them, once; so does a check that fails."""
+    is_over, lock = threading.Event(), threading.Lock()
+
+    def stop(error: BaseException) -> None:
+        with lock:
+            if not failure:
+                failure.append(error)
+                tell()
+
+    def watch() -> None:
+        while not is_over.wait(CHECK_S):
+            try:
+                check()
+            except Exception as error:
+                return stop(error)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        is_over.set()
+        thread.join()  # what it tells comes before what is told next
 
 
 class CrewSender:
@@ -84,14 +129,16 @@ class CrewSender:
         engines: of each process, the first one's first, for each of its engines: its `processes.family`.
         """
         self._crew, self._own, self._engines = crew, own, engines
-        self._kind = {"transport": transport, "cargo": cargo}
+        self._transport, self._cargo = transport, cargo
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
         if not self._crew.is_spread:
             return self._own.links()
         engines = [[list(family.items()) for family in of_process] for of_process in self._engines]
-        every = self._crew.ask("open", self._own.links, engines=engines, **self._kind)
+        every = self._crew.ask(
+            "open", self._own.links, transport=self._transport, cargo=self._cargo, engines=engines
+        )
         return [link for links in every for link in links]
 
     def connect(self, check: Callable[[], None]) -> None:
@@ -112,7 +159,7 @@ class CrewSender:
                 for _ in buckets:  # the others pack all of them, whatever has happened here
                     pass
 
-        self._crew.ask("send", send, cargo=self._kind["cargo"])
+        self._crew.ask("send", send, check, cargo=self._cargo)
 
     def give_up(self) -> None:
         """See `Sender.give_up`."""
@@ -202,10 +249,8 @@ class Member:
 
     def send(self, cargo: str) -> None:
         """Packs all buckets, and sends them to the engines here until the first process says `stop`."""
-        in_time = deadline_check(self._section.timeout_s, "the engines here did not take the weights")
 
-        def check() -> None:
-            in_time()
+        def check() -> None:  # the first process knows how the engines are, and what time it is
             if self._channel.is_called:
                 raise WeightSyncError("the first process gave this push up")
 
