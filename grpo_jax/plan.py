@@ -27,18 +27,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = config_parser("grpo_jax.plan", __doc__, f"{USAGE} [--device=h200] [--num_devices=1] [--compile]")
     parser.add_argument("--device", default="", help="name or GB; default: the device at hand")
     parser.add_argument(
-        "--num_devices", default="", help="how many of them; default: 1, or those of the slice"
+        "--num_devices", default="", help="how many of them; default: 1, or those of one slice"
     )
     parser.add_argument("--compile", action="store_true", help="compile the programs, for TPUs, h100 or h200")
     flags = {"device": "--device", "num_devices": "--num_devices", "compile": "--compile"}
     with one_line_errors(flags):
         config, _, args = read_command_line(parser, argv)
-        device, num_devices = find_devices(args.device, args.num_devices)
+        device, num_devices, num_slices = find_devices(args.device, args.num_devices)
         memory = device_bytes(device)
-        sizes = mesh_sizes(config, num_devices)
+        sizes = mesh_sizes(config, num_devices, num_slices)
         model = read_model(config, device)
         budget = make_budget(config, model, device, memory, sizes)
-        target = describe_target(device, num_devices) if args.compile else None
+        target = describe_target(device, num_devices, num_slices) if args.compile else None
         print_plan(budget, memory)
         print_seconds(config, model, device, sizes)
         if target is not None:
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(1)
 
 
-def find_devices(device: str, num_devices: str) -> tuple[str, int]:
-    """The name of the device, as `device_bytes` takes it, and how many there are.
+def find_devices(device: str, num_devices: str) -> tuple[str, int, int]:
+    """The name of the device, as `device_bytes` takes it, how many there are, and in how many slices.
 
-    Args:   device: its name, or that of a slice; num_devices: "" for those of a slice, else 1.
-    Raises: ConfigError: it is no number, or not that of the slice.
+    Args:   device: its name, or that of a slice; num_devices: "" for those of one slice, else 1.
+    Raises: ConfigError: it is no number, or not that of whole slices.
     """
     from grpo_jax.model.cards import find_slice
 
@@ -59,10 +59,12 @@ def find_devices(device: str, num_devices: str) -> tuple[str, int]:
         raise ConfigError("num_devices", num_devices, "must be a number of devices, at least 1")
     named = find_slice(device)
     if named is None:
-        return device, int(num_devices or 1)
-    if num_devices and int(num_devices) != named.num_devices:
-        raise ConfigError("num_devices", num_devices, f"{device} has {named.num_devices} chips")
-    return named.card, named.num_devices
+        return device, int(num_devices or 1), 1
+    number = int(num_devices or named.num_devices)
+    if number % named.num_devices:
+        rule = f"must be a multiple of {named.num_devices}, the chips of a {device}: more are several slices"
+        raise ConfigError("num_devices", num_devices, rule)
+    return named.card, number, number // named.num_devices
 
 
 def device_bytes(name: str) -> int:
@@ -99,7 +101,7 @@ def _local_memory() -> int:
     return int(limit / 0.75)
 
 
-def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
+def mesh_sizes(config: Config, num_devices: int, num_slices: int = 1) -> tuple[int, int, int]:
     """Devices along data, fsdp and tensor, -1 filled in.
 
     Raises: ConfigError: they do not fit.
@@ -109,7 +111,9 @@ def mesh_sizes(config: Config, num_devices: int) -> tuple[int, int, int]:
     fixed = sharding.fixed_devices(config.mesh)
     if num_devices % fixed:
         raise ConfigError("num_devices", num_devices, f"must be a multiple of the mesh's {fixed}")
-    return sharding.mesh_sizes(config.mesh, num_devices)
+    sizes = sharding.mesh_sizes(config.mesh, num_devices)
+    sharding.check_slices(sizes[0], num_slices)
+    return sizes
 
 
 def read_model(config: Config, device: str) -> Any:
@@ -214,11 +218,11 @@ def print_seconds(config: Config, model: Any, device: str, sizes: tuple[int, int
         print("The local engine's sampling is not predicted: a run says after three steps what gen takes")
 
 
-def describe_target(device: str, num_devices: int) -> Any:
+def describe_target(device: str, num_devices: int, num_slices: int) -> Any:
     """The devices to compile for, which are only described. Raises: ConfigError: as `targets.describe`."""
     from grpo_jax.run.targets import describe
 
-    return describe(device, num_devices)
+    return describe(device, num_devices, num_slices)
 
 
 def print_compiled(budget: Any, target: Any) -> None:

@@ -11,6 +11,8 @@ import math
 import re
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "transfer between slices"
+"""Of TPUs, by their hosts' network: what stands for a collective of several slices beside one within each."""
 ITEM_BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 """Others of more than one byte have four."""
 ONE_BYTE = ("pred", "s8", "u8", "f8", "s4", "u4")
@@ -23,13 +25,17 @@ CALLEES = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|_computa
 NO_LOOPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 
+PAIRED = ("all-gather-start", "all-to-all-start", "collective-permute-start", "reduce-scatter-start", "send")
+"""Instructions whose results hold their operands."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """One kind of collective, or of copy, in a whole run of a program on one device."""
 
     count: int = 0
     num_bytes: int = 0
-    """Of the largest array that each reads or writes."""
+    """Of all arrays that each reads, or of those that it writes, whichever are larger."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.count + other.count, self.num_bytes + other.num_bytes)
@@ -42,7 +48,7 @@ class Facts:
     flops: float
     """Of matrix products. What kernels compute is not known."""
     traffic: dict[str, Traffic]
-    """Collective, or "copy" (an array written in another layout) -> how many, and how large."""
+    """Collective, "copy" (an array written in another layout), or `BETWEEN_SLICES` -> how many, and how large."""
     kernels: dict[str, int]
     """Target of an attention kernel's custom call -> how often the program's text has it."""
 
@@ -57,8 +63,9 @@ class Instruction:
 
     @property
     def num_bytes(self) -> int:
-        """Of its result's largest array."""
-        return max((_bytes(kind, dims) for kind, dims in ARRAY.findall(self.shape)), default=0)
+        """Of its result: of all arrays, or of the largest where operands are among them."""
+        sizes = [_bytes(kind, dims) for kind, dims in ARRAY.findall(self.shape)]
+        return max(sizes, default=0) if self.opcode in PAIRED else sum(sizes)
 
     @property
     def dims(self) -> list[int]:
@@ -153,28 +160,30 @@ class _Reader:
         return total
 
     def _traffic(self, name: str) -> dict[tuple[str, str], Traffic]:
-        """By opcode and channel: a collective may stand in several pieces of one channel."""
+        """By opcode, and by channel and source.
+
+        Several of one channel are several where they stand side by side. Beneath one another, as in two fusions or
+        in and before a loop, they are pieces of one.
+        """
         sizes = {one.name: one.num_bytes for one in self._computations[name]}
-        found: dict[tuple[str, str], Traffic] = {}
-
-        def add(key: tuple[str, str], traffic: Traffic) -> None:
-            known = found.get(key, Traffic())
-            if (
-                key[1] and known.count
-            ):  # a piece of one that is known; its first piece is outside of inner loops
-                found[key] = min(known, traffic, key=lambda x: x.count)
-            else:
-                found[key] = known + traffic
-
+        found: dict[tuple[str, str], Traffic] = collections.defaultdict(Traffic)
         for one in self._computations[name]:
-            opcode = one.opcode.removesuffix("-start")
             # "copy-start" fetches into a nearer memory ahead of use: no copy in another layout.
-            if opcode in COLLECTIVES or one.opcode == "copy":
-                most = max(one.num_bytes, *(sizes.get(operand, 0) for operand in one.operands), 0)
-                add((opcode, one.attribute("channel_id")), Traffic(1, most))
+            opcode = one.opcode.removesuffix("-start") if one.opcode != "copy-start" else ""
+            if opcode == "send" and "xla_megascale_runtime" in one.rest:
+                opcode = BETWEEN_SLICES
+            if opcode in (*COLLECTIVES, "copy", BETWEEN_SLICES):
+                most = max(one.num_bytes, sum(sizes.get(operand, 0) for operand in one.operands))
+                # What was written as two collectives may have one channel.
+                channel = one.attribute("channel_id")
+                found[opcode, channel and f"{channel} {one.attribute('op_name')}"] += Traffic(1, most)
+        for one in self._computations[name]:
             for callee, times in self._called(one):
                 for key, inner in self.traffic(callee).items():
-                    add(key, Traffic(times * inner.count, times * inner.num_bytes))
+                    traffic, known = Traffic(times * inner.count, times * inner.num_bytes), found[key]
+                    # The first piece is outside of inner loops.
+                    is_piece = key[1] and known.count
+                    found[key] = min(known, traffic, key=lambda x: x.count) if is_piece else known + traffic
         return found
 
 

@@ -74,11 +74,16 @@ def _arranged(sizes: tuple[int, int, int], devices: Sequence[jax.Device], num_th
     if num_slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     data, fsdp, tensor = sizes
+    check_slices(data, num_slices)
+    within, across = (data // num_slices, fsdp, tensor), (num_slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def check_slices(data: int, num_slices: int) -> None:
+    """Raises: ConfigError: slices, which only a network joins, do not each have whole parts of the axis `data`."""
     if data % num_slices:
         rule = f"must be a multiple of the {num_slices} slices: fsdp and tensor stay within one"
         raise ConfigError("mesh.data", data, rule)
-    within, across = (data // num_slices, fsdp, tensor), (num_slices, 1, 1)
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def fixed_devices(section: MeshSection) -> int:

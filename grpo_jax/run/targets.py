@@ -49,13 +49,13 @@ class Target:
     """Names and versions."""
 
 
-def describe(card: str, num_devices: int) -> Target:
+def describe(card: str, num_devices: int, num_slices: int = 1) -> Target:
     """So many devices of a card, which can compute nothing. What is computed on the way is, by the processor here.
 
-    Args:   card: a name of `CARDS`.
+    Args:   card: a name of `CARDS`; num_slices: of TPUs, that the devices are of, each the same number.
     Raises: ConfigError: there are no such devices to compile for, or the compiler is not installed.
     """
-    chosen = slice_of(card, num_devices)
+    chosen = slice_of(card, num_devices // num_slices)
     if chosen is None and (card not in ("h100", "h200") or 0 < num_devices % GPUS_OF_A_HOST < num_devices):
         raise ConfigError("compile", "True", RULE)
     package, extra = ("libtpu", "tpu") if chosen else (CUDA_PLUGIN, "gpu")
@@ -68,7 +68,7 @@ def describe(card: str, num_devices: int) -> Target:
     if chosen:
         for name, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        found = topologies.get_topology_desc(platform="tpu", topology_name=chosen.topology)
+        found = _slices(chosen.topology, num_slices)
     else:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # CUDA's libraries may be absent
         hosts = -(-num_devices // GPUS_OF_A_HOST)
@@ -77,6 +77,11 @@ def describe(card: str, num_devices: int) -> Target:
     return Target(
         list(found.devices), f"jax {jax.__version__}, {package} {importlib.metadata.version(package)}"
     )
+
+
+def _slices(topology: str, count: int) -> topologies.TopologyDescription:
+    several = {"num_slices": count} if count > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
 
 
 @contextlib.contextmanager

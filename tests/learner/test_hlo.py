@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax.learner.hlo import Traffic, read_facts
+from grpo_jax.learner.hlo import BETWEEN_SLICES, Traffic, read_facts
 
 WHOLE = """\
 HloModule jit_step, is_scheduled=true
@@ -60,6 +60,31 @@ def test_a_loop_counts_as_often_as_it_runs():
         "copy": Traffic(1, 8 * 64 * 4),
     }
     assert facts.kernels == {"tpu_custom_call": 1}
+
+
+TWO_OF_A_CHANNEL = """\
+ENTRY %main (a: f32[8,64], b: f32[4]) -> (f32[8,64], f32[4], f32[]) {
+  %a = f32[8,64]{1,0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %c = f32[]{:T(128)} constant(1)
+  %most = f32[]{:T(128)} all-reduce(%c), channel_id=1, to_apply=%larger, metadata={op_name="jit(f)/pmax" id=2}
+  %sum = (f32[8,64]{1,0:T(8,128)}, /*index=1*/f32[4]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add, \
+metadata={op_name="jit(f)/psum"}
+  %second = f32[8,64]{1,0} all-reduce-start(%a), channel_id=1, to_apply=%add, metadata={op_name="jit(f)/psum"}
+  %send = (f32[8,64]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %offloaded = (f32[8,64]{1,0}, u32[], token[]) send(%a, %t), channel_id=3, is_host_transfer=true
+  ROOT %out = (f32[8,64]{1,0}, f32[4]{0}, f32[]) tuple(%sum, %b, %most)
+}
+"""
+
+
+def test_collectives_of_several_arrays_and_of_one_channel_and_between_slices():
+    """The sum of two arrays has 8 x 64 + 4 numbers; all three are of one channel, as those of `shard_map` are."""
+    assert read_facts(TWO_OF_A_CHANNEL).traffic == {
+        "all-reduce": Traffic(3, 4 * (8 * 64 + 4 + 1 + 8 * 64)),
+        BETWEEN_SLICES: Traffic(1, 4 * 8 * 64),
+    }
 
 
 @pytest.mark.parametrize(

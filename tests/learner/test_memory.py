@@ -303,9 +303,10 @@ def test_a_plan_that_does_not_fit_ends_with_code_1_after_all_of_it(capsys):
 
 def test_slices_by_name():
     """v5e and v6e are named by chips, v4 and v5p by cores, of which a chip has two."""
-    assert plan.find_devices("v5e-16", "") == ("tpu-v5e", 16)
-    assert plan.find_devices("v5p-8", "4") == ("tpu-v5p", 4)
-    assert plan.find_devices("h100", "") == ("h100", 1) and plan.find_devices("80", "2") == ("80", 2)
+    assert plan.find_devices("v5e-16", "") == ("tpu-v5e", 16, 1)
+    assert plan.find_devices("v5p-8", "4") == ("tpu-v5p", 4, 1)
+    assert plan.find_devices("h100", "") == ("h100", 1, 1) and plan.find_devices("80", "2") == ("80", 2, 1)
+    assert plan.find_devices("v5e-16", "48") == ("tpu-v5e", 48, 3)  # three slices
     grids = {
         "v5e-16": "v5e:4x4",
         "v6e-8": "v6e:2x4",
@@ -316,8 +317,11 @@ def test_slices_by_name():
     assert {name: find_slice(name).topology for name in grids} == grids
     for name in ("v5e-12", "v5p-7", "v7-8", "h100-8", "v5e-", "v5e-²", "v5e-512"):
         assert find_slice(name) is None
-    with pytest.raises(ConfigError, match="num_devices='8': v5e-16 has 16 chips"):
+    with pytest.raises(ConfigError, match="num_devices='8': must be a multiple of 16"):
         plan.find_devices("v5e-16", "8")
+    assert plan.mesh_sizes(gsm8k(**{"mesh.data": 2}), 32, 2) == (2, 16, 1)
+    with pytest.raises(ConfigError, match=r"mesh\.data=1: must be a multiple of the 2 slices"):
+        plan.mesh_sizes(gsm8k(), 32, 2)
 
 
 def test_a_tpu_gives_the_trainer_all_of_its_memory():

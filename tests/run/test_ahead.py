@@ -2,15 +2,16 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 from config_helpers import gsm8k
-from jax.experimental import topologies
 
 from grpo_jax.config import ConfigError, MeshSection
 from grpo_jax.learner.compiling import compile_ahead
+from grpo_jax.learner.hlo import BETWEEN_SLICES
 from grpo_jax.learner.memory import abstract_mesh, plan_memory
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.counts import head_weights, layer_weights
@@ -55,8 +56,7 @@ def test_neighbours_on_an_axis_are_neighbours_in_the_slice():
 
 
 def test_slices_are_joined_along_data():
-    describe("tpu-v5e", 4)  # sets the compiler's environment
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    devices = describe("tpu-v5e", 8, 2).devices
     mesh = make_mesh(MeshSection(4, 2, 1), devices)
     slices = [{d.slice_index for d in mesh.devices[i].flat} for i in range(4)]
     assert slices == [{0}, {0}, {1}, {1}]
@@ -104,6 +104,28 @@ def test_flops_are_those_of_the_model(compiled):
     assert flops["score"] == pytest.approx(2 * tokens * (layers + head), rel=0.01)
     down = MODEL.num_layers * MODEL.intermediate_size * MODEL.hidden_size
     assert flops["gradients"] == pytest.approx(2 * tokens * (3 * layers - down + 3 * head), rel=0.01)
+
+
+def test_slices_exchange_gradients_once_an_update(products_as_in_a_run):
+    """Each chip its quarter of them; besides, whether they are finite, and their counts.
+
+    Sampling asks whether all rows have ended. Nothing else goes between slices, and no micro-batch waits for it.
+    """
+    model = dataclasses.replace(MODEL, num_layers=2)
+    config = gsm8k(**CHANGES | {"mesh.data": 2})
+    devices = describe("tpu-v5e", 8, 2).devices
+    mesh = make_mesh(config.mesh, devices)
+    shapes = abstract_params(model)[0]
+    shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), shapes, param_shardings(model, mesh))
+    sizes = [math.prod(shape) for shape in jax.tree.leaves(shards, is_leaf=lambda x: isinstance(x, tuple))]
+    between = {
+        program.name: program.facts.traffic[BETWEEN_SLICES]
+        for program in compile_run(config, model, devices).programs
+        if BETWEEN_SLICES in program.facts.traffic
+    }
+    assert between.keys() == {"sum of gradients", "sampling"}
+    assert between["sampling"].num_bytes < 4096
+    assert 4 * sum(sizes) < between["sum of gradients"].num_bytes < 4 * sum(sizes) + 4096
 
 
 @pytest.mark.slow

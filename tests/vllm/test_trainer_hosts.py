@@ -21,7 +21,6 @@ from grpo_jax import audit
 pytestmark = pytest.mark.vllm
 
 
-# Once in three runs on a loaded machine a push was not finished: docs/reliability.md, several processes.
 @pytest.mark.slow
 def test_each_process_pushes_to_its_own_engine_and_both_engines_may_die(tmp_path):
     """Each engine is on a node of Ray that its process has started, and gets the weights from that process."""
