@@ -1,7 +1,9 @@
 """The programs of test_ahead.py compiled for H100s, where JAX has its CUDA plugin; the GPUs need not be there."""
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 from test_ahead import CHANGES, MODEL, gsm8k
@@ -9,6 +11,8 @@ from test_ahead import CHANGES, MODEL, gsm8k
 from grpo_jax.config import ConfigError
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.model.counts import head_weights, layer_weights
+from grpo_jax.model.sharding import make_mesh
+from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.ahead import compile_run
 from grpo_jax.run.memory import plan_run
 from grpo_jax.run.targets import describe
@@ -19,7 +23,7 @@ CUDNN = dataclasses.replace(MODEL, attention="cudnn", dtype=jnp.dtype("bfloat16"
 
 
 def test_two_hosts_of_eight():
-    """Memory as counted, products as by hand; gathers stay among the eight of `fsdp`."""
+    """Memory as counted, products as by hand; an eighth of the gradients goes to the other host once an update."""
     config = gsm8k(**CHANGES | {"mesh.data": 2})
     found = compile_run(config, CUDNN, describe("h100", 16).devices)
     plan = plan_run(config, CUDNN, abstract_mesh(2, 8, 1))
@@ -29,6 +33,11 @@ def test_two_hosts_of_eight():
     assert programs["score"].flops == pytest.approx(products, rel=0.01)
     assert set(programs["score"].kernels) == {"__cudnn$fmhaSoftmax"}
     assert "reduce-scatter" in programs["gradients"].traffic
+    shards = param_shardings(MODEL, make_mesh(config.mesh, describe("h100", 16).devices))
+    shapes = jax.tree.map(lambda x, shard: shard.shard_shape(x.shape), abstract_params(MODEL)[0], shards)
+    sums = 4 * sum(math.prod(shape) for shape in jax.tree.leaves(shapes, is_leaf=lambda x: type(x) is tuple))
+    assert sums <= programs["sum of gradients"].traffic["all-reduce"].num_bytes < sums + 4096
+    assert programs["gradients"].traffic["all-reduce"].num_bytes < 0.1 * sums
 
 
 def test_what_a_described_gpu_lacks():
