@@ -87,8 +87,10 @@ class Crew:
 def _watching(
     check: Callable[[], None], failure: list[BaseException], tell: Callable[[], Any]
 ) -> Iterator[Callable[[BaseException], None]]:
-    """Calls `check` now and then. Yields: notes why all are to stop, and tells
-    them, once; so does a check that fails."""
+    """Calls `check` now and then, in a thread.
+
+    Yields: `stop(error)`, which notes why all are to stop, and tells them; once. A check that fails does so too.
+    """
     is_over, lock = threading.Event(), threading.Lock()
 
     def stop(error: BaseException) -> None:
