@@ -23,6 +23,11 @@ LOOK_S = 0.5
 """Seconds between two looks whether the trainer is there."""
 END_S = 5.0
 """Seconds after which `end_family` looks for no more processes: some start new ones faster than it finds them."""
+START_S = 1.0
+"""In which a process that has just been started has its environment."""
+PROC = "/proc"
+KERNEL_THREAD, ENVIRONMENT_END = 0x00200000, 48
+"""PF_KTHREAD, of a process's flags; and a field of its stat, counted from 0 behind the name (proc(5))."""
 
 
 def main(parent: int, marker: str) -> None:
@@ -44,6 +49,7 @@ def end_family(marker: str, roots: Iterable[int] = ()) -> None:
 
     Args: roots: process ids, not yet waited for: others may have been given to strangers.
     """
+    _wait_for_starts()
     roots, found, end = set(roots), set[int](), time.monotonic() + END_S
     while new := _family(marker, roots) - found:
         for pid in new:
@@ -53,6 +59,29 @@ def end_family(marker: str, roots: Iterable[int] = ()) -> None:
             break
     for pid in found:
         _send(pid, signal.SIGKILL)
+
+
+def _wait_for_starts() -> None:
+    """Waits for processes that are being started.
+
+    Linux shows their environment a moment after whoever started one has gone on: and may have ended.
+    """
+    end = time.monotonic() + START_S
+    waiting = {pid for pid in _all_processes() if _is_starting(pid)}
+    while waiting and time.monotonic() < end:
+        time.sleep(0.001)
+        waiting = set(filter(_is_starting, waiting))
+
+
+def _is_starting(pid: int) -> bool:
+    """Whether Linux does not know yet where a process's environment ends, be that empty or not."""
+    try:
+        fields = _read(pid, "stat").rpartition(b")")[2].split()
+        is_there = fields[0] not in b"ZX" and not int(fields[6]) & KERNEL_THREAD
+        # Of another user's processes it is not told; they cannot be read.
+        return is_there and int(fields[ENVIRONMENT_END]) == 0 and _read(pid, "environ") == b""
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def _family(marker: str, roots: set[int]) -> set[int]:
@@ -76,13 +105,13 @@ def _family(marker: str, roots: set[int]) -> set[int]:
 
 def _all_processes() -> list[int]:
     try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [int(name) for name in os.listdir(PROC) if name.isdigit()]
     except FileNotFoundError:
         return []
 
 
 def _read(pid: int, name: str) -> bytes:
-    with open(f"/proc/{pid}/{name}", "rb") as file:
+    with open(f"{PROC}/{pid}/{name}", "rb") as file:
         return file.read()
 
 

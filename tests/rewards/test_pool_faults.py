@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def is_running(pid):
         return False
 
 
-def wait_for_end(pids, seconds=5.0):
+def wait_for_end(pids, seconds=20.0):
     """Whether all processes are gone within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(map(is_running, pids)):
@@ -250,6 +251,36 @@ def test_a_worker_that_died_takes_along_what_it_started(reward_of, tmp_path):
         result = reward.score([group(text, pids=str(tmp_path / "pids"))])
         assert result.errors[0].endswith("ended its process (exit code 5)")
         assert wait_for_end(wait_for_pids(tmp_path / "pids", 2))
+
+
+def test_a_process_that_is_just_being_started_is_waited_for(monkeypatch, tmp_path):
+    """For a moment Linux has neither its environment nor where that ends; its parent may be gone already.
+
+    Beside it are a thread of the kernel and a process without an environment, which will never have one.
+    """
+    marker = f"{keeper.VARIABLE}=mine-1"
+    stat = lambda flags, end: " ".join(["7 (a (b) S 1", *"0000", str(flags), *["0"] * 41, str(end), "0"])
+    for pid, (flags, end) in {"11": (0, 0), "12": (0x00200000, 0), "13": (0, 5000)}.items():
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "stat").write_text(stat(flags, end))
+        (tmp_path / pid / "environ").write_text("")
+    sent = []
+    monkeypatch.setattr(keeper, "PROC", str(tmp_path))
+    monkeypatch.setattr(keeper, "_send", lambda pid, number: sent.append((pid, number)))
+    begin = time.monotonic()
+
+    def go_on():
+        (tmp_path / "11" / "environ").write_text(f"A=b\0{marker}\0")
+        (tmp_path / "11" / "stat").write_text(stat(0, 5000))
+
+    timer = threading.Timer(0.2, go_on)
+    timer.start()
+    keeper.end_family("mine")
+    assert sent == [(11, signal.SIGSTOP), (11, signal.SIGKILL)]
+    assert 0.2 <= time.monotonic() - begin < keeper.START_S
+    sent.clear()
+    keeper.end_family("others")  # the two others are not waited for
+    assert not sent and time.monotonic() - begin < keeper.START_S
 
 
 TRAINER = """
