@@ -122,7 +122,7 @@ def test_what_is_done_is_saved_by_all_where_the_first_one_fails(tmp_path, overri
         "reward.on_error": "stop",
     }
     with hosts.started(helpers.train_argv(tmp_path / "run", overrides), 2) as processes:
-        results = ends_soon(processes)
+        results = hosts.finish(processes)
     assert [result.code for result in results] == [1, 1]
     (line,) = error_lines(results)
     assert "the fourth step" in line and line.endswith("the last good checkpoint is that of step 3")
