@@ -13,6 +13,8 @@ import re
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "transfer between slices"
 """Of TPUs, by their hosts' network: what stands for a collective of several slices beside one within each."""
+PAIRED = ("all-gather-start", "all-to-all-start", "collective-permute-start", "reduce-scatter-start", "send")
+"""Instructions whose results hold their operands."""
 ITEM_BYTES = {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 """Others of more than one byte have four."""
 ONE_BYTE = ("pred", "s8", "u8", "f8", "s4", "u4")
@@ -23,10 +25,6 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 CALLEES = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|_computations=\{([^}]*)\}")
 NO_LOOPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-
-
-PAIRED = ("all-gather-start", "all-to-all-start", "collective-permute-start", "reduce-scatter-start", "send")
-"""Instructions whose results hold their operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +64,15 @@ class Instruction:
         """Of its result: of all arrays, or of the largest where operands are among them."""
         sizes = [_bytes(kind, dims) for kind, dims in ARRAY.findall(self.shape)]
         return max(sizes, default=0) if self.opcode in PAIRED else sum(sizes)
+
+    @property
+    def traffic(self) -> str:
+        """A key of `Facts.traffic`; "": it moves nothing."""
+        if self.opcode == "send" and "xla_megascale_runtime" in self.rest:
+            return BETWEEN_SLICES
+        # "copy-start" fetches into a nearer memory ahead of use: no copy in another layout.
+        name = self.opcode.removesuffix("-start")
+        return name if name in COLLECTIVES or self.opcode == "copy" else ""
 
     @property
     def dims(self) -> list[int]:
@@ -160,7 +167,7 @@ class _Reader:
         return total
 
     def _traffic(self, name: str) -> dict[tuple[str, str], Traffic]:
-        """By opcode, and by channel and source.
+        """By kind, and by channel and source.
 
         Several of one channel are several where they stand side by side. Beneath one another, as in two fusions or
         in and before a loop, they are pieces of one.
@@ -168,15 +175,11 @@ class _Reader:
         sizes = {one.name: one.num_bytes for one in self._computations[name]}
         found: dict[tuple[str, str], Traffic] = collections.defaultdict(Traffic)
         for one in self._computations[name]:
-            # "copy-start" fetches into a nearer memory ahead of use: no copy in another layout.
-            opcode = one.opcode.removesuffix("-start") if one.opcode != "copy-start" else ""
-            if opcode == "send" and "xla_megascale_runtime" in one.rest:
-                opcode = BETWEEN_SLICES
-            if opcode in (*COLLECTIVES, "copy", BETWEEN_SLICES):
+            if one.traffic:
                 most = max(one.num_bytes, sum(sizes.get(operand, 0) for operand in one.operands))
                 # What was written as two collectives may have one channel.
                 channel = one.attribute("channel_id")
-                found[opcode, channel and f"{channel} {one.attribute('op_name')}"] += Traffic(1, most)
+                found[one.traffic, channel and f"{channel} {one.attribute('op_name')}"] += Traffic(1, most)
         for one in self._computations[name]:
             for callee, times in self._called(one):
                 for key, inner in self.traffic(callee).items():

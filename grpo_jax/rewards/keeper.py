@@ -76,7 +76,7 @@ def _wait_for_starts() -> None:
 def _is_starting(pid: int) -> bool:
     """Whether Linux does not know yet where a process's environment ends, be that empty or not."""
     try:
-        fields = _read(pid, "stat").rpartition(b")")[2].split()
+        fields = _fields(pid)
         is_there = fields[0] not in b"ZX" and not int(fields[6]) & KERNEL_THREAD
         # Of another user's processes it is not told; they cannot be read.
         return is_there and int(fields[ENVIRONMENT_END]) == 0 and _read(pid, "environ") == b""
@@ -88,7 +88,7 @@ def _family(marker: str, roots: set[int]) -> set[int]:
     family, children = set(roots), dict[int, list[int]]()
     for pid in _all_processes():
         try:
-            state, parent = _read(pid, "stat").rpartition(b")")[2].split()[:2]
+            state, parent = _fields(pid)[:2]
         except (OSError, ValueError):
             continue  # it has just ended
         children.setdefault(int(parent), []).append(pid)
@@ -113,6 +113,11 @@ def _all_processes() -> list[int]:
 def _read(pid: int, name: str) -> bytes:
     with open(f"{PROC}/{pid}/{name}", "rb") as file:
         return file.read()
+
+
+def _fields(pid: int) -> list[bytes]:
+    """Of its stat, behind the name, which may hold anything."""
+    return _read(pid, "stat").rpartition(b")")[2].split()
 
 
 def _send(pid: int, number: signal.Signals) -> None:

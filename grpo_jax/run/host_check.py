@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.model.sharding import place, replicated
 from grpo_jax.rollout import shares_parameters
 from grpo_jax.run.devices import find_devices, open_mesh, prepare_process
 from grpo_jax.run.hangs import watched
@@ -78,7 +78,7 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
         return problems
     with timers.within("sum_over_devices"):
         sent = [device.process_index for device in jax.devices()]
-        for device, got in _gather(hosts.rank):
+        for device, got in _gather(sent):
             if not np.array_equal(got, sent):
                 return [f"what the devices of processes {sent} sent arrived on {device} as {got.tolist()}"]
     shape = dict(open_mesh(config).shape)
@@ -91,13 +91,11 @@ def _look(config: Config, workdir: Path, hosts: Hosts, timers: Timers) -> list[s
 # ---- what each process looks at ----
 
 
-def _gather(rank: int) -> list[tuple[jax.Device, np.ndarray]]:
-    """(device, int32 [devices of all processes]: the rank that each one sent) of every device of this process."""
-    devices = Mesh(jax.devices(), ("device",))
-    sent = jax.make_array_from_callback(
-        (devices.size,), NamedSharding(devices, P("device")), lambda _: np.full(1, rank, np.int32)
-    )
-    received = jax.jit(lambda ranks: ranks, out_shardings=NamedSharding(devices, P()))(sent)
+def _gather(sent: list[int]) -> list[tuple[jax.Device, np.ndarray]]:
+    """(device, int32 [devices of all processes]: what each of them sent) of every device of this process."""
+    mesh = Mesh(jax.devices(), ("device",))
+    parts = place(np.array(sent, np.int32), NamedSharding(mesh, PartitionSpec("device")))
+    received = jax.jit(lambda x: x, out_shardings=replicated(mesh))(parts)
     return [(shard.device, np.asarray(shard.data)) for shard in received.addressable_shards]
 
 

@@ -68,7 +68,7 @@ def describe(card: str, num_devices: int, num_slices: int = 1) -> Target:
     if chosen:
         for name, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        found = _slices(chosen.topology, num_slices)
+        found = topologies.get_topology_desc(chosen.topology, "tpu", num_slices=num_slices)
     else:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # CUDA's libraries may be absent
         hosts = -(-num_devices // GPUS_OF_A_HOST)
@@ -77,11 +77,6 @@ def describe(card: str, num_devices: int, num_slices: int = 1) -> Target:
     return Target(
         list(found.devices), f"jax {jax.__version__}, {package} {importlib.metadata.version(package)}"
     )
-
-
-def _slices(topology: str, count: int) -> topologies.TopologyDescription:
-    several = {"num_slices": count} if count > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,15 @@
 """The programs of test_ahead.py compiled for H100s, where JAX has its CUDA plugin; the GPUs need not be there."""
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 import pytest
-from test_ahead import CHANGES, MODEL, gsm8k
+from test_ahead import CHANGES, MODEL, gradient_bytes, gsm8k
 
 from grpo_jax.config import ConfigError
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.model.counts import head_weights, layer_weights
 from grpo_jax.model.sharding import make_mesh
-from grpo_jax.model.transformer import abstract_params, param_shardings
 from grpo_jax.run.ahead import compile_run
 from grpo_jax.run.memory import plan_run
 from grpo_jax.run.targets import describe
@@ -33,9 +30,7 @@ def test_two_hosts_of_eight():
     assert programs["score"].flops == pytest.approx(products, rel=0.01)
     assert set(programs["score"].kernels) == {"__cudnn$fmhaSoftmax"}
     assert "reduce-scatter" in programs["gradients"].traffic
-    shards = param_shardings(MODEL, make_mesh(config.mesh, describe("h100", 16).devices))
-    shapes = jax.tree.map(lambda x, shard: shard.shard_shape(x.shape), abstract_params(MODEL)[0], shards)
-    sums = 4 * sum(math.prod(shape) for shape in jax.tree.leaves(shapes, is_leaf=lambda x: type(x) is tuple))
+    sums = gradient_bytes(MODEL, make_mesh(config.mesh, describe("h100", 16).devices))
     assert sums <= programs["sum of gradients"].traffic["all-reduce"].num_bytes < sums + 4096
     assert programs["gradients"].traffic["all-reduce"].num_bytes < 0.1 * sums
 

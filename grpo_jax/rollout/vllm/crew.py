@@ -66,8 +66,7 @@ class Crew:
         if not self.tell({"task": task, "details": details}):
             return [own()]
         nothing: Any = None
-        failure: list[BaseException] = []
-        with _watching(check, failure, lambda: self.tell(STOP)) as stop:
+        with _watching(check, lambda: self.tell(STOP)) as stop:
             try:
                 value = own()
             except BaseException as error:
@@ -75,8 +74,6 @@ class Crew:
                 self.channel.from_all(nothing)
                 raise
             answers = self.channel.from_all(nothing)[1:]
-        if failure:
-            raise failure[0]
         for answer in answers:
             if answer["error"]:
                 raise WeightSyncError(answer["error"])
@@ -85,13 +82,14 @@ class Crew:
 
 @contextlib.contextmanager
 def _watching(
-    check: Callable[[], None], failure: list[BaseException], tell: Callable[[], Any]
+    check: Callable[[], None], tell: Callable[[], Any]
 ) -> Iterator[Callable[[BaseException], None]]:
-    """Calls `check` now and then, in a thread.
+    """Calls `check` now and then, in a thread, and raises at the end what it has raised.
 
     Yields: `stop(error)`, which notes why all are to stop, and tells them; once. A check that fails does so too.
     """
     is_over, lock = threading.Event(), threading.Lock()
+    failure: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
         with lock:
@@ -113,6 +111,8 @@ def _watching(
     finally:
         is_over.set()
         thread.join()  # what it tells comes before what is told next
+    if failure:
+        raise failure[0]
 
 
 class CrewSender:
