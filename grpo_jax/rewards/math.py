@@ -12,7 +12,7 @@ import logging
 import time
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import parse, parser, verify
 from math_verify.errors import TimeoutException
 
 from grpo_jax.rewards import UnreadableError
@@ -57,8 +57,11 @@ def _parse(text: str) -> list[Any]:
         found = None
     except Exception:  # what math-verify itself takes for an answer that is none
         found = []
-    # What it calls may catch the exception of its alarm, and go on with half of an answer.
+    # What it calls may catch the exception of its alarm, go on with half of an answer, and keep that for the
+    # next time that the same formula is read.
     if found is None or time.monotonic() - begin >= PARSE_TIMEOUT_S:
+        for remembering in (parser.parse_latex_cached, parser.parse_expr_cached, parser.extract_latex):
+            remembering.cache_clear()
         raise UnreadableError(f"could not be read within {PARSE_TIMEOUT_S} s")
     return found
 

@@ -1,10 +1,13 @@
 """Mathematical answers: equal in value is equal, whatever they look like."""
 
 import dataclasses
+import time
 
 import pytest
+import sympy
+from math_verify import parser
 
-from grpo_jax.rewards import make_reward, math
+from grpo_jax.rewards import UnreadableError, make_reward, math
 from grpo_jax.rewards.base import RewardError
 from grpo_jax.rewards.pool import PoolReward, WorkerPool
 from grpo_jax.types import Completion, Prompt, RolloutGroup
@@ -75,6 +78,24 @@ def test_an_answer_that_takes_too_long_to_read_is_counted_and_stops_nothing(tmp_
         (of_data,) = completions_of(r"\boxed{18}")
         with pytest.raises(RewardError, match="cannot read the ground truth"):
             reward.score([RolloutGroup(dataclasses.replace(PROMPT, ground_truth=SLOW), (of_data,))])
+
+
+def test_half_of_an_answer_is_not_remembered(monkeypatch):
+    """What math-verify calls has clauses that catch everything, its alarm too: it then keeps what it has."""
+
+    def catches_everything(latex, **options):
+        try:
+            time.sleep(10.0)
+        except BaseException:
+            return sympy.Integer(18)
+
+    monkeypatch.setattr(math, "PARSE_TIMEOUT_S", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(parser, "latex2sympy", catches_everything)
+        with pytest.raises(UnreadableError, match="could not be read within 1 s"):
+            score(r"\boxed{3 + 4 \cdot 3}", "18")
+    assert score(r"\boxed{3 + 4 \cdot 3}", "18") == 0.0
+    assert score(r"\boxed{3 + 4 \cdot 3}", "15") == 1.0
 
 
 def test_the_pool_scores_and_explains(reward_section):
