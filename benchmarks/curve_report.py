@@ -64,13 +64,13 @@ def read_runs(files: Sequence[str]) -> list[Run]:
 
 
 def merge(runs: Sequence[Run]) -> list[Run]:
-    """One of each side, dtype and seed, that which came farthest, ours first and in order."""
+    """One of each side, dtype and seed, that which came farthest; TRL's last, and in order."""
     farthest: dict[tuple[str, str, int], Run] = {}
     for run in runs:
         other = farthest.get(run.key)
         if other is None or len(run.lines) > len(other.lines):
             farthest[run.key] = run
-    return sorted(farthest.values(), key=lambda run: (run.side != OURS, run.dtype, run.seed))
+    return sorted(farthest.values(), key=lambda run: (run.side == TRL, run.side, run.dtype, run.seed))
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -88,6 +88,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--peer_settings", type=json.loads, default={}, help="JSON: TRL's settings by its own names"
     )
+    parser.add_argument("--label", default=OURS, help="of our runs, as 'LoRA', to draw them beside others")
     parser.add_argument("--folder", default="", help="everything stays here; default: a temporary one")
     parser.add_argument(
         "--time_limit_s", type=float, default=math.inf, help="the run under way is saved then"
@@ -135,7 +136,7 @@ def read_config(args: argparse.Namespace, arguments: Sequence[str]) -> Any:
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """(side, dtype, seed) of each run."""
-    sides = [] if args.only_peer else [OURS]
+    sides = [] if args.only_peer else [args.label]
     sides += [TRL] if args.peer else []
     for seed, dtype, side in itertools.product(args.seeds.split(","), args.dtypes.split(","), sides):
         yield side, dtype, int(seed)
@@ -162,7 +163,7 @@ def train_all(args: argparse.Namespace, overrides: Sequence[str], folder: Path) 
         own = [f"--config.model.dtype={dtype}", f"--config.trainer.seed={seed}"]
         arguments = [*run_flags(args, folder, model, overrides), *own]
         start = time.perf_counter()
-        train = {OURS: train_ours, TRL: train_theirs}[side]
+        train = train_theirs if side == TRL else train_ours
         if max(read_run(workdir, side, dtype, seed).points("reward/mean"), default=0) < args.steps:
             with gpu_watch.GpuWatch() as watch:
                 before = watch.peak_bytes() or 0

@@ -55,9 +55,10 @@ class Model:
             self._params[sizes] = load_params(self.folder, self.config, mesh_of(*sizes))
         return self._params[sizes]
 
-    def push(self, bucket_bytes, dtype="float32", sizes=(1, 1, 1)):
+    def push(self, bucket_bytes, dtype="float32", sizes=(1, 1, 1), num_parts=1):
         """(plan, flat arrays, block sums)"""
-        plan = make_push_plan(dataclasses.replace(self.config, dtype=NUMPY_DTYPES[dtype]), bucket_bytes)
+        config = dataclasses.replace(self.config, dtype=NUMPY_DTYPES[dtype])
+        plan = make_push_plan(config, bucket_bytes, num_parts=num_parts)
         packed = list(pack_buckets(self.params(*sizes), plan, mesh_of(*sizes)))
         assert [bucket for bucket, _, _ in packed] == list(plan.buckets)
         return plan, [flat for _, flat, _ in packed], [blocks for _, _, blocks in packed]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from grpo_jax.config import RolloutSection
 
-__all__ = ["Destination", "Sender", "WeightSyncError", "choose_transport", "make_sender"]
+__all__ = ["Destination", "Sender", "WeightSyncError", "choose_transport", "make_sender", "num_parts"]
 
 
 class Sender(Protocol):
@@ -26,6 +26,10 @@ class Sender(Protocol):
     Its functions are called in the order in which they stand. `reset` and `send` make a push, and are called for
     each. A `check` is called while a function waits; it raises an error where waiting has become useless.
     """
+
+    @property
+    def uids(self) -> Sequence[str]:
+        """What other processes need to send together with this one; none where each process sends for itself."""
 
     def links(self) -> list[dict[str, Any] | None]:
         """For each engine, what its workers need to open their end.
@@ -40,9 +44,10 @@ class Sender(Protocol):
         """Prepares for a push. All workers have opened their end, and none has been told of the push yet."""
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        """Sends the buckets, flat arrays that every device of the trainer holds whole.
+        """Sends the buckets, flat arrays as `buckets.pack_buckets` makes them.
 
-        Returns when they may be deleted. Takes the next bucket when it has let go of the one before.
+        Returns when they may be deleted. Takes the next bucket when it has let go of the one before; NCCL's takes
+        it while that is on its way.
         """
 
     def give_up(self) -> None:
@@ -74,8 +79,23 @@ def choose_transport(section: RolloutSection, *, trainer: str, engine_on_gpu: bo
     return section.weight_sync
 
 
+def num_parts(transport: str, mesh: Mesh) -> int:
+    """Of how many parts the buckets are: by "nccl" the trainer's devices send together."""
+    if transport != "nccl":
+        return 1
+    from grpo_jax.weight_sync.buckets import senders
+
+    return len(senders(mesh))
+
+
 def make_sender(
-    transport: str, layout: Layout, mesh: Mesh, destinations: Sequence[Destination], *, timeout_s: float
+    transport: str,
+    layout: Layout,
+    mesh: Mesh,
+    destinations: Sequence[Destination],
+    *,
+    timeout_s: float,
+    uids: Sequence[str] = (),
 ) -> Sender:
     """Makes the trainer's end of a transport.
 
@@ -84,6 +104,7 @@ def make_sender(
         mesh: of the trainer's devices.
         destinations: one for each engine.
         timeout_s: for the engines to open their end, where that waits.
+        uids: those of the first process's sender; none: this is the first process.
     """
     devices = mesh.local_devices
     if transport == "ipc":
@@ -91,9 +112,10 @@ def make_sender(
 
         return IpcSender(layout, [device.local_hardware_id for device in devices], destinations)
     if transport == "nccl":
+        from grpo_jax.weight_sync.buckets import senders
         from grpo_jax.weight_sync.nccl import NcclSender
 
-        return NcclSender(destinations, devices[0], timeout_s)
+        return NcclSender(destinations, senders(mesh), timeout_s, uids)
     from grpo_jax.weight_sync.host import HostSender
 
     return HostSender(layout, destinations)

@@ -8,6 +8,9 @@ rows of each.
 
 All layers have the same tensors, so buckets that differ only in their first layer or first row run the same
 compiled program (`BucketProgram`).
+
+Every device of the trainer gathers each bucket whole, or, where it is to send with others, its *part*: a bucket is
+then `num_parts` parts of equal size, and part t holds the t-th run of the rows of every tensor.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.lora import adapter_of, merged, scale_of
@@ -29,6 +32,8 @@ from grpo_jax.model.transformer import abstract_params
 from grpo_jax.types import Params
 from grpo_jax.weight_sync.wire import BLOCK_BYTES, BLOCK_WORDS, WORD_WEIGHTS, Layout, Piece
 
+MOST_SENDERS = 8
+"""More do not send faster: an engine's GPU receives what its own link carries."""
 HEAD_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """Those with a row for each token of the vocabulary: the only ones that are cut into rows."""
 
@@ -55,6 +60,7 @@ class Bucket:
     first_row: int
     pieces: tuple[Piece, ...]
     """What lies where in the bucket, for the receiver."""
+    num_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,35 +76,43 @@ class PushPlan:
 
 
 def make_push_plan(
-    config: ModelConfig, bucket_bytes: int, specs: Sequence[TensorSpec] | None = None
+    config: ModelConfig,
+    bucket_bytes: int,
+    specs: Sequence[TensorSpec] | None = None,
+    *,
+    num_parts: int = 1,
 ) -> PushPlan:
     """Plans the buckets of a model, in its dtype of computation.
 
     Args:
         specs: of what travels; None: of the model, adapters merged into their kernels.
         bucket_bytes: the most that one bucket may take; a tensor that is larger and cannot be cut travels alone.
+        num_parts: of a bucket.
     """
     params = abstract_params(config)[0]
     specs = tensor_specs(config) if specs is None else specs
     shapes = {spec: _shape_of_one(params, spec) for spec in specs}
     dtype = np.dtype(config.dtype)
-    itemsize = dtype.itemsize
-    size = lambda spec: _padded_bytes(math.prod(shapes[spec]) * itemsize)
+    part_bytes = lambda spec, num_rows: _padded_bytes(
+        -(-num_rows // num_parts) * math.prod(shapes[spec][1:]) * dtype.itemsize
+    )
+    size = lambda spec: num_parts * part_bytes(spec, shapes[spec][0])
     stacked = [spec for spec in specs if spec.is_stacked]
     single = [spec for spec in specs if not spec.is_stacked and spec.name not in HEAD_TENSORS]
     heads = [spec for spec in specs if spec.name in HEAD_TENSORS]
     programs: list[tuple[BucketProgram, int, int]] = []
     for spec in heads:
-        programs += _row_programs(spec, shapes[spec], itemsize, bucket_bytes)
+        row_bytes = math.prod(shapes[spec][1:]) * dtype.itemsize
+        programs += _row_programs(spec, shapes[spec][0], row_bytes, bucket_bytes, num_parts)
     programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
     if single:
         programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
     buckets = tuple(
-        Bucket(program, layer, row, _pieces(program, layer, row, shapes, itemsize))
-        for program, layer, row in programs
+        _bucket(program, layer, row, shapes, dtype.itemsize, num_parts) for program, layer, row in programs
     )
     tensors = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config, specs)}
-    layout = Layout(str(dtype), tensors, tuple(bucket.pieces for bucket in buckets))
+    pieces, sizes = zip(*((bucket.pieces, bucket.num_bytes) for bucket in buckets), strict=True)
+    layout = Layout(str(dtype), tensors, pieces, sizes, num_parts)
     return PushPlan(buckets, dtype, layout, scale_of(config))
 
 
@@ -108,10 +122,11 @@ def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[B
     Adapters are merged into their kernels.
 
     Yields:
-        (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh; blocks
-        [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a tensor.
+        (bucket, flat, blocks): flat [n] of `plan.dtype`, copied to every device of the mesh, or a part on each of
+        `senders`; blocks [n * itemsize / BLOCK_BYTES] uint32, of which `wire.piece_checksums` makes one number a
+        tensor.
     """
-    static = dict(dtype=plan.dtype, scale=plan.scale, sharding=replicated(mesh))
+    static = _static(plan, mesh)
     for bucket in plan.buckets:
         start = np.int32(bucket.first_layer), np.int32(bucket.first_row)
         yield bucket, *_pack_bucket(params, *start, program=bucket.program, **static)
@@ -125,12 +140,30 @@ def packing_programs(
     Args: params: `jax.ShapeDtypeStruct`s with shardings, or arrays.
     """
     first = np.int32(0), np.int32(0)
-    static = dict(dtype=plan.dtype, scale=plan.scale, sharding=replicated(mesh))
+    static = _static(plan, mesh)
     programs = dict.fromkeys(bucket.program for bucket in plan.buckets)
     return [(_pack_bucket, (params, *first), dict(program=program, **static)) for program in programs]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "dtype", "scale", "sharding"))
+def senders(mesh: Mesh) -> list[jax.Device]:
+    """The devices that send a part of each bucket: all, or as many as divide them, at most `MOST_SENDERS`."""
+    return list(_sending_mesh(mesh).devices[:, 0])
+
+
+def _sending_mesh(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, as [senders, devices with the same part]."""
+    count = max(n for n in range(1, MOST_SENDERS + 1) if mesh.devices.size % n == 0)
+    return Mesh(mesh.devices.reshape(count, -1), ("part", "copy"))
+
+
+def _static(plan: PushPlan, mesh: Mesh) -> dict[str, Any]:
+    """Arguments of `_pack_bucket` that belong to the plan."""
+    num_parts = plan.layout.num_parts
+    split = replicated(mesh) if num_parts == 1 else NamedSharding(_sending_mesh(mesh), PartitionSpec("part"))
+    return dict(dtype=plan.dtype, scale=plan.scale, num_parts=num_parts, split=split, whole=replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("program", "dtype", "scale", "num_parts", "split", "whole"))
 def _pack_bucket(
     params: Params,
     first_layer: Any,
@@ -139,22 +172,31 @@ def _pack_bucket(
     program: BucketProgram,
     dtype: Any,
     scale: float,
-    sharding: Any,
+    num_parts: int,
+    split: NamedSharding,
+    whole: NamedSharding,
 ) -> tuple[jax.Array, jax.Array]:
+    constrain, itemsize = jax.lax.with_sharding_constraint, dtype.itemsize
     tensors = []
     for piece in program:
         layer = None if piece.layer is None else first_layer + piece.layer
         x = hf_tensor(params, piece.spec, layer, scale)
         if piece.num_rows is not None:
             x = jax.lax.dynamic_slice_in_dim(x, first_row, piece.num_rows, axis=0)
-        x = x.astype(dtype).reshape(-1)
-        padding = _padded_bytes(x.size * dtype.itemsize) // dtype.itemsize - x.size
-        tensors.append(jnp.pad(x, (0, padding)))
-    flat = jax.lax.with_sharding_constraint(jnp.concatenate(tensors), sharding)
+        x = x.astype(dtype)
+        x = _padded(x, 0, -(-len(x) // num_parts) * num_parts).reshape(num_parts, -1)
+        x = constrain(x, split)  # before tensors are joined, which the compiler does not split by itself
+        tensors.append(_padded(x, 1, _padded_bytes(x.shape[1] * itemsize) // itemsize))
+    flat = constrain(jnp.concatenate(tensors, axis=1).reshape(-1), split)
     with jax.named_scope("checksum"):
-        words = jax.lax.bitcast_convert_type(flat.reshape(-1, 4 // dtype.itemsize), jnp.uint32)
+        words = jax.lax.bitcast_convert_type(flat.reshape(-1, 4 // itemsize), jnp.uint32)
         blocks = jnp.sum(words.reshape(-1, BLOCK_WORDS) * WORD_WEIGHTS[None], axis=1, dtype=jnp.uint32)
-    return flat, blocks
+    return flat, constrain(blocks, whole)
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Appends zeros along an axis."""
+    return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
 def hf_tensor(
@@ -184,15 +226,15 @@ def _padded_bytes(size: int) -> int:
 
 
 def _row_programs(
-    spec: TensorSpec, shape: tuple[int, ...], itemsize: int, bucket_bytes: int
+    spec: TensorSpec, num_rows: int, row_bytes: int, bucket_bytes: int, num_parts: int
 ) -> list[tuple[BucketProgram, int, int]]:
     """Cuts a [V, D] tensor into runs of rows, of equal length where possible so that they share a program."""
-    row_bytes = math.prod(shape[1:]) * itemsize
-    most = max(1, (bucket_bytes - BLOCK_BYTES) // row_bytes)
-    rows = -(-shape[0] // -(-shape[0] // most))
+    padding = num_parts * BLOCK_BYTES + (num_parts - 1) * row_bytes  # at most
+    most = max(1, (bucket_bytes - padding) // row_bytes)
+    rows = -(-num_rows // -(-num_rows // most))
     return [
-        ((RelativePiece(spec, None, min(rows, shape[0] - start)),), 0, start)
-        for start in range(0, shape[0], rows)
+        ((RelativePiece(spec, None, min(rows, num_rows - start)),), 0, start)
+        for start in range(0, num_rows, rows)
     ]
 
 
@@ -221,17 +263,26 @@ def _layer_programs(
     ]
 
 
-def _pieces(
-    program: BucketProgram, layer: int, row: int, shapes: dict[TensorSpec, tuple[int, ...]], itemsize: int
-) -> tuple[Piece, ...]:
+def _bucket(
+    program: BucketProgram,
+    layer: int,
+    row: int,
+    shapes: dict[TensorSpec, tuple[int, ...]],
+    itemsize: int,
+    num_parts: int,
+) -> Bucket:
     pieces, offset = [], 0
-    for piece in program:
-        shape = shapes[piece.spec]
-        name = piece.spec.name if piece.layer is None else piece.spec.name.format(layer + piece.layer)
-        start, num_rows = (
-            (piece.spec.first_row, shape[0]) if piece.num_rows is None else (row, piece.num_rows)
-        )
-        num_bytes = num_rows * math.prod(shape[1:]) * itemsize
-        pieces.append(Piece(name, start, num_rows, offset, num_bytes))
-        offset += _padded_bytes(num_bytes)
-    return tuple(pieces)
+    for part in range(num_parts):
+        for piece in program:
+            shape = shapes[piece.spec]
+            name = piece.spec.name if piece.layer is None else piece.spec.name.format(layer + piece.layer)
+            first_row, num_rows = (
+                (piece.spec.first_row, shape[0]) if piece.num_rows is None else (row, piece.num_rows)
+            )
+            row_bytes = math.prod(shape[1:]) * itemsize
+            most = -(-num_rows // num_parts)
+            count = min(most, num_rows - part * most)
+            if count > 0:  # few rows may end before the last part
+                pieces.append(Piece(name, first_row + part * most, count, offset, count * row_bytes))
+            offset += _padded_bytes(most * row_bytes)
+    return Bucket(program, layer, row, tuple(pieces), offset)

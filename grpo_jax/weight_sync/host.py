@@ -15,7 +15,6 @@ from grpo_jax.weight_sync.wire import (
     Destination,
     Layout,
     Mailbox,
-    bucket_size,
     call_in_thread,
     first_workers,
     wait_for_device,
@@ -27,6 +26,8 @@ ANSWER_S = 10.0  # for an answer that is there to arrive
 
 class HostSender:
     """The trainer's end."""
+
+    uids = ()
 
     def __init__(self, layout: Layout, destinations: Sequence[Destination]):
         local = [destination for destination in destinations if destination.relay is None]
@@ -118,17 +119,14 @@ class HostReceiver:
         """As `IpcReceiver.buckets`."""
         import torch
 
-        for number, pieces in enumerate(layout.buckets):
+        for number, num_bytes in enumerate(layout.sizes):
             self._mailbox.wait_readable(number, check)
 
             def release(number: int = number) -> None:
                 wait_for_device(self._device, check)
                 self._mailbox.release(self._reader, number)
 
-            yield (
-                torch.from_numpy(self._mailbox.slot(number)[: bucket_size(pieces)]).to(self._device),
-                release,
-            )
+            yield torch.from_numpy(self._mailbox.slot(number)[:num_bytes]).to(self._device), release
 
     def close(self) -> None:
         self._mailbox.close()

@@ -16,7 +16,6 @@ from grpo_jax.weight_sync.wire import (
     Layout,
     Mailbox,
     WeightSyncError,
-    bucket_size,
     first_workers,
     poll,
     wait_for_device,
@@ -27,6 +26,8 @@ NUM_SLOTS = 2
 
 class IpcSender:
     """The trainer's end. Each of its devices has slots of its own, with every bucket whole."""
+
+    uids = ()
 
     def __init__(self, layout: Layout, ordinals: list[int], destinations: Sequence[Destination]):
         """Args: ordinals: CUDA numbers of the trainer's devices."""
@@ -110,7 +111,7 @@ class IpcReceiver:
 
         Call `release` when all reading of the bucket is on the device's stream, before taking the next bucket.
         """
-        for number, pieces in enumerate(layout.buckets):
+        for number, num_bytes in enumerate(layout.sizes):
             self._mailbox.wait_readable(number, check)
             start = number % NUM_SLOTS * self._slot_bytes
 
@@ -118,7 +119,7 @@ class IpcReceiver:
                 wait_for_device(self._device, check)
                 self._mailbox.release(self._reader, number)
 
-            yield self._slots[start : start + bucket_size(pieces)], release
+            yield self._slots[start : start + num_bytes], release
 
     def close(self) -> None:
         self._mailbox.close()

@@ -1,8 +1,11 @@
-"""Both ends of the transport to engines on other GPUs: NCCL broadcasts, from the trainer's first device.
+"""Both ends of the transport to engines on other GPUs: NCCL broadcasts, from several of the trainer's devices.
 
-A receiver loads bucket k while bucket k + 1 is packed and arrives in the other of its two buffers. NCCL is called
-through ctypes, with the library that JAX's or PyTorch's wheels bring along, so that the trainer needs no PyTorch.
-Both ends must find the same major version of NCCL.
+Each sender broadcasts its part of every bucket, in a group of NCCL that it has with all workers of all engines. So
+no device of the trainer gathers a whole bucket, and all their links carry it. The trainer packs bucket k + 1 while
+bucket k is on its way, and a receiver loads bucket k while the next one arrives in the other of its two buffers.
+
+NCCL is called through ctypes, with the library that JAX's or PyTorch's wheels bring along, so that the trainer
+needs no PyTorch. Both ends must find the same major version of NCCL.
 """
 
 import ctypes
@@ -18,7 +21,6 @@ from grpo_jax.weight_sync.wire import (
     Destination,
     Layout,
     WeightSyncError,
-    bucket_size,
     call_in_thread,
     deadline_check,
     first_workers,
@@ -110,20 +112,36 @@ def join(uid: str, rank: int, size: int, ordinal: int, check: Callable[[], None]
 
 
 class NcclSender:
-    """The trainer's end: rank 0."""
+    """The end of one of the trainer's processes: rank 0 in the group of each sender that it has."""
 
-    def __init__(self, destinations: Sequence[Destination], device: Any, timeout_s: float):
-        """Args: device: the JAX device that broadcasts. timeout_s: for a worker to join."""
+    def __init__(
+        self,
+        destinations: Sequence[Destination],
+        devices: Sequence[Any],
+        timeout_s: float,
+        uids: Sequence[str] = (),
+    ):
+        """Args:
+        destinations: all engines.
+        devices: all JAX devices that send, those of other processes too.
+        timeout_s: for a worker to join.
+        uids: of the senders' groups; none: this is the first process, which makes them.
+        """
         self._first_workers = first_workers(destinations)
         self._size = 1 + sum(destination.num_workers for destination in destinations)
-        self._uid, self._device, self._timeout_s = unique_id(), device, timeout_s
-        self._communicator: Communicator | None = None
+        self._timeout_s, self.uids = timeout_s, list(uids) or [unique_id() for _ in devices]
+        self._own = [
+            (device, uid)
+            for device, uid in zip(devices, self.uids, strict=True)
+            if device.process_index == device.client.process_index()
+        ]
+        self._groups: dict[Any, Communicator] = {}
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
         return [
             {
-                "uid": self._uid,
+                "uids": self.uids,
                 "size": self._size,
                 "first_rank": 1 + first,
                 "timeout_s": self._timeout_s,
@@ -132,22 +150,35 @@ class NcclSender:
         ]
 
     def connect(self, check: Callable[[], None]) -> None:
-        """See `Sender.connect`. Returns when all workers have joined, which they must do at the same time."""
-        ordinal = self._device.local_hardware_id
-        self._communicator = join(self._uid, 0, self._size, ordinal, check)
+        """See `Sender.connect`. Returns when all workers have joined, which they must do at the same time.
+
+        They join one group after the other, in the order of the senders.
+        """
+        for device, uid in self._own:
+            self._groups[device] = join(uid, 0, self._size, device.local_hardware_id, check)
 
     def reset(self, check: Callable[[], None]) -> None:
         """Nothing to reset: broadcasts keep no count."""
 
     def send(self, buckets: Iterator[Any], check: Callable[[], None]) -> None:
-        """See `Sender.send`."""
-        assert self._communicator is not None, "connect comes before send"
+        """See `Sender.send`. Takes the next bucket while the one before is on its way: there are two at a time."""
+        assert len(self._groups) == len(self._own), "connect comes before send"
+        on_its_way = None
         for flat in buckets:
             poll(flat.is_ready, check)
-            (data,) = (shard.data for shard in flat.addressable_shards if shard.device == self._device)
-            self._communicator.broadcast(data.unsafe_buffer_pointer(), data.nbytes)
-            self._communicator.synchronize(check)
-            del flat, data  # before the next one is made
+            self._wait(check)
+            on_its_way = flat  # the one before may go now
+            for shard in flat.addressable_shards:
+                if shard.device in self._groups:
+                    self._groups[shard.device].broadcast(
+                        shard.data.unsafe_buffer_pointer(), shard.data.nbytes
+                    )
+        self._wait(check)
+        del on_its_way
+
+    def _wait(self, check: Callable[[], None]) -> None:
+        for group in self._groups.values():
+            group.synchronize(check)
 
     def give_up(self) -> None:
         """See `Sender.give_up`. Workers notice by their own deadline."""
@@ -155,9 +186,8 @@ class NcclSender:
 
     def close(self) -> None:
         """See `Sender.close`."""
-        if self._communicator is not None:
-            self._communicator.close()
-            self._communicator = None
+        while self._groups:
+            self._groups.popitem()[1].close()
 
 
 class NcclReceiver:
@@ -169,8 +199,14 @@ class NcclReceiver:
         torch.zeros(1, device=device)
         self._device = device
         ordinal = torch.cuda.current_device() if device.index is None else device.index
-        check = deadline_check(link["timeout_s"], "trainer and engines did not all join NCCL's group")
-        self._communicator = join(link["uid"], link["first_rank"] + rank, link["size"], ordinal, check)
+        check = deadline_check(link["timeout_s"], "trainer and engines did not all join NCCL's groups")
+        self._groups: list[Communicator] = []
+        try:
+            for uid in link["uids"]:
+                self._groups.append(join(uid, link["first_rank"] + rank, link["size"], ordinal, check))
+        except BaseException:
+            self.close()
+            raise
 
     def buckets(self, layout: Layout, check: Callable[[], None]) -> Iterator[tuple[Any, Callable[[], None]]]:
         """As `IpcReceiver.buckets`, but NCCL waits on the GPU: a bucket is there when the device gets to it.
@@ -179,35 +215,31 @@ class NcclReceiver:
         """
         import torch
 
-        receive, load = torch.cuda.Stream(self._device), torch.cuda.current_stream()
+        streams = [torch.cuda.Stream(self._device) for _ in self._groups]
+        load = torch.cuda.current_stream()
         slots = [torch.empty(layout.bucket_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
-        received = [torch.cuda.Event() for _ in layout.buckets]
+        received: list[list[Any]] = []
         loaded: list[Any] = []
-        for number, pieces in enumerate(layout.buckets):
+        for number, num_bytes in enumerate(layout.sizes):
             check()
-            self._request(number, slots, layout, receive, received, loaded)
-            load.wait_event(received[number])
-            # Released on the device: the broadcast into this slot waits for the event, and no host does.
-            yield slots[number % 2][: bucket_size(pieces)], lambda: loaded.append(load.record_event())
+            for k in range(len(received), min(number + 2, len(layout.sizes))):
+                parts = slots[k % 2][: layout.sizes[k]].chunk(len(self._groups))
+                received.append(self._request(parts, streams, loaded[k - 2] if k >= 2 else None))
+            for event in received[number]:
+                load.wait_event(event)
+            # Released on the device: the broadcasts into this slot wait for the event, and no host does.
+            yield slots[number % 2][:num_bytes], lambda: loaded.append(load.record_event())
 
-    def _request(
-        self,
-        number: int,
-        slots: list[Any],
-        layout: Layout,
-        receive: Any,
-        received: list[Any],
-        loaded: list[Any],
-    ) -> None:
-        """Puts on the stream the broadcasts up to bucket `number` + 1, as far as their slots are free."""
-        last = min(number + 1, len(layout.buckets) - 1)
-        for k in ([0] if number == 0 else []) + list(range(number + 1, last + 1)):
-            if k >= 2:
-                receive.wait_event(loaded[k - 2])
-            self._communicator.broadcast(
-                slots[k % 2].data_ptr(), bucket_size(layout.buckets[k]), receive.cuda_stream
-            )
-            receive.record_event(received[k])
+    def _request(self, parts: Sequence[Any], streams: Sequence[Any], is_free: Any) -> list[Any]:
+        """Puts the broadcasts of a bucket on the streams. Args: is_free: the event after which they may begin."""
+        events = []
+        for part, stream, group in zip(parts, streams, self._groups, strict=True):
+            if is_free is not None:
+                stream.wait_event(is_free)
+            group.broadcast(part.data_ptr(), part.nbytes, stream.cuda_stream)
+            events.append(stream.record_event())
+        return events
 
     def close(self) -> None:
-        self._communicator.close()
+        while self._groups:
+            self._groups.pop().close()

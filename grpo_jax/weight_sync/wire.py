@@ -83,29 +83,28 @@ class Layout:
     tensors: dict[str, tuple[int, ...]]
     """Hugging Face name -> shape."""
     buckets: tuple[tuple[Piece, ...], ...]
+    sizes: tuple[int, ...]
+    """Bytes of each bucket, whole blocks."""
+    num_parts: int = 1
+    """Each bucket is as many parts of equal size, one after the other, and each of them may come from another
+    device: every one has some of the rows of every tensor."""
 
     @property
     def bucket_bytes(self) -> int:
         """Size of the largest bucket."""
-        return max(bucket_size(pieces) for pieces in self.buckets)
+        return max(self.sizes)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON and msgpack can carry it."""
         buckets = [[list(dataclasses.astuple(piece)) for piece in pieces] for pieces in self.buckets]
         tensors = [[name, list(shape)] for name, shape in self.tensors.items()]
-        return {"dtype": self.dtype, "tensors": tensors, "buckets": buckets}
+        return dataclasses.asdict(self) | {"tensors": tensors, "buckets": buckets}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Layout":
         tensors = {name: tuple(shape) for name, shape in values["tensors"]}
         buckets = tuple(tuple(Piece(*piece) for piece in pieces) for pieces in values["buckets"])
-        return cls(values["dtype"], tensors, buckets)
-
-
-def bucket_size(pieces: Sequence[Piece]) -> int:
-    """Bytes of a bucket: its last piece ends on a whole block."""
-    last = pieces[-1]
-    return last.offset + -(-last.num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        return cls(values["dtype"], tensors, buckets, tuple(values["sizes"]), values["num_parts"])
 
 
 def piece_checksums(blocks: np.ndarray, pieces: Sequence[Piece]) -> list[int]:
@@ -115,7 +114,9 @@ def piece_checksums(blocks: np.ndarray, pieces: Sequence[Piece]) -> list[int]:
 
     Integers, so that the order of summation does not matter and both ends get the same bits.
 
-    Args: blocks: [bucket_size / BLOCK_BYTES], the inner sums mod 2^32.
+    Blocks behind a piece that belong to no other are 0, and count as its own.
+
+    Args: blocks: [n / BLOCK_BYTES] of a bucket of n bytes, the inner sums mod 2^32.
     """
     weighted = blocks.astype(np.uint64) * (2 * np.arange(len(blocks), dtype=np.uint64) + 1)
     starts = [piece.offset // BLOCK_BYTES for piece in pieces]

@@ -94,8 +94,9 @@ def port():
 def parallel_engine(models, port, tokenizer_folder, tmp_path_factory):
     """(engine of two workers, each a process, that answers on the port; transformers' model of its weights)
 
-    One key/value head for two workers, a vocabulary of 520 padded to 576: nothing divides evenly.
-    With a single GPU it has one worker.
+    One key/value head for two workers, a vocabulary of 520 padded to 576: nothing divides evenly. Buckets are of
+    as many parts as there are devices, as NCCL's, so that workers take columns of some of the rows. With a single
+    GPU it has one worker.
     """
     import shutil
 
@@ -108,6 +109,7 @@ def parallel_engine(models, port, tokenizer_folder, tmp_path_factory):
     params, model = helpers.moved(models["qwen2-tied"], mesh, folder.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # as it is by default
+        patch.setattr("grpo_jax.rollout.vllm.engine.num_parts", lambda transport, mesh: mesh.size)
         engine = helpers.engine_for(folder, mesh, tensor_parallel_size=workers, api_port=port)
     with contextlib.closing(engine):
         engine.load_weights(params, version=1)

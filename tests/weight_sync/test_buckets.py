@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -23,8 +24,9 @@ from grpo_jax.model.hf import stored_tensors
 from grpo_jax.model.lora import abstract_trained, join
 from grpo_jax.model.peft import PREFIX, adapter_specs, with_adapters
 from grpo_jax.rollout.vllm.cargo import make_cargos
-from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
-from grpo_jax.weight_sync.wire import BLOCK_BYTES, bucket_size, piece_checksums
+from grpo_jax.weight_sync import buckets
+from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets, packing_programs, senders
+from grpo_jax.weight_sync.wire import BLOCK_BYTES, piece_checksums
 
 ROW_BYTES = 32 * 4  # of the embedding, float32
 LONE = 5000  # below the 8,192 bytes of gate, up and down: those travel alone
@@ -147,6 +149,75 @@ def test_every_device_holds_every_bucket_whole(models):
             np.testing.assert_array_equal(raw(shard.data), raw(flat))
 
 
+# Parts, which devices send together
+
+
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_each_device_has_its_part_of_every_bucket(models, sizes, dtype):
+    model, devices = models("qwen2-untied"), senders(mesh_of(*sizes))
+    count = math.prod(sizes)
+    assert devices == jax.devices()[:count]
+    plan, flats, blocks = model.push(SEVERAL, dtype, sizes, num_parts=count)
+    assert unpack(plan.layout, flats) == model.expected(dtype)
+    for flat, sums, bucket in zip(flats, blocks, plan.buckets, strict=True):
+        whole = raw(flat)
+        held = {shard.device: raw(shard.data) for shard in flat.addressable_shards}
+        for device, part in zip(devices, np.split(whole, count), strict=True):
+            np.testing.assert_array_equal(held[device], part)
+        # The first process alone compares them.
+        assert sums.sharding.is_fully_replicated
+        assert piece_checksums(np.asarray(sums), bucket.pieces) == checksums_by_hand(whole, bucket.pieces)
+
+
+def test_part_t_holds_the_t_th_run_of_the_rows_of_every_tensor(models):
+    plan = make_push_plan(models("qwen2-tied").config, ALL, num_parts=4)
+    [bucket] = [b for b in plan.buckets if any("layers.4." in piece.name for piece in b.pieces)]
+    runs = lambda name: [(p.first_row, p.num_rows) for p in bucket.pieces if p.name == name]
+    assert runs("model.layers.4.mlp.gate_proj.weight") == [(0, 12), (12, 12), (24, 12), (36, 12)]  # 48 rows
+    part = bucket.num_bytes // 4
+    for piece in bucket.pieces:  # in the part that its rows belong to
+        assert piece.offset // part == (piece.offset + piece.num_bytes - 1) // part
+    # 130 rows of the vocabulary: 33, 33, 33 and what is left.
+    pieces = [p for b in plan.buckets for p in b.pieces if p.name == "model.embed_tokens.weight"]
+    assert [(p.first_row, p.num_rows) for p in pieces] == [(0, 33), (33, 33), (66, 33), (99, 31)]
+
+
+def test_a_tensor_of_few_rows_is_in_the_first_parts(models):
+    """The key's bias has 16 elements: runs of 3 fill five of seven parts and a third of the sixth."""
+    plan = make_push_plan(models("qwen2-tied").config, ALL, num_parts=7)
+    name = "model.layers.0.self_attn.k_proj.bias"
+    rows = plan.layout.tensors[name][0]
+    pieces = [p for b in plan.buckets for p in b.pieces if p.name == name]
+    most = -(-rows // 7)
+    expected = [(start, min(most, rows - start)) for start in range(0, rows, most)]
+    assert [(p.first_row, p.num_rows) for p in pieces] == expected
+    assert plan.layout.bucket_bytes % (7 * BLOCK_BYTES) == 0
+
+
+def test_devices_beyond_the_most_that_send_have_copies(models, monkeypatch):
+    """Six of eight would not divide them, nor would five: four send, every other one."""
+    monkeypatch.setattr(buckets, "MOST_SENDERS", 6)
+    assert senders(mesh_of(2, 2, 2)) == jax.devices()[::2]
+    plan, flats, _ = models("qwen3").push(SPLIT, sizes=(2, 2, 2), num_parts=4)
+    assert unpack(plan.layout, flats) == models("qwen3").expected("float32")
+    for flat in flats:
+        held = {shard.device: raw(shard.data) for shard in flat.addressable_shards}
+        for device, part in zip(jax.devices()[::2], np.split(raw(flat), 4), strict=True):
+            np.testing.assert_array_equal(held[device], part)
+
+
+def test_no_device_gathers_a_whole_bucket(models):
+    """What is gathered is the checksums, and what the sharding of a tensor needs; joined, tensors are parts."""
+    model, mesh = models("qwen2-untied"), mesh_of(1, 8, 1)
+    plan = make_push_plan(model.config, SEVERAL, num_parts=8)
+    for function, arguments, static in packing_programs(model.params(1, 8, 1), plan, mesh):
+        flat, _ = function.lower(*arguments, **static).out_info
+        compiled = function.lower(*arguments, **static).compile()
+        assert compiled.output_shardings[0].shard_shape(flat.shape) == (flat.size // 8,)
+        assert f"[{flat.size}]" not in compiled.as_text()
+
+
 def test_buckets_are_made_one_at_a_time(models):
     """All at once they would be a second model."""
     model = models("llama")
@@ -167,23 +238,26 @@ def names(bucket):
     return [piece.name.removeprefix("model.layers.") for piece in bucket.pieces]
 
 
+@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("bucket_bytes", [1, LONE, SPLIT, SEVERAL, ALL])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, bucket_bytes):
+def test_no_bucket_is_larger_than_asked_except_a_lone_tensor(models, family, bucket_bytes, num_parts):
     config = models(family).config
-    plan = make_push_plan(config, bucket_bytes)
+    plan = make_push_plan(config, bucket_bytes, num_parts=num_parts)
     for bucket in plan.buckets:
         ends = [(piece.offset, piece.offset + piece.num_bytes) for piece in bucket.pieces]
         assert all(start % BLOCK_BYTES == 0 for start, _ in ends)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
-        assert bucket_size(bucket.pieces) <= bucket_bytes or len(bucket.pieces) == 1
+        assert bucket.num_bytes % (num_parts * BLOCK_BYTES) == 0
+        assert ends[-1][1] <= bucket.num_bytes
+        assert bucket.num_bytes <= bucket_bytes or len({piece.name for piece in bucket.pieces}) == 1
     assert plan.layout.buckets == tuple(bucket.pieces for bucket in plan.buckets)
-    assert plan.layout.bucket_bytes == max(bucket_size(bucket.pieces) for bucket in plan.buckets)
+    assert plan.layout.bucket_bytes == max(bucket.num_bytes for bucket in plan.buckets)
 
 
 def test_a_tensor_larger_than_a_bucket_travels_alone(models):
     plan = make_push_plan(models("qwen2-tied").config, LONE)
-    large = [bucket for bucket in plan.buckets if bucket_size(bucket.pieces) > LONE]
+    large = [bucket for bucket in plan.buckets if bucket.num_bytes > LONE]
     assert {piece.name.split(".")[-2] for b in large for piece in b.pieces} == {
         "gate_proj",
         "up_proj",

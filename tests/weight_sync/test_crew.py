@@ -61,7 +61,7 @@ def crew(models, rollout_section):
     params = model.params(1, 1, 1)
 
     def follow():
-        member = Member(second, rollout_section(timeout_s=1000.0), [cargo], mesh)
+        member = Member(second, rollout_section(timeout_s=1000.0), lambda num_parts: [cargo], mesh)
         while (command := second.from_first(lambda: None)) != END:
             member(command, params)
         member.close()

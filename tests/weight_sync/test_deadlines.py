@@ -13,7 +13,7 @@ from grpo_jax.weight_sync import Destination, WeightSyncError, cuda, ipc, nccl, 
 from grpo_jax.weight_sync.host import HostSender
 from grpo_jax.weight_sync.wire import Layout, Mailbox, Piece, Relay, call_in_thread, deadline_check
 
-LAYOUT = Layout("float32", {"w": (4, 256)}, ((Piece("w", 0, 4, 0, 4096),),))
+LAYOUT = Layout("float32", {"w": (4, 256)}, ((Piece("w", 0, 4, 0, 4096),),), (4096,))
 
 # Calls of a library that cannot be told to stop
 
@@ -50,7 +50,9 @@ NOBODY_JOINS = """
 
     nccl.unique_id = lambda: "an id"
     nccl.Communicator = lambda *args: threading.Event().wait()  # as ncclCommInitRank where a rank is missing
-    sender = nccl.NcclSender([], SimpleNamespace(local_hardware_id=0), 60.0)
+    client = SimpleNamespace(process_index=lambda: 0)
+    device = SimpleNamespace(local_hardware_id=0, process_index=0, client=client)
+    sender = nccl.NcclSender([], [device], 60.0)
     try:
         sender.connect(deadline_check(0.3, "an engine did not join"))
     except Exception as error:

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ from grpo_jax.config import ConfigError
 from grpo_jax.weight_sync import Destination, WeightSyncError, choose_transport, ipc, make_sender, nccl
 from grpo_jax.weight_sync.buckets import make_push_plan, pack_buckets
 from grpo_jax.weight_sync.host import HostReceiver, HostSender
-from grpo_jax.weight_sync.wire import Relay, bucket_size, deadline_check
+from grpo_jax.weight_sync.wire import Relay, deadline_check
 
 SHARED_MEMORY = Path("/dev/shm")
 SPLIT = 24_576  # six blocks of 4,096 bytes: less than a layer of these models
@@ -105,7 +107,7 @@ def receive(receiver, layout, check):
     """The buckets as one worker reads them, copied out before each is given back."""
     taken = []
     for number, (bucket, release) in enumerate(receiver.buckets(layout, check)):
-        assert bucket.dtype == torch.uint8 and len(bucket) == bucket_size(layout.buckets[number])
+        assert bucket.dtype == torch.uint8 and len(bucket) == layout.sizes[number]
         typed = bucket.view(
             getattr(torch, layout.dtype)
         ).clone()  # as the receiver of vLLM's workers reads it
@@ -228,13 +230,40 @@ def test_workers_read_their_own_counters_and_the_memory_of_their_gpu(models, ope
     assert not Path(first["mailbox"]["path"]).exists()
 
 
-def test_workers_join_the_group_after_the_trainer(monkeypatch):
-    monkeypatch.setattr(nccl, "unique_id", lambda: "an id")
-    sender = nccl.NcclSender([local_engine(2), remote_engine(relay_nothing), local_engine(4)], None, 7.0)
-    assert sender.links() == [
-        {"uid": "an id", "size": 8, "first_rank": rank, "timeout_s": 7.0} for rank in (1, 3, 4)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FakeDevice:
+    """Stands for a GPU of a process."""
+
+    process_index: int
+    local_hardware_id: int
+    client: SimpleNamespace
+
+
+def test_workers_join_the_groups_after_the_trainer(patient, monkeypatch):
+    """One group for each device that sends, whichever process has it: the first process makes them all."""
+    ids = map("group {}".format, itertools.count())
+    monkeypatch.setattr(nccl, "unique_id", lambda: next(ids))
+    joined = []
+    monkeypatch.setattr(nccl, "join", lambda *args: joined.append(args[:4]) or SimpleNamespace(close=list))
+
+    client = SimpleNamespace(process_index=lambda: here)  # which of them is under test
+    devices = [FakeDevice(0, 0, client), FakeDevice(0, 1, client), FakeDevice(1, 0, client)]
+    engines = [local_engine(2), remote_engine(relay_nothing), local_engine(4)]
+    here = 0
+    first = nccl.NcclSender(engines, devices, 7.0)
+    uids = ["group 0", "group 1", "group 2"]
+    assert first.uids == uids and first.links() == [
+        {"uids": uids, "size": 8, "first_rank": rank, "timeout_s": 7.0} for rank in (1, 3, 4)
     ]
-    sender.close()
+    here = 1
+    second = nccl.NcclSender(engines, devices, 7.0, first.uids)
+    first.connect(patient)
+    assert joined == [("group 0", 0, 8, 0), ("group 1", 0, 8, 1)]
+    joined.clear()
+    second.connect(patient)
+    assert joined == [("group 2", 0, 8, 0)]
+    first.close()
+    second.close()
 
 
 # To other hosts

@@ -13,6 +13,7 @@ without JAX, so everything heavy is imported within a function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ def share_engine(
         return VllmEngine(section, folder=folder, mesh=mesh, lora_push=lora_push, crew=crew, **arguments)
 
     def make_member() -> Member:
-        cargos = make_cargos(section, folder.config, lora_push)
-        return Member(channel, section, [cargo for cargo in cargos if cargo is not None], mesh)
+        make_all = functools.partial(make_cargos, section, folder.config, lora_push)
+        return Member(channel, section, make_all, mesh)
 
     return SharedEngine(channel, make, make_member)

@@ -1,6 +1,7 @@
 """What a push carries: the whole model, or once the model that adapters belong to and then the adapters alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -34,16 +35,19 @@ class Cargo:
         return pack_buckets(self.part(params), self.plan, mesh)
 
 
-def make_cargos(section: RolloutSection, config: ModelConfig, push: str) -> tuple[Cargo | None, Cargo]:
+def make_cargos(
+    section: RolloutSection, config: ModelConfig, push: str, num_parts: int = 1
+) -> tuple[Cargo | None, Cargo]:
     """What an engine gets before its first push, if anything, and with each push.
 
-    Args: push: "merged" or "adapter", as `lora.push`; without adapters both carry the model.
+    Args:
+        push: "merged" or "adapter", as `lora.push`; without adapters both carry the model.
+        num_parts: see `weight_sync.num_parts`.
     """
-    bucket_bytes = section.bucket_mb * 2**20
+    plan = functools.partial(make_push_plan, config, section.bucket_mb * 2**20, num_parts=num_parts)
     if push != "adapter" or config.lora is None:
-        return None, Cargo("push", make_push_plan(config, bucket_bytes), lambda params: params)
+        return None, Cargo("push", plan(), lambda params: params)
     lora = config.lora
     about = Adapters(lora.rank, lora.scale * lora.rank, num_adapters(section))
-    plan = lambda specs: make_push_plan(config, bucket_bytes, specs)
     base = Cargo("push_base", plan(tensor_specs(config)), lambda params: split(params)[0])
     return base, Cargo("push_adapter", plan(adapter_specs(config)), lambda params: split(params)[1], about)

@@ -1,8 +1,8 @@
 """The processes of a run at work for its engines.
 
 The first process has the engines: it alone talks to them. The others do what it asks for: they take part in
-packing the weights, which no process holds whole, and where the engines are on the trainer's own devices, each of
-them has a node of Ray for those on its host, and sends them the weights.
+packing the weights, which no process holds whole, and by NCCL they send them together. Where the engines are on
+the trainer's own devices, each process has a node of Ray for those on its host, and sends to them.
 
     first process     `Crew` asks all, `CrewSender` makes a push of it
     the others        `Member` does
@@ -25,7 +25,7 @@ from grpo_jax.rollout.vllm.cargo import Cargo
 from grpo_jax.rollout.vllm.local_ray import RayNode
 from grpo_jax.rollout.vllm.processes import GONE_S, are_gone, end
 from grpo_jax.types import Params
-from grpo_jax.weight_sync import Sender, make_sender
+from grpo_jax.weight_sync import Sender, make_sender, num_parts
 from grpo_jax.weight_sync.wire import CHECK_S, Destination, WeightSyncError
 
 STOP = {"task": "stop"}
@@ -132,20 +132,27 @@ class CrewSender:
         """
         self._crew, self._own, self._engines = crew, own, engines
         self._transport, self._cargo = transport, cargo
+        self._all_send = crew.is_spread or bool(own.uids)
+        self.uids = own.uids
 
     def links(self) -> list[dict[str, Any] | None]:
         """See `Sender.links`."""
-        if not self._crew.is_spread:
+        if not self._all_send:
             return self._own.links()
         engines = [[list(family.items()) for family in of_process] for of_process in self._engines]
         every = self._crew.ask(
-            "open", self._own.links, transport=self._transport, cargo=self._cargo, engines=engines
+            "open",
+            self._own.links,
+            transport=self._transport,
+            cargo=self._cargo,
+            engines=engines,
+            uids=list(self.uids),
         )
         return [link for links in every for link in links]
 
     def connect(self, check: Callable[[], None]) -> None:
         """See `Sender.connect`."""
-        self._own.connect(check)
+        self._each("connect", lambda: self._own.connect(check), check)
 
     def reset(self, check: Callable[[], None]) -> None:
         """See `Sender.reset`."""
@@ -171,10 +178,10 @@ class CrewSender:
         """See `Sender.close`."""
         self._each("close_sender", self._own.close)
 
-    def _each(self, task: str, own: Callable[[], None]) -> None:
-        """Has every process that has a sender do something with it."""
-        if self._crew.is_spread:
-            self._crew.ask(task, own)
+    def _each(self, task: str, own: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
+        """Has every process that has a sender do something with it. Args: check: as `Crew.ask`."""
+        if self._all_send:
+            self._crew.ask(task, own, check)
         else:
             own()
 
@@ -182,10 +189,17 @@ class CrewSender:
 class Member:
     """A process other than the first one: `member(command, params)` does what `Crew.ask` asks for."""
 
-    def __init__(self, channel: Channel, section: RolloutSection, cargos: Sequence[Cargo], mesh: Mesh):
-        """Args: cargos: all that may be pushed."""
+    def __init__(
+        self,
+        channel: Channel,
+        section: RolloutSection,
+        make_cargos: Callable[[int], Sequence[Cargo | None]],
+        mesh: Mesh,
+    ):
+        """Args: make_cargos: (parts of a bucket) -> all that may be pushed."""
         self._channel, self._section, self._mesh = channel, section, mesh
-        self._cargos = {cargo.method: cargo for cargo in cargos}
+        self._make_cargos = make_cargos
+        self._set_cargos(1)
         self._ray: RayNode | None = None
         self._sender: Sender | None = None
         self._processes: dict[int, int] = {}
@@ -226,23 +240,34 @@ class Member:
             self._ray.check(timeout_s)
 
     def open(
-        self, transport: str, cargo: str, engines: Sequence[Sequence[list[list[int]]]]
+        self, transport: str, cargo: str, engines: Sequence[Sequence[list[list[int]]]], uids: Sequence[str]
     ) -> list[dict[str, Any] | None]:
-        """Opens a sender to the engines here. Returns what `Sender.links` does.
+        """Opens a sender to the engines here, or to all engines where all send to them.
 
         Args:
-        transport: as `make_sender`; cargo: its method.
+        transport, uids: as `make_sender`; cargo: its method.
         engines: of each process, for each of its engines, the `processes.family` of that as pairs.
+
+        Returns: what `Sender.links` does, for the engines here.
         """
         self.close_sender()
+        self._set_cargos(num_parts(transport, self._mesh))
         here = engines[self._channel.rank]
         self._processes = {pid: start for family in here for pid, start in family}
-        if not here:
+        count = sum(map(len, engines)) if uids else len(here)
+        if not count:
             return []
-        destinations = [Destination(self._section.tensor_parallel_size)] * len(here)
+        destinations = [Destination(self._section.tensor_parallel_size)] * count
         layout, timeout_s = self._cargos[cargo].plan.layout, self._section.timeout_s
-        self._sender = make_sender(transport, layout, self._mesh, destinations, timeout_s=timeout_s)
-        return self._sender.links()
+        self._sender = make_sender(
+            transport, layout, self._mesh, destinations, timeout_s=timeout_s, uids=uids
+        )
+        return self._sender.links() if here else []
+
+    def connect(self) -> None:
+        """See `Sender.connect`."""
+        if self._sender is not None:
+            self._sender.connect(self._check)
 
     def reset(self) -> None:
         """See `Sender.reset`."""
@@ -251,18 +276,22 @@ class Member:
 
     def send(self, cargo: str) -> None:
         """Packs all buckets, and sends them to the engines here until the first process says `stop`."""
-
-        def check() -> None:  # the first process knows how the engines are, and what time it is
-            if self._channel.is_called:
-                raise WeightSyncError("the first process gave this push up")
-
         packed = (flat for _, flat, _ in self._cargos[cargo].pack(self._params, self._mesh))
         try:
             if self._sender is not None:
-                self._sender.send(packed, check)
+                self._sender.send(packed, self._check)
         finally:
             for _ in packed:
                 pass
+
+    def _check(self) -> None:
+        """The first process knows how the engines are, and what time it is."""
+        if self._channel.is_called:
+            raise WeightSyncError("the first process gave this push up")
+
+    def _set_cargos(self, num_parts: int) -> None:
+        cargos = self._make_cargos(num_parts)
+        self._cargos = {cargo.method: cargo for cargo in cargos if cargo is not None}
 
     def give_up(self) -> None:
         """See `Sender.give_up`."""

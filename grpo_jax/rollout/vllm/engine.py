@@ -25,6 +25,7 @@ from grpo_jax.rollout.vllm.push import WeightPusher
 from grpo_jax.rollout.vllm.replicas import Replicas, call_errors
 from grpo_jax.rollout.vllm.requests import PendingRollouts, make_requests
 from grpo_jax.types import Completion, Params, Prompt, RolloutGroup
+from grpo_jax.weight_sync import num_parts
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class VllmEngine:
         self._is_asleep = False
         self._pending: list[PendingRollouts] = []
         transport, num_replicas = plan_engines(section, mesh)
-        before, cargo = make_cargos(section, folder.config, lora_push)
+        before, cargo = make_cargos(section, folder.config, lora_push, num_parts(transport, mesh))
         rank = cargo.adapters.rank if cargo.adapters is not None else 0
         self._replicas = Replicas(
             section,

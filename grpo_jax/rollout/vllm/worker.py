@@ -9,6 +9,7 @@ backwards reads the parameters out again, and their checksums are compared with 
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,20 +148,26 @@ def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
 
 
 def place_copies(plan: LoadPlan, piece: Piece, shape: tuple[int, ...], itemsize: int) -> list[Copy]:
-    """Returns the copies out of one piece of a bucket. Offsets count from the start of the bucket."""
+    """Returns the copies out of one piece of a bucket. Offsets count from the start of the bucket.
+
+    Raises: WeightSyncError: the piece is not a whole tensor, and vLLM does not load that tensor row by row.
+    """
     start = piece.offset // itemsize
     if piece.num_rows == shape[0]:
         return [dataclasses.replace(copy, offset=start + copy.offset) for copy in plan[piece.name]]
     placed = []
-    width = shape[1]  # only [V, D] tensors are cut
+    width = math.prod(shape[1:])
     for copy in plan[piece.name]:
-        first, count = copy.offset // width, copy.size[0]  # the rows that this copy reads
-        low, high = max(first, piece.first_row), min(first + count, piece.first_row + piece.num_rows)
-        if low < high:
-            offset = start + (low - piece.first_row) * width
-            placed.append(
-                Copy(copy.target[low - first : high - first], offset, (high - low, width), (width, 1))
-            )
+        if width not in copy.stride:
+            raise WeightSyncError(f"the engine does not load tensor {piece.name} by rows: not supported")
+        axis = copy.stride.index(width)
+        row, column = divmod(copy.offset, width)  # where it begins
+        low = max(row, piece.first_row)
+        count = min(row + copy.size[axis], piece.first_row + piece.num_rows) - low
+        if count > 0:
+            offset = start + (low - piece.first_row) * width + column
+            size = (*copy.size[:axis], count, *copy.size[axis + 1 :])
+            placed.append(Copy(copy.target.narrow(axis, low - row, count), offset, size, copy.stride))
     return placed
 
 
