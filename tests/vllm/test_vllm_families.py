@@ -79,23 +79,39 @@ ADAPTED = [
 
 @pytest.mark.parametrize("row", ADAPTED)
 def test_adapters_alone_arrive(row, tmp_path):
-    """Phi-3 has one for several kernels. Sampled text has the probabilities of the merged model."""
+    """Phi-3 has one for several kernels. Sampled text has the probabilities of the merged model.
+
+    vLLM has one slot for two versions: rollouts under way get theirs into it again after the push of the next.
+    """
     kind, fields = kind_and_fields(row, {"head_dim": 32} | helpers.SIZES)
     path = helpers.write_model(tmp_path / "model", kind, fields)
     mesh = helpers.mesh_of()
     inspected, frozen = helpers.load(path, mesh)
     config = with_adapters(inspected.config, LoraSection(rank=4, alpha=8.0))
-    adapters = helpers.perturbed(init_adapters(config, jax.random.key(1), mesh), seed=2)
-    params = join(frozen, adapters)
-    merged = helpers.reference(helpers.save_as_folder(params, config, path, tmp_path / "merged"))
+    begin = init_adapters(config, jax.random.key(1), mesh)
+    policies = [join(frozen, helpers.perturbed(begin, seed)) for seed in (2, 3)]
+    folders = [tmp_path / f"merged-{version}" for version in range(2)]
+    for policy, target in zip(policies, folders, strict=True):
+        helpers.save_as_folder(policy, config, path, target)
     folder = dataclasses.replace(inspected, config=config)
     batch = helpers.prompts(LENGTHS)
-    with contextlib.closing(helpers.engine_for(folder, mesh, lora_push="adapter")) as engine:
-        engine.load_weights(params, version=0)
-        groups = engine.generate(batch, SAMPLED, seed=1)
-    assert helpers.worst_difference(groups, merged, temperature=0.7) < helpers.TOLERANCE
-    without = helpers.worst_difference(groups, helpers.reference(path), temperature=0.7)
-    assert without > 100 * helpers.TOLERANCE  # the adapters do something
+    max_len = min(512, inspected.max_position)
+    sampling = SamplingParams(num_samples=3, temperature=0.7, max_tokens=max_len - max(LENGTHS))
+    made = helpers.engine_for(
+        folder, mesh, lora_push="adapter", max_model_len=max_len, engine_args=("max_loras=1",)
+    )
+    with contextlib.closing(made) as engine:
+        engine.load_weights(policies[0], version=0)
+        wait = engine.submit(batch, sampling, seed=1)
+        helpers.wait_for_tokens(engine, 5)
+        engine.load_weights(policies[1], version=1)
+        batches = [wait(), engine.generate(batch, SAMPLED, seed=1)]
+    for version, (groups, merged) in enumerate(zip(batches, folders, strict=True)):
+        assert {c.policy_version for group in groups for c in group.completions} == {version}
+        assert helpers.worst_difference(groups, helpers.reference(merged), 0.7) < helpers.TOLERANCE
+        # The adapters do something, and each version something else.
+        for other in (path, folders[1 - version]):
+            assert helpers.worst_difference(groups, helpers.reference(other), 0.7) > 100 * helpers.TOLERANCE
 
 
 def test_experts_in_another_layout_are_refused():

@@ -34,6 +34,7 @@ from grpo_jax.weight_sync.wire import (
     Layout,
     Piece,
     WeightSyncError,
+    bucket_size,
     deadline_check,
     piece_checksums,
     wait_for_device,
@@ -90,27 +91,40 @@ def without_adapters(model: Any) -> Iterator[None]:
             parent._modules[name] = child
 
 
-class _CopyRecorder(TorchDispatchMode):
+class CopyRecorder(TorchDispatchMode):
     """Records the copies out of the given tensors instead of making them."""
 
     def __init__(self, sources: dict[str, torch.Tensor]):
         super().__init__()
         self._names = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
+        self._joined: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        """Storage -> (what tensors were joined into, row after row; those tensors)."""
         self.plan: LoadPlan = {name: [] for name in sources}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.copy_.default and args[1].device.type == "meta":
-            target, source = args[0], args[1]
-            name = self._names.get(source.untyped_storage()._cdata)
-            if name is None:
-                raise WeightSyncError("the engine computes with weights while it loads them: not supported")
-            source = source.expand(target.shape)
-            copy = Copy(target, source.storage_offset(), tuple(source.size()), source.stride())
-            self.plan[name].append(copy)
-            return target
-        return func(*args, **(kwargs or {}))
+            for target, source in self._parts(args[0], args[1]):
+                name = self._names.get(source.untyped_storage()._cdata)
+                if name is None:
+                    raise WeightSyncError(
+                        "the engine computes with weights while it loads them: not supported"
+                    )
+                copy = Copy(target, int(source.storage_offset()), tuple(source.size()), source.stride())
+                self.plan[name].append(copy)
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default and args[1:] in ((), (0,)) and result.device.type == "meta":
+            self._joined[result.untyped_storage()._cdata] = result, args[0]
+        return result
+
+    def _parts(self, target: torch.Tensor, source: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns (target, source) of a copy, or of the copies that do the same without joining tensors."""
+        joined, parts = self._joined.get(source.untyped_storage()._cdata, (None, []))
+        if joined is None or joined.shape != source.shape:
+            return [(target, source.expand(target.shape))]
+        return list(zip(target.split([len(part) for part in parts]), parts, strict=True))
 
 
 def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
@@ -128,7 +142,7 @@ def record_load_plan(model: Any, layout: Layout) -> LoadPlan:
             raise WeightSyncError(f"{rule}: rollout.engine_args moe_backend=triton does")
     dtype = getattr(torch, layout.dtype)
     sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in layout.tensors.items()}
-    recorder = _CopyRecorder(sources)
+    recorder = CopyRecorder(sources)
     with torch.no_grad(), recorder:
         model.load_weights(iter(sources.items()))
     for name, copies in recorder.plan.items():
@@ -213,30 +227,35 @@ class PushReceiver(WeightTransferEngine):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Records the load plan and opens the worker's end of the transport, in place of an earlier one."""
         self.shutdown()
-        self._layout = Layout.from_dict(init_info.layout)
-        self._dtype = getattr(torch, self._layout.dtype)
-        self.adapter: dict[str, torch.Tensor] = {}
-        """What has arrived of an adapter, by name."""
-        if init_info.is_adapter:
-            new = lambda shape: torch.zeros(shape, dtype=self._dtype, device=self.device)
-            self.adapter = {name: new(shape) for name, shape in self._layout.tensors.items()}
-            plan = {name: [Copy(x, 0, tuple(x.size()), x.stride())] for name, x in self.adapter.items()}
-        else:
-            with without_adapters(self.model):
-                plan = record_load_plan(self.model, self._layout)
-        self._copies = [
-            [
-                copy
-                for piece in pieces
-                for copy in place_copies(plan, piece, self._layout.tensors[piece.name], self._dtype.itemsize)
-            ]
-            for pieces in self._layout.buckets
-        ]
+        self.layout = Layout.from_dict(init_info.layout)
+        self._dtype = getattr(torch, self.layout.dtype)
+        self.adapter: torch.Tensor | None = None
+        """The buckets of an adapter one after the other, as they have arrived."""
+        self._copies = self._adapter_copies() if init_info.is_adapter else self._model_copies()
         self._weights = torch.from_numpy(WORD_WEIGHTS.view(np.int32)).to(self.device)
         self._is_whole = init_info.is_adapter or self.parallel_config.tensor_parallel_size == 1
         self.checksums: list[list[int]] = []
         receiver = RECEIVERS[init_info.transport]
         self._receiver = receiver(init_info.link, self.parallel_config.rank, self.device)
+
+    def _model_copies(self) -> list[list[Copy]]:
+        """The copies out of each bucket into the model's parameters."""
+        with without_adapters(self.model):
+            plan = record_load_plan(self.model, self.layout)
+        return [
+            [
+                copy
+                for piece in pieces
+                for copy in place_copies(plan, piece, self.layout.tensors[piece.name], self._dtype.itemsize)
+            ]
+            for pieces in self.layout.buckets
+        ]
+
+    def _adapter_copies(self) -> list[list[Copy]]:
+        """One copy out of each bucket, into `adapter`."""
+        sizes = [bucket_size(pieces) // self._dtype.itemsize for pieces in self.layout.buckets]
+        self.adapter = torch.zeros(sum(sizes), dtype=self._dtype, device=self.device)
+        return [[Copy(part, 0, tuple(part.size()), part.stride())] for part in self.adapter.split(sizes)]
 
     def start_weight_update(self) -> None:
         """Nothing to do: parameters are filled in place."""
@@ -257,7 +276,7 @@ class PushReceiver(WeightTransferEngine):
     def _receive(self, check: Callable[[], None]) -> list[list[int]]:
         sums = []
         with torch.no_grad():
-            for number, (bucket, release) in enumerate(self._receiver.buckets(self._layout, check)):
+            for number, (bucket, release) in enumerate(self._receiver.buckets(self.layout, check)):
                 targets, sources = self._pairs(number, bucket)
                 torch._foreach_copy_(targets, sources)
                 if not self._is_whole:
@@ -271,7 +290,7 @@ class PushReceiver(WeightTransferEngine):
         on_host = np.split(together.cpu().numpy(), ends)
         return [
             piece_checksums(blocks, pieces)
-            for blocks, pieces in zip(on_host, self._layout.buckets, strict=True)
+            for blocks, pieces in zip(on_host, self.layout.buckets, strict=True)
         ]
 
     def _pairs(self, number: int, bucket: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -323,37 +342,15 @@ class WorkerExtension:
         Args: number: vLLM's of this one; rank, alpha: of `lora`; num_kept: how many are kept, the last ones.
         Returns: its checksums, as `grpo_jax_checksums`.
         """
-        engine = self.weight_transfer_engine
+        engine, lora_manager = self.weight_transfer_engine, self.model_runner.lora_manager
         engine.receive_weights(UpdateInfo(timeout_s))
-        store = self._grpo_jax_adapters()
-        store[number] = {name: tensor.clone() for name, tensor in engine.adapter.items()}
-        for old in sorted(store)[:-num_kept]:
-            del store[old]
-        self._grpo_jax_scale = (rank, alpha)
-        self.model_runner.lora_manager.add_adapter(adapter_request(number))
+        if not hasattr(self, "_grpo_jax_slots"):
+            from grpo_jax.rollout.vllm.adapter_slots import AdapterSlots
+
+            self._grpo_jax_slots = AdapterSlots(lora_manager, engine.layout, rank, alpha)
+        self._grpo_jax_slots.keep(number, engine.adapter.clone(), num_kept)
+        lora_manager.add_adapter(adapter_request(number))
         return engine.checksums
-
-    def _grpo_jax_adapters(self) -> dict[int, dict[str, torch.Tensor]]:
-        """The adapters by their numbers. vLLM's own way to get one is to read a folder."""
-        if not hasattr(self, "_grpo_jax_store"):
-            self._grpo_jax_store: dict[int, dict[str, torch.Tensor]] = {}
-            self.model_runner.lora_manager._load_adapter = self._grpo_jax_load
-        return self._grpo_jax_store
-
-    def _grpo_jax_load(self, request: Any) -> Any:
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.peft_helper import PEFTHelper
-
-        tensors = self._grpo_jax_store[request.lora_int_id]
-        rank, alpha = self._grpo_jax_scale
-        # Copies: vLLM multiplies the scale into them.
-        return LoRAModel.from_lora_tensors(
-            request.lora_int_id,
-            {name: tensor.clone() for name, tensor in tensors.items()},
-            PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[]),
-            device=self.device,
-            dtype=self.model_runner.lora_config.lora_dtype,
-        )
 
     def grpo_jax_disconnect(self) -> None:
         """Closes the worker's end of the transport of the weights."""
