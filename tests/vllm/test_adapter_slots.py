@@ -68,7 +68,7 @@ def make_lora_manager(num_slots, num_kept):
 
 def make_layout():
     """Two buckets. The fused B comes as three runs of rows, as from a trainer that holds three kernels."""
-    tensors, buckets = {}, []
+    tensors, buckets, sizes = {}, [], []
     for names in (["split.q_proj", "split.k_proj", "split.v_proj"], ["fused.qkv_proj", "out.o_proj"]):
         pieces, offset = [], 0
         for name in names:
@@ -82,7 +82,8 @@ def make_layout():
                     pieces.append(Piece(long, sum(runs[:i]), num_rows, offset, num_bytes))
                     offset += math.ceil(num_bytes / BLOCK_BYTES) * BLOCK_BYTES
         buckets.append(tuple(pieces))
-    return Layout("float32", tensors, tuple(buckets))
+        sizes.append(offset)
+    return Layout("float32", tensors, tuple(buckets), tuple(sizes))
 
 
 def flat_of(tensors, layout):

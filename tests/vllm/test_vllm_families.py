@@ -78,14 +78,16 @@ ADAPTED = [
 
 
 @pytest.mark.parametrize("row", ADAPTED)
-def test_adapters_alone_arrive(row, tmp_path):
+def test_adapters_alone_arrive(row, tmp_path, monkeypatch):
     """Phi-3 has one for several kernels. Sampled text has the probabilities of the merged model.
 
     vLLM has one slot for two versions: rollouts under way get theirs into it again after the push of the next.
+    Two devices and two parts, as `test_pushed_weights_arrive`.
     """
+    monkeypatch.setattr("grpo_jax.rollout.vllm.engine.num_parts", lambda transport, mesh: mesh.size)
     kind, fields = kind_and_fields(row, {"head_dim": 32} | helpers.SIZES)
     path = helpers.write_model(tmp_path / "model", kind, fields)
-    mesh = helpers.mesh_of()
+    mesh = helpers.mesh_of() if helpers.IS_GPU else helpers.mesh_of(fsdp=2)
     inspected, frozen = helpers.load(path, mesh)
     config = with_adapters(inspected.config, LoraSection(rank=4, alpha=8.0))
     begin = init_adapters(config, jax.random.key(1), mesh)

@@ -9,7 +9,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 
 from grpo_jax.rollout.vllm.worker import Copy, CopyRecorder, LoadPlan, place_copies
-from grpo_jax.weight_sync.wire import Layout, WeightSyncError, bucket_size
+from grpo_jax.weight_sync.wire import Layout, WeightSyncError
 
 
 class AdapterSlots:
@@ -85,10 +85,10 @@ class AdapterSlots:
     def _place(self, plan: LoadPlan) -> list[Copy]:
         """Returns the copies out of a version, in which the buckets lie one after the other."""
         placed, start = [], 0
-        for pieces in self._layout.buckets:
+        for pieces, num_bytes in zip(self._layout.buckets, self._layout.sizes, strict=True):
             for piece in pieces:
                 piece = dataclasses.replace(piece, offset=start + piece.offset)
                 shape = self._layout.tensors[piece.name]
                 placed += place_copies(plan, piece, shape, self._dtype.itemsize)
-            start += bucket_size(pieces)
+            start += num_bytes
         return placed

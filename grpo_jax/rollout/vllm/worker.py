@@ -34,7 +34,6 @@ from grpo_jax.weight_sync.wire import (
     Layout,
     Piece,
     WeightSyncError,
-    bucket_size,
     deadline_check,
     piece_checksums,
     wait_for_device,
@@ -253,7 +252,7 @@ class PushReceiver(WeightTransferEngine):
 
     def _adapter_copies(self) -> list[list[Copy]]:
         """One copy out of each bucket, into `adapter`."""
-        sizes = [bucket_size(pieces) // self._dtype.itemsize for pieces in self.layout.buckets]
+        sizes = [num_bytes // self._dtype.itemsize for num_bytes in self.layout.sizes]
         self.adapter = torch.zeros(sum(sizes), dtype=self._dtype, device=self.device)
         return [[Copy(part, 0, tuple(part.size()), part.stride())] for part in self.adapter.split(sizes)]
 
