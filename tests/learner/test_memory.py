@@ -295,7 +295,7 @@ def test_where_no_seconds_are_said_a_line_says_why(capsys):
 
 def test_a_plan_that_does_not_fit_ends_with_code_1_after_all_of_it(capsys):
     with pytest.raises(SystemExit) as end:
-        plan.main([QUICKSTART, "--device=0.1"])
+        plan.main([QUICKSTART, "--device=0.07"])
     out = capsys.readouterr().out
     assert end.value.code == 1
     assert "\nPhase update does not fit. It fits with" in out and "Expected seconds" in out
