@@ -7,6 +7,7 @@ The figures are `learner.memory`'s plan. A `Budget` holds it against a device th
 import dataclasses
 import functools
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +22,14 @@ from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.sharding import num_batch_shards
 from grpo_jax.rollout import memory_savers, push_bytes, sampling_bytes, trainer_share
 from grpo_jax.storage.files import size_text
+from grpo_jax.weight_sync import cuda
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.1
 """How far a plan may be off: a peak above what there is by so much gets a warning, by more it is refused."""
+JAX_SHARE = 0.75
+"""Of a GPU's memory: what JAX takes where nothing else is said."""
 MOST_ADVICE = 3
 """Settings that are named where each of them is enough."""
 LEAST_GAIN = 0.001
@@ -65,7 +69,11 @@ def device_stats() -> dict[str, int]:
 
 def memory_limit() -> int | None:
     """Bytes that a device gives to JAX; None where it does not say so."""
-    return device_stats().get("bytes_limit")
+    limit = device_stats().get("bytes_limit")
+    if limit == 0:  # of CUDA's own allocator, which `rollout.sleep` takes, JAX does not know it
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", JAX_SHARE))
+        limit = int(share * cuda.device_bytes(jax.local_devices()[0].local_hardware_id))
+    return limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,13 @@ def device_uuid(ordinal: int) -> str:
     return bytes(uuid).hex()
 
 
+def device_bytes(ordinal: int) -> int:
+    """All memory of a device."""
+    num_bytes = ctypes.c_size_t()
+    call("cuDeviceTotalMem_v2", ctypes.byref(num_bytes), _device(ordinal))
+    return num_bytes.value
+
+
 def supported_cuda() -> str:
     """The newest CUDA that the driver supports, as "12.8"; "": there is no driver. Touches no device."""
     version = ctypes.c_int()

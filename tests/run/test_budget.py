@@ -13,6 +13,7 @@ from grpo_jax.config import CheckpointSection, ConfigError
 from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.rollout import trainer_share
+from grpo_jax.run import memory
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.memory import Budget, DoesNotFit, asked_bytes
 from grpo_jax.run.metrics import Timers
@@ -241,3 +242,25 @@ def test_the_last_line_of_a_failed_run(tmp_path, capsys):
     assert stop.value.code == 1
     assert last.startswith("error: phase ref: a device's memory is full: JAX asked for 9.7 GB more")
     assert "GB for score: parameters 6.2 GB" in last and last.endswith("; there is no checkpoint yet")
+
+
+# What a device gives to JAX
+
+
+@pytest.mark.parametrize(
+    ("stats", "share", "expected"),
+    [
+        ({"bytes_limit": 5_000}, "0.93", 5_000),
+        ({"bytes_limit": 0}, "0.93", 74_400),  # as CUDA's own allocator has it
+        ({"bytes_limit": 0}, None, 60_000),  # three quarters
+        ({}, "0.93", None),  # a CPU
+    ],
+)
+def test_the_limit_of_an_allocator_that_does_not_know_its_own(monkeypatch, stats, share, expected):
+    monkeypatch.setattr(memory, "device_stats", lambda: stats)
+    monkeypatch.setattr(memory.cuda, "device_bytes", lambda ordinal: 80_000)
+    if share is None:
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    else:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    assert memory.memory_limit() == expected

@@ -1,5 +1,6 @@
 """Pushes that several processes make together: one is a thread here, and what an engine reads is real."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -12,7 +13,7 @@ from weight_sync_helpers import bits, mesh_of, unpack
 
 from grpo_jax.rollout.vllm.cargo import Cargo
 from grpo_jax.rollout.vllm.crew import Crew, CrewSender, Member
-from grpo_jax.weight_sync import make_sender
+from grpo_jax.weight_sync import Destination, make_sender, nccl
 from grpo_jax.weight_sync.buckets import make_push_plan
 from grpo_jax.weight_sync.host import HostReceiver
 from grpo_jax.weight_sync.wire import deadline_check
@@ -56,12 +57,23 @@ def crew(models, rollout_section):
     """(the first process's `CrewSender`, Cargo, parameters, mesh, model). The other process has an engine."""
     model, mesh = models("qwen2-untied"), mesh_of(1, 1, 1)
     cargo = Cargo("push", make_push_plan(model.config, SPLIT), lambda params: params)
+    params = model.params(1, 1, 1)
+    with following(rollout_section(timeout_s=1000.0), cargo, params, mesh) as (channel, tell):
+        own = make_sender("host", cargo.plan.layout, mesh, [], timeout_s=60)
+        sender = CrewSender(Crew(channel, tell, is_spread=True), "host", "push", own, [[], [{}]])
+        sender.links()  # opens the other one's
+        yield sender, cargo, params, mesh, model
+        sender.close()
+
+
+@contextlib.contextmanager
+def following(section, cargo, params, mesh):
+    """(channel of the first process, its `tell`), while a thread is the second one."""
     given, said = queue.Queue(), [queue.Queue(), queue.Queue()]
     first, second = (Channel(rank, given, said) for rank in range(2))
-    params = model.params(1, 1, 1)
 
     def follow():
-        member = Member(second, rollout_section(timeout_s=1000.0), lambda num_parts: [cargo], mesh)
+        member = Member(second, section, lambda num_parts: [cargo], mesh)
         while (command := second.from_first(lambda: None)) != END:
             member(command, params)
         member.close()
@@ -72,11 +84,7 @@ def crew(models, rollout_section):
 
     follower = threading.Thread(target=follow)
     follower.start()
-    own = make_sender("host", cargo.plan.layout, mesh, [], timeout_s=60)
-    sender = CrewSender(Crew(first, tell, is_spread=True), "host", "push", own, [[], [{}]])
-    sender.links()  # opens the other one's
-    yield sender, cargo, params, mesh, model
-    sender.close()
+    yield first, tell
     tell(END)
     follower.join()
 
@@ -91,6 +99,48 @@ def take(receiver, cargo, patient):
         taken.append(np.frombuffer(bits(bucket), np.uint8).copy())
         release()
     return taken
+
+
+class Group:
+    """Stands for a group of NCCL, which needs GPUs: notes how many bytes are broadcast."""
+
+    def __init__(self):
+        self.sent = []
+
+    def broadcast(self, pointer, num_bytes):
+        self.sent.append(num_bytes)
+
+    def synchronize(self, check):
+        check()
+
+    def close(self):
+        pass
+
+
+def test_all_processes_send_by_nccl_in_the_groups_of_the_first(models, rollout_section, monkeypatch, patient):
+    """To an engine of two workers: one group for the one device there is, in which each process sends."""
+    joined = []
+
+    def join(*args):
+        joined.append((*args[:4], Group()))
+        return joined[-1][-1]
+
+    monkeypatch.setattr(nccl, "unique_id", lambda: "an id")
+    monkeypatch.setattr(nccl, "join", join)
+    model, mesh = models("qwen2-untied"), mesh_of(1, 1, 1)
+    cargo = Cargo("push", make_push_plan(model.config, SPLIT), lambda params: params)
+    section = rollout_section(timeout_s=60.0, tensor_parallel_size=2)
+    params = model.params(1, 1, 1)
+    with following(section, cargo, params, mesh) as (channel, tell):
+        own = make_sender("nccl", cargo.plan.layout, mesh, [Destination(2)], timeout_s=60)
+        sender = CrewSender(Crew(channel, tell, is_spread=False), "nccl", "push", own, [[{}], []])
+        assert sender.links() == [{"uids": ["an id"], "size": 3, "first_rank": 1, "timeout_s": 60}]
+        sender.connect(patient)
+        sender.reset(patient)
+        sender.send(packed(cargo, params, mesh), patient)
+        sender.close()
+    assert [entry[:4] for entry in joined] == [("an id", 0, 3, 0)] * 2
+    assert [group.sent for *_, group in joined] == [list(cargo.plan.layout.sizes)] * 2
 
 
 def test_an_engine_that_dies_beside_another_process_is_known_there(crew, patient):
