@@ -52,11 +52,20 @@ def test_a_comparison_that_never_ends_is_a_wrong_answer(monkeypatch):
     assert score("It is $10^{10^{10}}$", "18") == 0.0
 
 
-# Eight seconds on the machine that this was written on: every pair of parentheses is tried in many ways.
-SLOW = r"\boxed{" + "(" * 60 + "x" + ")" * 60 + "}"
+SLOW = r"\boxed{((x))}"
+# Many parentheses are slow to read, but only until the parser has learned them, which an alarm need not interrupt.
 IN_A_HURRY = """
+import time
 from grpo_jax.rewards import math
 math.PARSE_TIMEOUT_S = 1
+parse = math.parse
+
+def slow_with_parentheses(text, **options):
+    if "((" in text:
+        time.sleep(1.2)
+    return parse(text, **options)
+
+math.parse = slow_with_parentheses
 compute_score, explain = math.compute_score, math.explain
 """
 
