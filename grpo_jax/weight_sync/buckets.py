@@ -71,6 +71,8 @@ class PushPlan:
     dtype: np.dtype
     """Of the buckets, and of the engine's weights."""
     layout: Layout
+    num_parts: int = 1
+    """Of each bucket, equal in size and one after the other: each has some of the rows of every tensor."""
     scale: float = 0.0
     """Of the adapters that are merged into the kernels."""
 
@@ -93,17 +95,14 @@ def make_push_plan(
     specs = tensor_specs(config) if specs is None else specs
     shapes = {spec: _shape_of_one(params, spec) for spec in specs}
     dtype = np.dtype(config.dtype)
-    part_bytes = lambda spec, num_rows: _padded_bytes(
-        -(-num_rows // num_parts) * math.prod(shapes[spec][1:]) * dtype.itemsize
-    )
-    size = lambda spec: num_parts * part_bytes(spec, shapes[spec][0])
+    row_bytes = lambda spec: math.prod(shapes[spec][1:]) * dtype.itemsize
+    size = lambda spec: num_parts * _padded_bytes(-(-shapes[spec][0] // num_parts) * row_bytes(spec))
     stacked = [spec for spec in specs if spec.is_stacked]
     single = [spec for spec in specs if not spec.is_stacked and spec.name not in HEAD_TENSORS]
     heads = [spec for spec in specs if spec.name in HEAD_TENSORS]
     programs: list[tuple[BucketProgram, int, int]] = []
     for spec in heads:
-        row_bytes = math.prod(shapes[spec][1:]) * dtype.itemsize
-        programs += _row_programs(spec, shapes[spec][0], row_bytes, bucket_bytes, num_parts)
+        programs += _row_programs(spec, shapes[spec][0], row_bytes(spec), bucket_bytes, num_parts)
     programs += _layer_programs(stacked, size, config.num_layers, bucket_bytes)
     if single:
         programs.append((tuple(RelativePiece(spec, None, None) for spec in single), 0, 0))
@@ -112,8 +111,8 @@ def make_push_plan(
     )
     tensors = {name: tensor_shape(spec, shape) for spec, name, _, shape in each_tensor(config, specs)}
     pieces, sizes = zip(*((bucket.pieces, bucket.num_bytes) for bucket in buckets), strict=True)
-    layout = Layout(str(dtype), tensors, pieces, sizes, num_parts)
-    return PushPlan(buckets, dtype, layout, scale_of(config))
+    layout = Layout(str(dtype), tensors, pieces, sizes)
+    return PushPlan(buckets, dtype, layout, num_parts, scale_of(config))
 
 
 def pack_buckets(params: Params, plan: PushPlan, mesh: Mesh) -> Iterator[tuple[Bucket, jax.Array, jax.Array]]:
@@ -158,9 +157,9 @@ def _sending_mesh(mesh: Mesh) -> Mesh:
 
 def _static(plan: PushPlan, mesh: Mesh) -> dict[str, Any]:
     """Arguments of `_pack_bucket` that belong to the plan."""
-    num_parts = plan.layout.num_parts
-    split = replicated(mesh) if num_parts == 1 else NamedSharding(_sending_mesh(mesh), PartitionSpec("part"))
-    return dict(dtype=plan.dtype, scale=plan.scale, num_parts=num_parts, split=split, whole=replicated(mesh))
+    whole = replicated(mesh)
+    split = whole if plan.num_parts == 1 else NamedSharding(_sending_mesh(mesh), PartitionSpec("part"))
+    return dict(dtype=plan.dtype, scale=plan.scale, num_parts=plan.num_parts, split=split, whole=whole)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "dtype", "scale", "num_parts", "split", "whole"))

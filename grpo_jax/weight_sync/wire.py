@@ -85,9 +85,6 @@ class Layout:
     buckets: tuple[tuple[Piece, ...], ...]
     sizes: tuple[int, ...]
     """Bytes of each bucket, whole blocks."""
-    num_parts: int = 1
-    """Each bucket is as many parts of equal size, one after the other, and each of them may come from another
-    device: every one has some of the rows of every tensor."""
 
     @property
     def bucket_bytes(self) -> int:
@@ -98,13 +95,13 @@ class Layout:
         """As JSON and msgpack can carry it."""
         buckets = [[list(dataclasses.astuple(piece)) for piece in pieces] for pieces in self.buckets]
         tensors = [[name, list(shape)] for name, shape in self.tensors.items()]
-        return dataclasses.asdict(self) | {"tensors": tensors, "buckets": buckets}
+        return {"dtype": self.dtype, "tensors": tensors, "buckets": buckets, "sizes": list(self.sizes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Layout":
         tensors = {name: tuple(shape) for name, shape in values["tensors"]}
         buckets = tuple(tuple(Piece(*piece) for piece in pieces) for pieces in values["buckets"])
-        return cls(values["dtype"], tensors, buckets, tuple(values["sizes"]), values["num_parts"])
+        return cls(values["dtype"], tensors, buckets, tuple(values["sizes"]))
 
 
 def piece_checksums(blocks: np.ndarray, pieces: Sequence[Piece]) -> list[int]:

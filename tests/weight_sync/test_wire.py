@@ -145,7 +145,6 @@ LAYOUT = Layout(
     {"a": (1250, 2), "b": (2048,), "c": (5, 8)},
     (PIECES, (Piece("c", 0, 3, 0, 48),), (Piece("c", 5, 1, 0, BLOCK_BYTES + 1),)),
     (4 * 4096, 4096, 2 * 4096),
-    num_parts=2,
 )
 
 
