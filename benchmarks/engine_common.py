@@ -12,6 +12,12 @@ SHAPES: dict[str, dict[str, Any]] = {
                          num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936),
     "qwen2.5-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                        num_key_value_heads=4, tie_word_embeddings=False, vocab_size=152064),
+    "qwen3-30b-a3b-4-layers": dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144,
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        tie_word_embeddings=False, vocab_size=151936, decoder_sparse_step=1, mlp_only_layers=[],
+    ),
 }  # fmt: skip
 
 

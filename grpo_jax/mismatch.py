@@ -51,7 +51,7 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
     from grpo_jax.rollout import EngineError, check_engine, with_float32_head
     from grpo_jax.run.devices import open_devices
     from grpo_jax.run.hangs import watched
-    from grpo_jax.run.inputs import read_inputs, with_kernel
+    from grpo_jax.run.inputs import read_inputs, with_kernels
     from grpo_jax.run.metrics import Timers
     from grpo_jax.run.mismatch import check_model, compare
     from grpo_jax.run.workdir import Workdir, start_logging
@@ -68,7 +68,7 @@ def _run(config: Config, path: Path, args: Any) -> Comparison:
         assert inputs.model is not None  # it would be a random one
         with timers.within("open_devices"):
             mesh = open_devices(config, inputs.model_config, engine=config.rollout)
-        folder, prompts = with_kernel(inputs.model, config, mesh), inputs.train_prompts[: args.num]
+        folder, prompts = with_kernels(inputs.model, config, mesh), inputs.train_prompts[: args.num]
         folder = dataclasses.replace(folder, config=with_adapters(folder.config, config.lora))
         try:
             with timers.within("compare"):

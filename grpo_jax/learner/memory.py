@@ -22,6 +22,7 @@ from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.forward import token_scores
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.experts import num_slots
 from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.logprobs import num_words
 from grpo_jax.model.lora import join, num_trained, split
@@ -139,12 +140,26 @@ def _largest_at_once(
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
     gradient = 0 if model.lora else words * model.hidden_size * 4
+    experts = experts_bytes(model, mesh, rows * length)
     in_update = {
-        "a layer computed again": once,
+        "a layer computed again": once + experts,
         "logits, the head and its gradient": head + logits + logits // 2 + gradient,
     }
-    in_score = {"a layer": once, "logits and the head": head + max(head, logits)}
+    in_score = {"a layer": once + experts, "logits and the head": head + max(head, logits)}
     return _largest(in_update), _largest(in_score)
+
+
+def experts_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh, num_tokens: int) -> int:
+    """Of what grouped experts compute of the tokens of a device: their inputs and outputs, two of their width."""
+    if model.experts != "grouped":
+        return 0
+    width = model.hidden_size + model.intermediate_size // mesh.shape["tensor"]
+    return (
+        num_slots(num_tokens * model.experts_per_token, model.num_experts)
+        * 2
+        * width
+        * jnp.dtype(model.dtype).itemsize
+    )
 
 
 def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -> int:

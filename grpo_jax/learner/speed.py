@@ -14,7 +14,7 @@ from grpo_jax.learner.memory import held_bytes, held_in_all, kept_for_backward
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import head_weights, layer_weights
+from grpo_jax.model.counts import computed_weights, head_weights
 from grpo_jax.model.fused_attention import max_sequences
 from grpo_jax.model.lora import num_trained
 from grpo_jax.model.transformer import num_params
@@ -96,7 +96,7 @@ def find_shapes(config: Config, shards: int, work: Workload) -> Shapes:
 
 def score_seconds(model: ModelConfig, card: Card, shapes: Shapes, split: dict[str, int]) -> float:
     """Of one mini-batch's log-probabilities."""
-    weights = layer_weights(model) + head_weights(model)
+    weights = computed_weights(model) + head_weights(model)
     attention = attention_flops(model, shapes)
     logits = SCORE_PASSES * 4 * model.vocab_size * shapes.tokens
     kept = KEPT_SCORE_PASSES * shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -114,7 +114,7 @@ def update_seconds(
 ) -> float:
     """Of one update: the gradients of all micro-batches, and the optimizer."""
     again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[model.remat]
-    layers, head = layer_weights(model), head_weights(model)
+    layers, head = computed_weights(model), head_weights(model)
     # Forward, backward for the activations, and for what is trained; adapters' products are too few to count.
     passes_of_weights = 4 if model.lora else 6
     # The head's backward pass computes the logits again.
@@ -146,6 +146,8 @@ def forward_bytes(model: ModelConfig, shapes: Shapes) -> float:
     heads = model.num_heads * model.head_dim
     projected = heads + 2 * model.num_kv_heads * model.head_dim
     hidden = model.intermediate_size * max(1, model.num_experts)
+    if model.experts == "grouped":  # a token's copies go to their experts and come back
+        hidden = model.experts_per_token * (model.intermediate_size + model.hidden_size)
     numbers = 9 * model.hidden_size + 3 * projected + heads + 3 * hidden
     scores = 0
     if model.attention == "plain":

@@ -94,6 +94,8 @@ class ModelConfig:
     scan_layers: bool = True
     attention: str | Callable[..., Any] = "plain"
     """Kernel for whole rows: as `fused_attention.choose_kernel` returns it, or a function like those kernels."""
+    experts: str | Callable[..., Any] = "dense"
+    """How experts are computed: as `experts.choose_experts` returns it, or a `GroupedProduct`."""
     lora: Lora | None = None
     """None: every parameter is trained."""
 

@@ -21,6 +21,11 @@ def _layer_weights(model: ModelConfig, experts: int) -> int:
     return model.num_layers * model.hidden_size * (2 * heads + 2 * kv_heads + mlps + model.num_experts)
 
 
+def computed_weights(model: ModelConfig) -> int:
+    """Those of them that the trainer multiplies by: with `dense` experts, all. Not what fills blocks."""
+    return active_weights(model) if model.experts == "grouped" else layer_weights(model)
+
+
 def head_weights(model: ModelConfig) -> int:
     """Numbers in the output head."""
     return model.vocab_size * model.hidden_size

@@ -21,6 +21,7 @@ from grpo_jax.data.prompts import encode_prompts, fingerprint, load_tokenizer, s
 from grpo_jax.data.schema import check_rows, read_rows
 from grpo_jax.model import random_model
 from grpo_jax.model.config import RANDOM_MAX_POSITION, ModelConfig, parse_hf_config, random_model_config
+from grpo_jax.model.experts import choose_experts
 from grpo_jax.model.fused_attention import DeviceKind, choose_kernel, local_device_kind, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder, inspect_folder, param_readers, read_json
 from grpo_jax.model.lora import init_adapters, join
@@ -58,7 +59,7 @@ class Inputs:
 
 
 def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelConfig:
-    """The model of the run from its config.json alone, with the attention kernel that a device would take.
+    """The model of the run from its config.json alone, with the kernels that a device would take.
 
     Args:   kind: of a device that need not be here; None: the devices at hand.
     Raises: ConfigError: model.path holds no config.json that is understood, sequences are longer than the model
@@ -72,12 +73,13 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         model = parse_hf_config(content, config.model)
         limit = max_position(content)
     _check_lengths(config, limit, model.can_extrapolate)
-    kernel = _kernel(config, model, kind or local_device_kind())
-    return with_adapters(dataclasses.replace(model, attention=kernel), config.lora)
+    kernels = _kernels(config, model, kind or local_device_kind())
+    return with_adapters(dataclasses.replace(model, **kernels), config.lora)
 
 
-def _kernel(config: Config, model: ModelConfig, kind: DeviceKind) -> str:
-    return choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
+def _kernels(config: Config, model: ModelConfig, kind: DeviceKind) -> dict[str, Any]:
+    attention = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
+    return dict(attention=attention, experts=choose_experts(config.model.experts, model, kind))
 
 
 def check_workdir(config: Config, workdir: Workdir) -> None:
@@ -170,7 +172,7 @@ def _make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh, ho
     ):
         arithmetic.write_splits(workdir.data, inputs.generated)
     if workdir.sft_model.exists() and config.sft.num_steps:
-        return with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
+        return with_kernels(inspect_folder(workdir.sft_model, config.model), config, mesh)
     folder = inputs.model
     if folder is None:
         random_model.make_random_model(
@@ -178,11 +180,11 @@ def _make_model(config: Config, inputs: Inputs, workdir: Workdir, mesh: Mesh, ho
         )
         hosts.wait_for_all()  # the first one writes it
         folder = inspect_folder(workdir.random_model, config.model)
-    folder = with_kernel(folder, config, mesh)
+    folder = with_kernels(folder, config, mesh)
     if config.sft.num_steps:
         warm_start(config, folder, inputs.tokenizer, inputs.sft_examples, mesh, target=workdir.sft_model)
         hosts.wait_for_all()
-        folder = with_kernel(inspect_folder(workdir.sft_model, config.model), config, mesh)
+        folder = with_kernels(inspect_folder(workdir.sft_model, config.model), config, mesh)
     return folder
 
 
@@ -211,9 +213,9 @@ def check_weights(params: Params, path: Path) -> None:
             )
 
 
-def with_kernel(folder: ModelFolder, config: Config, mesh: Mesh) -> ModelFolder:
-    """The model with the attention kernel that the devices of the mesh have."""
-    return folder.with_config(attention=_kernel(config, folder.config, mesh_device_kind(mesh)))
+def with_kernels(folder: ModelFolder, config: Config, mesh: Mesh) -> ModelFolder:
+    """The model with the kernels that the devices of the mesh have."""
+    return folder.with_config(**_kernels(config, folder.config, mesh_device_kind(mesh)))
 
 
 def load_model_tokenizer(folder: ModelFolder) -> Any:

@@ -22,6 +22,7 @@ from grpo_jax.learner.forward import ForwardStep, Inputs, make_forward_step, sco
 from grpo_jax.learner.optimizer import read_leaf
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.experts import choose_experts
 from grpo_jax.model.fused_attention import choose_kernel, mesh_device_kind
 from grpo_jax.model.hf import ModelFolder
 from grpo_jax.model.logprobs import capped
@@ -183,8 +184,12 @@ def trainer_programs(config: Config, model: ModelConfig, mesh: Mesh) -> list[Pro
         except ConfigError:  # the devices do not compute in it
             continue
         other = dataclasses.replace(model, dtype=jnp.dtype(dtype), attention=kernel)
+        other = dataclasses.replace(other, experts=choose_experts(config.model.experts, other, kind))
         programs.append(Program(dtype, other if kernel != "plain" else _plain(other)))
-    return [*programs, Program(TRUTH, dataclasses.replace(plain, dtype=jnp.dtype(jnp.float32)))]
+    return [
+        *programs,
+        Program(TRUTH, dataclasses.replace(plain, dtype=jnp.dtype(jnp.float32), experts="dense")),
+    ]
 
 
 def _plain(model: ModelConfig) -> ModelConfig:
