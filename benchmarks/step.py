@@ -109,6 +109,7 @@ class Run:
 
 def main() -> None:
     args, overrides = parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no trainer is left behind
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}; vLLM {common.version('vllm')}, Ray {common.version('ray')}")
     with contextlib.ExitStack() as stack:

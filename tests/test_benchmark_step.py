@@ -46,6 +46,31 @@ def test_a_tiny_workload(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_ended_from_outside_it_ends_its_trainer(tmp_path):
+    """`timeout` sends it SIGTERM. A trainer that stayed would hold the GPU of what is measured next."""
+    command = [
+        sys.executable, BENCHMARKS / "step.py", "--shape=tiny", "--engine=local", "--prompts=2", "--samples=2",
+        "--prompt_tokens=48", "--new=4", "--steps=100", f"--folder={tmp_path}",
+    ]  # fmt: skip
+    log = tmp_path / "grpo_jax.log"
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+        deadline = time.time() + 120
+        while not (log.exists() and "prompts" in log.read_text()) and time.time() < deadline:
+            time.sleep(0.1)
+        trainers = of_session_leaders(process.pid)
+        assert len(trainers) == 1
+        process.terminate()
+        assert process.wait(120) == 128 + 15
+    assert not Path(f"/proc/{trainers[0]}").exists()
+
+
+def of_session_leaders(parent):
+    """Children of a process that lead a session of their own."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if os.getsid(int(child)) == int(child)]
+
+
 def test_idle_share_and_peak_over_two_gpus(monkeypatch):
     nvml = types.SimpleNamespace(
         NVMLError=RuntimeError,

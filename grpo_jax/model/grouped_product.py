@@ -21,7 +21,7 @@ class Tiles:
 
     rows: int = 128
     """Those of a block."""
-    outputs: int = 128
+    outputs: int = 256
     depth: int = 64
     """Of the sum that is added up at a time."""
     warps: int = 8
