@@ -91,7 +91,7 @@ class ModelSection:
     scan_layers: bool = key(True, "True: one compiled layer, quick to compile; False: unrolled, which can run faster")
     allow_beyond_max_position: bool = key(False, "True: sequences may exceed `max_position_embeddings`, as RoPE can extrapolate", resume=FREE)
     attention: str = key("auto", "the trainer's attention kernel; `auto`: what the devices have", choices="auto cudnn splash plain")
-    experts: str = key("auto", "how a mixture of experts is computed: `grouped`, each expert the tokens that chose it; `dense`, every one all of them; `auto`: grouped where the devices have it", choices="auto grouped dense")
+    experts: str = key("auto", "experts compute the tokens that chose them, or all; `auto`: grouped on NVIDIA GPUs", choices="auto grouped dense")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,16 +150,12 @@ def _largest_at_once(
 
 
 def experts_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh, num_tokens: int) -> int:
-    """Of what grouped experts compute of the tokens of a device: their inputs and outputs, two of their width."""
+    """Of what grouped experts compute of a device's tokens: three times rows as wide as model and expert."""
     if model.experts != "grouped":
         return 0
     width = model.hidden_size + model.intermediate_size // mesh.shape["tensor"]
-    return (
-        num_slots(num_tokens * model.experts_per_token, model.num_experts)
-        * 2
-        * width
-        * jnp.dtype(model.dtype).itemsize
-    )
+    slots = num_slots(num_tokens * model.experts_per_token, model.num_experts)
+    return slots * 3 * width * jnp.dtype(model.dtype).itemsize
 
 
 def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -> int:

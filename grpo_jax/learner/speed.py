@@ -14,7 +14,7 @@ from grpo_jax.learner.memory import held_bytes, held_in_all, kept_for_backward
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import computed_weights, head_weights
+from grpo_jax.model.counts import dense_weights, grouped_weights, head_weights
 from grpo_jax.model.fused_attention import max_sequences
 from grpo_jax.model.lora import num_trained
 from grpo_jax.model.transformer import num_params
@@ -29,6 +29,9 @@ SCORE_PASSES, UPDATE_PASSES = 3, 8
 KEPT_PASSES, KEPT_SCORE_PASSES = 3, 2
 """The same for what is kept for the backward pass: into its stack and out of it; into it only, where the same
 program scores."""
+GROUPED_RATE = 0.35
+"""Of grouped experts' products, what fills blocks and the ways there and back included, in multiples of the rate
+of plain ones: 16,384 tokens of Qwen3-30B-A3B's layer on an H200 (benchmarks/experts.py, 2026-11-28)."""
 PLAIN_PASSES = 4
 """The same for the float32 scores of attention by plain products, in the forward pass."""
 LAUNCHES_AHEAD, LAUNCHES_A_LAYER = 1024, 12
@@ -96,7 +99,7 @@ def find_shapes(config: Config, shards: int, work: Workload) -> Shapes:
 
 def score_seconds(model: ModelConfig, card: Card, shapes: Shapes, split: dict[str, int]) -> float:
     """Of one mini-batch's log-probabilities."""
-    weights = computed_weights(model) + head_weights(model)
+    weights = dense_weights(model) + grouped_weights(model) / GROUPED_RATE + head_weights(model)
     attention = attention_flops(model, shapes)
     logits = SCORE_PASSES * 4 * model.vocab_size * shapes.tokens
     kept = KEPT_SCORE_PASSES * shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -114,11 +117,12 @@ def update_seconds(
 ) -> float:
     """Of one update: the gradients of all micro-batches, and the optimizer."""
     again = {"none": 0, "dots": 0, "attention": 1, "full": 1}[model.remat]
-    layers, head = computed_weights(model), head_weights(model)
+    layers, head = dense_weights(model), head_weights(model)
     # Forward, backward for the activations, and for what is trained; adapters' products are too few to count.
     passes_of_weights = 4 if model.lora else 6
     # The head's backward pass computes the logits again.
     products = (passes_of_weights + 2 * again) * layers + (passes_of_weights + 2) * head
+    grouped = (passes_of_weights + 2) * grouped_weights(model) / GROUPED_RATE  # nothing of them is kept
     attention = attention_flops(model, shapes) * (1 + BACKWARD_ATTENTION + (model.remat == "full"))
     passes = 3 + (model.remat != "none")  # forward, backward as two, and what is computed again
     kept = shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -129,7 +133,7 @@ def update_seconds(
         + shapes.num_micro * gradient_bytes(config, model, again)
     )
     return (
-        _product_seconds(card, products * shapes.tokens, attention)
+        _product_seconds(card, (products + grouped) * shapes.tokens, attention)
         + moved / card.copying
         + shapes.num_micro * exchanged_bytes(model, split) / card.link
         + optimizer_seconds(config, model, card, split)
@@ -146,8 +150,8 @@ def forward_bytes(model: ModelConfig, shapes: Shapes) -> float:
     heads = model.num_heads * model.head_dim
     projected = heads + 2 * model.num_kv_heads * model.head_dim
     hidden = model.intermediate_size * max(1, model.num_experts)
-    if model.experts == "grouped":  # a token's copies go to their experts and come back
-        hidden = model.experts_per_token * (model.intermediate_size + model.hidden_size)
+    if model.experts == "grouped":
+        hidden = 0  # GROUPED_RATE has it
     numbers = 9 * model.hidden_size + 3 * projected + heads + 3 * hidden
     scores = 0
     if model.attention == "plain":

@@ -21,9 +21,17 @@ def _layer_weights(model: ModelConfig, experts: int) -> int:
     return model.num_layers * model.hidden_size * (2 * heads + 2 * kv_heads + mlps + model.num_experts)
 
 
-def computed_weights(model: ModelConfig) -> int:
-    """Those of them that the trainer multiplies by: with `dense` experts, all. Not what fills blocks."""
-    return active_weights(model) if model.experts == "grouped" else layer_weights(model)
+def grouped_weights(model: ModelConfig) -> int:
+    """Those of them that `grouped_product` multiplies a token by, of its experts. 0 where there are none."""
+    if model.experts != "grouped":
+        return 0
+    return model.num_layers * model.experts_per_token * 3 * model.hidden_size * model.intermediate_size
+
+
+def dense_weights(model: ModelConfig) -> int:
+    """Those that every token is multiplied by in plain products, with `dense` experts all of theirs too."""
+    of_all = active_weights if model.experts == "grouped" else layer_weights
+    return of_all(model) - grouped_weights(model)
 
 
 def head_weights(model: ModelConfig) -> int:

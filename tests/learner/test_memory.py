@@ -13,6 +13,7 @@ from grpo_jax.config import ConfigError, load_config, parse_config
 from grpo_jax.learner.memory import (
     abstract_mesh,
     drawable_bytes,
+    experts_bytes,
     kept_for_backward,
     largest_micro_batch,
     plan_memory,
@@ -84,13 +85,22 @@ def test_windows_change_nothing_of_what_a_kernel_keeps():
     assert kept_for_backward(windowed, 3, 128) == pytest.approx(kept_for_backward(model, 3, 128), rel=0.01)
 
 
+@pytest.mark.parametrize("experts", ["dense", "grouped"])
 @pytest.mark.parametrize("remat", ["none", "dots", "attention"])
-def test_nothing_is_kept_of_what_experts_compute(remat):
+def test_nothing_is_kept_of_what_experts_compute(remat, experts):
     """Of each expert more, its scores and shares for 3 x 128 tokens: less than one of the MLP's F numbers each."""
-    model = dataclasses.replace(MODEL, remat=remat, experts_per_token=2)
+    model = dataclasses.replace(MODEL, remat=remat, experts_per_token=2, experts=experts)
     of = lambda n: kept_for_backward(dataclasses.replace(model, num_experts=n), 3, 128)
     assert 0 <= of(12) - of(6) < 6 * MODEL.num_layers * 3 * 128 * 8 * 4
     assert MODEL.intermediate_size * 2 > 8 * 4
+
+
+def test_what_grouped_experts_take():
+    """256 tokens, each to 3 of 5 experts: 768 rows in blocks of 128, and a block that may not be full for each."""
+    model = dataclasses.replace(MODEL, num_experts=5, experts_per_token=3, experts="grouped")
+    mesh = abstract_mesh(1, 1, 2)
+    assert experts_bytes(model, mesh, 256) == (768 + 5 * 128) * 3 * (D + MODEL.intermediate_size // 2) * 2
+    assert experts_bytes(dataclasses.replace(model, experts="dense"), mesh, 256) == 0
 
 
 def test_without_fused_attention_the_scores_are_kept():

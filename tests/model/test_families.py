@@ -18,6 +18,7 @@ from grpo_jax.learner.forward import token_scores
 from grpo_jax.model.attention import attend, causal_segment_mask, within_window
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.counts import active_weights
+from grpo_jax.model.grouped_product import TILES, grouped_product
 from grpo_jax.model.hf import save_folder
 from grpo_jax.model.logprobs import capped
 from grpo_jax.model.rope import max_position
@@ -102,6 +103,16 @@ def test_kernels_are_told_the_window_of_each_layer(model):
     plain = run(model, (1, 1, 1), *arrays)
     with_kernel = dataclasses.replace(model, folder=model.folder.with_config(attention=plain_kernel))
     np.testing.assert_allclose(run(with_kernel, (2, 2, 2), *arrays), plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["qwen3-moe", "qwen3-moe-shares"], indirect=True)
+def test_grouped_experts_equal_dense_ones(model):
+    """On eight devices, in the interpreter of the kernel, each with half of every expert's width."""
+    arrays = [np.repeat(x, 4, axis=0) for x in packed_row()]
+    every = run(model, (1, 1, 1), *arrays)
+    product = lambda *inputs: grouped_product(*inputs, TILES, True)
+    grouped = dataclasses.replace(model, folder=model.folder.with_config(experts=product))
+    np.testing.assert_allclose(run(grouped, (2, 2, 2), *arrays), every, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

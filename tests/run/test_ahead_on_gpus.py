@@ -8,7 +8,7 @@ from test_ahead import CHANGES, MODEL, gradient_bytes, gsm8k
 
 from grpo_jax.config import ConfigError
 from grpo_jax.learner.memory import abstract_mesh
-from grpo_jax.model.counts import head_weights, layer_weights
+from grpo_jax.model.counts import dense_weights, head_weights, layer_weights
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.run.ahead import compile_run
 from grpo_jax.run.memory import plan_run
@@ -33,6 +33,21 @@ def test_two_hosts_of_eight():
     sums = gradient_bytes(MODEL, make_mesh(config.mesh, describe("h100", 16).devices))
     assert sums <= programs["sum of gradients"].traffic["all-reduce"].num_bytes < sums + 4096
     assert programs["gradients"].traffic["all-reduce"].num_bytes < 0.1 * sums
+
+
+def test_grouped_experts():
+    """The kernel in the programs of a run. XLA's count of FLOPs does not look into it."""
+    model = dataclasses.replace(
+        CUDNN, hidden_size=1024, intermediate_size=512, num_experts=32, experts_per_token=4, experts="grouped"
+    )
+    config = gsm8k(**CHANGES | {"mesh.fsdp": 1, "actor.micro_batch_size_per_device": 8})
+    found = compile_run(config, model, describe("h100", 1).devices)
+    plan = plan_run(config, model, abstract_mesh(1, 1, 1))
+    for phase in ("score", "update"):
+        assert found.phases[phase] == pytest.approx(plan.need(phase), rel=0.1)
+    (score,) = (program.facts for program in found.programs if program.name == "score")
+    plain = 2 * 8 * 1024 * (dense_weights(model) + head_weights(model))
+    assert score.flops == pytest.approx(plain, rel=0.01)
 
 
 def test_what_a_described_gpu_lacks():

@@ -12,7 +12,14 @@ from grpo_jax.learner.memory import abstract_mesh
 from grpo_jax.learner.speed import find_shapes, optimizer_seconds, score_seconds, update_seconds
 from grpo_jax.model.cards import CARDS, find_card
 from grpo_jax.model.config import parse_hf_config
-from grpo_jax.model.counts import active_weights, cache_bytes, head_weights, layer_weights
+from grpo_jax.model.counts import (
+    active_weights,
+    cache_bytes,
+    dense_weights,
+    grouped_weights,
+    head_weights,
+    layer_weights,
+)
 from grpo_jax.model.transformer import num_params
 from grpo_jax.rollout.vllm.speed import decode_seconds, gen_seconds
 from grpo_jax.run.speed import Speed, steady
@@ -112,6 +119,10 @@ def test_the_counts_of_experts():
     attention = 16 * (2 * 4 * 4 + 2 * 2 * 4)
     assert layer_weights(model) == 3 * (attention + 6 * 3 * 16 * 24 + 16 * 6)
     assert active_weights(model) == 3 * (attention + 2 * 3 * 16 * 24 + 16 * 6)
+    assert (dense_weights(model), grouped_weights(model)) == (layer_weights(model), 0)
+    grouped = dataclasses.replace(model, experts="grouped")
+    assert grouped_weights(grouped) == 3 * 2 * 3 * 16 * 24
+    assert dense_weights(grouped) == 3 * (attention + 16 * 6)
     assert active_weights(tiny_config()) == layer_weights(tiny_config()) == 3 * (attention + 3 * 16 * 24)
 
 

@@ -62,7 +62,7 @@ def test_pushed_weights_arrive(folder, tmp_path, monkeypatch):
         for version, weights in enumerate((params, moved)):
             engine.load_weights(weights, version=version)
             groups = engine.generate(batch, GREEDY, seed=0)
-            assert [group.completions[0].token_ids for group in groups] == expected[version]
+            helpers.check_greedy(groups, models[version], expected[version])
         groups = engine.generate(batch, SAMPLED, seed=1)
     finally:
         engine.close()
@@ -77,6 +77,7 @@ ADAPTED = [
 ]
 
 
+@pytest.mark.skipif(helpers.IS_GPU, reason="vLLM's kernels for adapters do not compute in float32 on GPUs")
 @pytest.mark.parametrize("row", ADAPTED)
 def test_adapters_alone_arrive(row, tmp_path, monkeypatch):
     """Phi-3 has one for several kernels. Sampled text has the probabilities of the merged model.

@@ -188,6 +188,24 @@ def reference_greedy(model, prompt, max_tokens, stop=STOP):
     return tuple(ids[len(prompt) :])
 
 
+def check_greedy(groups, model, expected):
+    """That the only completion of each group is greedy: on a CPU, equal to `expected`, by `reference_greedy`.
+
+    On a GPU rounding decides between tokens that are all but equal: each is as likely as the likeliest.
+    """
+    found = [group.completions[0].token_ids for group in groups]
+    if not IS_GPU:
+        assert found == expected
+        return
+    for group, tokens, likeliest in zip(groups, found, expected, strict=True):
+        prompt = group.prompt.token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert float((logits.max(dim=-1).values - chosen).max()) < TOLERANCE
+        assert len(tokens) == len(likeliest) or STOP in (tokens[-1], likeliest[-1])
+
+
 def worst_difference(groups, model, temperature=1.0):
     """Largest |log p_engine - log p_transformers| over all completion tokens."""
     return max(
