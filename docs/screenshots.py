@@ -76,7 +76,8 @@ def main() -> None:
     from selenium.webdriver.common.by import By
 
     workdir = Path(sys.argv[1])
-    step = sorted((workdir / "report").glob("step-*.html"))[0]
+    steps = sorted((workdir / "report").glob("step-*.html"))
+    step = steps[len(steps) // 3]
     with browser(height=1180) as driver:
         open_page(driver, workdir / "report.html")
         point_at(driver, driver.find_elements(By.CSS_SELECTOR, ".u-over")[0])
@@ -88,10 +89,9 @@ def main() -> None:
         driver.save_screenshot(str(IMAGES / "run_page_dark.png"))
         prefer(driver, "light")
         open_page(driver, step)
-        choose(driver, "quantity", "ratio, and clipped")
-        choose(driver, "sort", "most clipped tokens")
-        clipped = driver.find_elements(By.CSS_SELECTOR, ".token[style*=border-bottom]")
-        point_at(driver, (clipped or driver.find_elements(By.CSS_SELECTOR, ".token"))[0])
+        choose(driver, "quantity", "sampler's log-probability")
+        choose(driver, "show", "some right, some wrong")
+        point_at(driver, driver.find_elements(By.CSS_SELECTOR, ".token")[0])
         driver.save_screenshot(str(IMAGES / "step_page.png"))
 
 

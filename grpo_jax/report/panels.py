@@ -68,7 +68,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     ),
     "Time and memory": (
         Chart("Throughput", "tokens a second and device", ("perf/throughput",)),
-        Chart("Memory", "10⁹ bytes of the first device, beside what was planned",
+        Chart("Memory", "10⁹ bytes of the first device, beside what was planned; on a CPU, of the whole process",
               ("perf/max_memory_allocated_gb", "perf/memory_planned_gb")),
         Chart("FLOPs of the updates", "share of the device's peak", ("perf/mfu/actor",)),
     ),
