@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--per_token", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ways", default="dense,lax,tokamax", help="of dense, lax, tokamax, triton, mosaic")
+    parser.add_argument("--ways", default="dense,grouped,lax,tokamax", help="also triton, mosaic: tokamax's")
     args = parser.parse_args()
     common.print_environment()
     products = 2 * 4 * 3 * args.tokens * args.per_token * args.hidden * args.width  # forward, again, two back

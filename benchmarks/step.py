@@ -109,7 +109,7 @@ class Run:
 
 def main() -> None:
     args, overrides = parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no trainer is left behind
+    signal.signal(signal.SIGTERM, end)
     common.print_environment()
     print(f"gpu       {engine_common.gpu_name()}; vLLM {common.version('vllm')}, Ray {common.version('ray')}")
     with contextlib.ExitStack() as stack:
@@ -185,6 +185,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--peer={unknown[0]}: must be one of {', '.join(PEERS)}")
     args.peer_micro_batch = min(args.peer_micro_batch, args.prompts * args.samples)
     return args, overrides
+
+
+def end(number: int, _: Any) -> None:
+    """Ends this command and the trainer that it has started, however often it is asked to."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def measure_matmul() -> dict[str, Any]:

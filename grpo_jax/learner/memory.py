@@ -22,6 +22,7 @@ from grpo_jax.learner import optimizer_class
 from grpo_jax.learner.forward import token_scores
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.config import ModelConfig
+from grpo_jax.model.counts import experts_of_layer
 from grpo_jax.model.experts import num_slots
 from grpo_jax.model.fused_attention import KEPT, Sequences
 from grpo_jax.model.logprobs import num_words
@@ -114,7 +115,8 @@ def plan_memory(
         scored = {"reference, copied": host.get("reference", 0), "kept, as for a backward pass": kept}
         beside["score"] = copy | scored | in_score
     if sampling:
-        beside["sampling"] = copy | {"the head": 2 * head} | dict(sampling)
+        experts = {"experts of a layer": gathered_experts(model, mesh)}
+        beside["sampling"] = copy | {"the head": 2 * head} | experts | dict(sampling)
     if push_bytes:
         beside["weight sync"] = {"buckets of a push": push_bytes}
     beside = {phase: {name: size for name, size in parts.items() if size} for phase, parts in beside.items()}
@@ -139,23 +141,31 @@ def _largest_at_once(
     logits = min(rows * length, max(rows, config.actor.logits_chunk_tokens)) * words * 4
     layer = kept_for_backward(dataclasses.replace(model, remat="none"), rows, length) // model.num_layers
     once = 0 if model.remat == "none" else layer  # beside what is kept, which holds the layer then
+    gathered = gathered_experts(model, mesh)
     gradient = 0 if model.lora else words * model.hidden_size * 4
     experts = experts_bytes(model, mesh, rows * length)
     in_update = {
-        "a layer computed again": once + experts,
+        "a layer computed again": once + 3 * experts + 2 * gathered,  # and their gradients
         "logits, the head and its gradient": head + logits + logits // 2 + gradient,
     }
-    in_score = {"a layer": once + experts, "logits and the head": head + max(head, logits)}
+    in_score = {"a layer": once + 2 * experts + gathered, "logits and the head": head + max(head, logits)}
     return _largest(in_update), _largest(in_score)
 
 
 def experts_bytes(model: ModelConfig, mesh: Mesh | AbstractMesh, num_tokens: int) -> int:
-    """Of what grouped experts compute of a device's tokens: three times rows as wide as model and expert."""
+    """Of one row for each token of a device and expert that it chose, as wide as the model and an expert."""
     if model.experts != "grouped":
         return 0
     width = model.hidden_size + model.intermediate_size // mesh.shape["tensor"]
     slots = num_slots(num_tokens * model.experts_per_token, model.num_experts)
-    return slots * 3 * width * jnp.dtype(model.dtype).itemsize
+    return slots * width * jnp.dtype(model.dtype).itemsize
+
+
+def gathered_experts(model: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Of a layer's grouped experts, which a device gathers for its rows where "fsdp" splits them; else 0."""
+    if model.experts != "grouped" or mesh.shape["fsdp"] == 1:
+        return 0
+    return experts_of_layer(model) // mesh.shape["tensor"] * jnp.dtype(model.dtype).itemsize
 
 
 def drawable_bytes(config: Config, model: ModelConfig, rows: int, length: int) -> int:

@@ -14,8 +14,9 @@ from grpo_jax.learner.memory import held_bytes, held_in_all, kept_for_backward
 from grpo_jax.learner.packing import micro_batch_shape
 from grpo_jax.model.cards import Card
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.counts import dense_weights, grouped_weights, head_weights
+from grpo_jax.model.counts import dense_weights, experts_of_layer, grouped_weights, head_weights
 from grpo_jax.model.fused_attention import max_sequences
+from grpo_jax.model.grouped_product import TILES
 from grpo_jax.model.lora import num_trained
 from grpo_jax.model.transformer import num_params
 from grpo_jax.types import Workload
@@ -29,9 +30,10 @@ SCORE_PASSES, UPDATE_PASSES = 3, 8
 KEPT_PASSES, KEPT_SCORE_PASSES = 3, 2
 """The same for what is kept for the backward pass: into its stack and out of it; into it only, where the same
 program scores."""
-GROUPED_RATE = 0.35
-"""Of grouped experts' products, what fills blocks and the ways there and back included, in multiples of the rate
-of plain ones: 16,384 tokens of Qwen3-30B-A3B's layer on an H200 (benchmarks/experts.py, 2026-11-28)."""
+GROUPED_RATE, GROUPED_READING = 0.64, 0.18
+"""Of grouped experts, in multiples of the rates of plain products and of copying: products of whole blocks, and
+what takes its time however few tokens there are, as if the experts were read so slowly. Fitted to 16,384 and 4,096
+tokens of a layer of Qwen3-30B-A3B on an H200 (docs/families.md)."""
 PLAIN_PASSES = 4
 """The same for the float32 scores of attention by plain products, in the forward pass."""
 LAUNCHES_AHEAD, LAUNCHES_A_LAYER = 1024, 12
@@ -99,7 +101,7 @@ def find_shapes(config: Config, shards: int, work: Workload) -> Shapes:
 
 def score_seconds(model: ModelConfig, card: Card, shapes: Shapes, split: dict[str, int]) -> float:
     """Of one mini-batch's log-probabilities."""
-    weights = dense_weights(model) + grouped_weights(model) / GROUPED_RATE + head_weights(model)
+    weights = dense_weights(model) + head_weights(model)
     attention = attention_flops(model, shapes)
     logits = SCORE_PASSES * 4 * model.vocab_size * shapes.tokens
     kept = KEPT_SCORE_PASSES * shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -107,6 +109,7 @@ def score_seconds(model: ModelConfig, card: Card, shapes: Shapes, split: dict[st
     gathered = read * (1 - 1 / split["fsdp"])
     return (
         _product_seconds(card, 2 * weights * shapes.tokens, attention)
+        + grouped_seconds(model, card, shapes)
         + (forward_bytes(model, shapes) + kept + logits + read) / card.copying
         + gathered / card.link
     )
@@ -122,7 +125,6 @@ def update_seconds(
     passes_of_weights = 4 if model.lora else 6
     # The head's backward pass computes the logits again.
     products = (passes_of_weights + 2 * again) * layers + (passes_of_weights + 2) * head
-    grouped = (passes_of_weights + 2) * grouped_weights(model) / GROUPED_RATE  # nothing of them is kept
     attention = attention_flops(model, shapes) * (1 + BACKWARD_ATTENTION + (model.remat == "full"))
     passes = 3 + (model.remat != "none")  # forward, backward as two, and what is computed again
     kept = shapes.num_micro * kept_for_backward(model, shapes.rows, shapes.length)
@@ -133,11 +135,23 @@ def update_seconds(
         + shapes.num_micro * gradient_bytes(config, model, again)
     )
     return (
-        _product_seconds(card, (products + grouped) * shapes.tokens, attention)
+        _product_seconds(card, products * shapes.tokens, attention)
+        + (passes_of_weights / 2 + 1) * grouped_seconds(model, card, shapes)  # nothing of them is kept
         + moved / card.copying
         + shapes.num_micro * exchanged_bytes(model, split) / card.link
         + optimizer_seconds(config, model, card, split)
     )
+
+
+def grouped_seconds(model: ModelConfig, card: Card, shapes: Shapes) -> float:
+    """Of one pass of a mini-batch through grouped experts, as the forward one is; the backward pass is two."""
+    if model.experts != "grouped":
+        return 0.0
+    rows = shapes.rows * shapes.length * model.experts_per_token
+    filled = 1 + model.num_experts * TILES.rows / 2 / rows  # the last block of each expert is half full
+    products = 2 * grouped_weights(model) * shapes.tokens * filled / (GROUPED_RATE * card.products)
+    experts = model.num_layers * experts_of_layer(model) * jnp.dtype(model.dtype).itemsize
+    return products + shapes.num_micro * experts / (GROUPED_READING * card.copying)
 
 
 def attention_flops(model: ModelConfig, shapes: Shapes) -> float:
@@ -151,7 +165,7 @@ def forward_bytes(model: ModelConfig, shapes: Shapes) -> float:
     projected = heads + 2 * model.num_kv_heads * model.head_dim
     hidden = model.intermediate_size * max(1, model.num_experts)
     if model.experts == "grouped":
-        hidden = 0  # GROUPED_RATE has it
+        hidden = 0  # `grouped_seconds` has it
     numbers = 9 * model.hidden_size + 3 * projected + heads + 3 * hidden
     scores = 0
     if model.attention == "plain":

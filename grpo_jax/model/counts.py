@@ -21,6 +21,11 @@ def _layer_weights(model: ModelConfig, experts: int) -> int:
     return model.num_layers * model.hidden_size * (2 * heads + 2 * kv_heads + mlps + model.num_experts)
 
 
+def experts_of_layer(model: ModelConfig) -> int:
+    """Numbers in the matrices of all experts of one layer."""
+    return model.num_experts * 3 * model.hidden_size * model.intermediate_size
+
+
 def grouped_weights(model: ModelConfig) -> int:
     """Those of them that `grouped_product` multiplies a token by, of its experts. 0 where there are none."""
     if model.experts != "grouped":

@@ -185,8 +185,10 @@ def _slots(experts: jax.Array, num_experts: int, block: int) -> tuple[jax.Array,
     Args:   experts: [R] int32, of each row.
     Returns: slots: [R] int32, each once. sizes: [E] int32, slots of each expert, multiples of `block`.
     """
-    counts = jnp.bincount(experts, length=num_experts).astype(jnp.int32)
+    # `bincount` would add up one by one what falls on so few numbers.
+    counts = jnp.sum(experts[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
     sizes = -(-counts // block) * block
     shift = jnp.cumsum(sizes) - sizes - (jnp.cumsum(counts) - counts)
-    rank = jnp.argsort(jnp.argsort(experts, stable=True))
+    order = jnp.argsort(experts, stable=True)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), **ONCE)
     return (rank + shift[experts]).astype(jnp.int32), sizes

@@ -72,7 +72,8 @@ def _rows_times(
     depth = _divisor(tiles.depth, num_inputs)
     num_blocks = x.shape[0] // tiles.rows
     ends = jnp.cumsum(sizes) // tiles.rows
-    groups = jnp.searchsorted(ends, jnp.arange(num_blocks), side="right").astype(jnp.int32)
+    # As `searchsorted`, which XLA computes by a loop.
+    groups = jnp.sum(ends[None] <= jnp.arange(num_blocks)[:, None], axis=1, dtype=jnp.int32)
 
     def multiply(groups_ref: Any, x_ref: Any, kernels_ref: Any, y_ref: Any) -> None:
         group = groups_ref[pl.program_id(1)]

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from grpo_jax.config import Config, ConfigError, ModelSection, RolloutSection, TrainerSection
 from grpo_jax.learner.memory import held_in_all
 from grpo_jax.model.config import ModelConfig
-from grpo_jax.model.fused_attention import mesh_device_kind
 from grpo_jax.model.peft import with_adapters
 from grpo_jax.model.sharding import make_mesh
 from grpo_jax.rollout import check_devices, share_devices
@@ -66,7 +65,6 @@ def open_mesh(config: Config) -> Mesh:
     check_alike(find_devices())
     mesh = make_mesh(config.mesh)
     check_dtype(config.model.dtype, mesh)
-    check_push(config, mesh_device_kind(mesh).platform)
     return mesh
 
 
@@ -101,16 +99,6 @@ def check_dtype(dtype: str, mesh: Mesh) -> None:
     if mesh.shape["tensor"] > 1 and dtype == "bfloat16" and jax.default_backend() == "cpu":
         rule = "needs mesh.tensor=1 on CPUs: XLA's compiler for them fails at sums of bfloat16 over that axis"
         raise ConfigError("model.dtype", "bfloat16", rule)
-
-
-def check_push(config: Config, platform: str) -> None:
-    """Raises: ConfigError: engines beside devices of this platform cannot compute with adapters in this dtype."""
-    has_alone = config.lora.rank and config.lora.push == "adapter"
-    if has_alone and config.model.dtype == "float32" and platform == "cuda":
-        rule = (
-            "needs model.dtype=bfloat16 or float16 on GPUs, as vLLM's kernels for adapters do: choose merged"
-        )
-        raise ConfigError("lora.push", "adapter", rule)
 
 
 def set_products(section: ModelSection) -> None:

@@ -78,8 +78,18 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
 
 
 def _kernels(config: Config, model: ModelConfig, kind: DeviceKind) -> dict[str, Any]:
+    _check_push(config, kind)
     attention = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
     return dict(attention=attention, experts=choose_experts(config.model.experts, model, kind))
+
+
+def _check_push(config: Config, kind: DeviceKind) -> None:
+    has_alone = config.lora.rank and config.lora.push == "adapter"
+    if has_alone and config.model.dtype == "float32" and kind.platform == "cuda":
+        rule = (
+            "needs model.dtype=bfloat16 or float16 on GPUs, as vLLM's kernels for adapters do: choose merged"
+        )
+        raise ConfigError("lora.push", "adapter", rule)
 
 
 def check_workdir(config: Config, workdir: Workdir) -> None:

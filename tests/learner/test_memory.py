@@ -14,6 +14,7 @@ from grpo_jax.learner.memory import (
     abstract_mesh,
     drawable_bytes,
     experts_bytes,
+    gathered_experts,
     kept_for_backward,
     largest_micro_batch,
     plan_memory,
@@ -99,8 +100,10 @@ def test_what_grouped_experts_take():
     """256 tokens, each to 3 of 5 experts: 768 rows in blocks of 128, and a block that may not be full for each."""
     model = dataclasses.replace(MODEL, num_experts=5, experts_per_token=3, experts="grouped")
     mesh = abstract_mesh(1, 1, 2)
-    assert experts_bytes(model, mesh, 256) == (768 + 5 * 128) * 3 * (D + MODEL.intermediate_size // 2) * 2
+    assert experts_bytes(model, mesh, 256) == (768 + 5 * 128) * (D + MODEL.intermediate_size // 2) * 2
     assert experts_bytes(dataclasses.replace(model, experts="dense"), mesh, 256) == 0
+    assert gathered_experts(model, mesh) == 0
+    assert gathered_experts(model, abstract_mesh(1, 2, 2)) == 5 * 3 * D * MODEL.intermediate_size // 2 * 2
 
 
 def test_without_fused_attention_the_scores_are_kept():

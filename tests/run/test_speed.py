@@ -9,7 +9,14 @@ from tiny_models import tiny_config
 
 from grpo_jax import plan
 from grpo_jax.learner.memory import abstract_mesh
-from grpo_jax.learner.speed import find_shapes, optimizer_seconds, score_seconds, update_seconds
+from grpo_jax.learner.speed import (
+    Shapes,
+    find_shapes,
+    grouped_seconds,
+    optimizer_seconds,
+    score_seconds,
+    update_seconds,
+)
 from grpo_jax.model.cards import CARDS, find_card
 from grpo_jax.model.config import parse_hf_config
 from grpo_jax.model.counts import (
@@ -124,6 +131,18 @@ def test_the_counts_of_experts():
     assert grouped_weights(grouped) == 3 * 2 * 3 * 16 * 24
     assert dense_weights(grouped) == 3 * (attention + 16 * 6)
     assert active_weights(tiny_config()) == layer_weights(tiny_config()) == 3 * (attention + 3 * 16 * 24)
+
+
+@pytest.mark.parametrize(("tokens", "ms"), [(16384, 19.3), (4096, 10.1)])
+def test_grouped_experts(tokens, ms):
+    """A layer's forward pass, that again, and the backward pass, which is two (benchmarks/experts.py, H200)."""
+    model = tiny_config(
+        hidden_size=2048, intermediate_size=768, num_experts=128, experts_per_token=8, num_layers=1,
+        experts="grouped", dtype="bfloat16",
+    )  # fmt: skip
+    shapes = Shapes(num_micro=1, rows=1, length=tokens, sequence=tokens)
+    assert 4 * grouped_seconds(model, CARD, shapes) == pytest.approx(ms / 1e3, rel=0.05)
+    assert grouped_seconds(dataclasses.replace(model, experts="dense"), CARD, shapes) == 0
 
 
 def test_a_step_of_decoding_reads_the_weights_at_least():
