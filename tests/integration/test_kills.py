@@ -8,6 +8,7 @@ GRPO_JAX_TEST_KILL_SEED=N draws other moments.
 import os
 import shutil
 import subprocess
+import time
 
 import kill_harness as harness
 import pytest
@@ -165,6 +166,10 @@ def test_what_a_run_has_left_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "GONE_S", 0.1)
     left = subprocess.Popen(["sleep", "60"], env={harness.VARIABLE: str(tmp_path)})
     try:
+        while harness.members(tmp_path) != [
+            left.pid
+        ]:  # Linux shows its environment a moment after it has begun
+            time.sleep(0.01)
         assert harness.nothing_left(tmp_path) == f"processes are left: [{left.pid}]"
     finally:
         left.kill()
