@@ -64,14 +64,14 @@ def measure(args: Any, way: str) -> tuple[float, int, list[Any]]:
     x, y = (jax.random.normal(k, (1, args.tokens, args.hidden), dtype) for k in keys[1:3])
     make = lambda key, *shape: (jax.random.normal(key, shape) / np.sqrt(shape[1])).astype(dtype)
     gate, up = (make(k, args.experts, args.hidden, args.width) for k in keys[3:5])
-    weights = gate, up, make(keys[5], args.experts, args.width, args.hidden)
+    kernels = experts.Kernels(gate, up, make(keys[5], args.experts, args.width, args.hidden))
     function = experts.dense if way == "dense" else functools.partial(experts.grouped, product_of(way))
 
-    def run(x: Any, shares: Any, chosen: Any, y: Any, weights: Any) -> Any:
-        result, back = jax.vjp(lambda x, s, w: function(x, s, chosen, *w), x, shares, weights)
+    def run(x: Any, shares: Any, chosen: Any, y: Any, kernels: Any) -> Any:
+        result, back = jax.vjp(lambda x, s, w: function(x, s, chosen, w), x, shares, kernels)
         return result, back(y)
 
-    inputs = x, shares.astype(dtype), chosen, y, weights
+    inputs = x, shares.astype(dtype), chosen, y, kernels
     compiled = jax.jit(run).lower(*inputs).compile()
     found = jax.block_until_ready(compiled(*inputs))
 
@@ -104,7 +104,8 @@ def product_of(way: str) -> Any:
     import tokamax
     from absl import flags
 
-    flags.FLAGS(["tokamax"]) if not flags.FLAGS.is_parsed() else None
+    if not flags.FLAGS.is_parsed():  # tokamax asks for flags of its own
+        flags.FLAGS(["tokamax"])
     return functools.partial(tokamax.ragged_dot, implementation=None if way == "tokamax" else way)
 
 

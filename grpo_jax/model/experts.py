@@ -8,7 +8,7 @@ The first is `grouped_product.py`, between a sort of a device's tokens by expert
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from grpo_jax.model.attention import NORMAL, linear, parameter
 from grpo_jax.model.config import ModelConfig
 from grpo_jax.model.fused_attention import DeviceKind
 from grpo_jax.model.grouped_product import TILES, grouped_product
-from grpo_jax.model.sharding import constrain, partition_spec, splitting_axes
+from grpo_jax.model.sharding import constrain, partition_spec, split_over_devices, splitting_axes
 
 GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(x, kernels, sizes) -> y, as `grouped_product`."""
@@ -64,33 +64,44 @@ class Experts(nn.Module):
         c = self.config
         sizes = dict(experts=c.num_experts, embed=c.hidden_size, mlp=c.intermediate_size)
         turned = dict(experts=c.num_experts, mlp=c.intermediate_size, embed=c.hidden_size)
-        gate = parameter(self, "gate", c.param_dtype, NORMAL, **sizes)
-        up = parameter(self, "up", c.param_dtype, NORMAL, **sizes)
-        down = parameter(self, "down", c.param_dtype, NORMAL, **turned)
+        kernels = Kernels(
+            parameter(self, "gate", c.param_dtype, NORMAL, **sizes),
+            parameter(self, "up", c.param_dtype, NORMAL, **sizes),
+            parameter(self, "down", c.param_dtype, NORMAL, **turned),
+        )
         scores = linear(self, "router", x, dict(embed=c.hidden_size), dict(experts=c.num_experts))
         shares, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), c.experts_per_token)
         if c.norm_shares:
             shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
         shares = shares.astype(x.dtype)
         if c.experts == "dense":
-            return dense(x, shares, chosen, gate, up, down)
+            return dense(x, shares, chosen, kernels)
         product: GroupedProduct = grouped_product if isinstance(c.experts, str) else c.experts
-        return grouped(product, x, shares, chosen, *(w.astype(x.dtype) for w in (gate, up, down)))
+        return grouped(product, x, shares, chosen, jax.tree.map(lambda w: w.astype(x.dtype), kernels))
 
 
-def dense(
-    x: jax.Array, shares: jax.Array, chosen: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
-) -> jax.Array:
+class Kernels(NamedTuple):
+    """Of all experts of a layer."""
+
+    gate: Any
+    """[E, D, F]."""
+    up: Any
+    """[E, D, F]."""
+    down: Any
+    """[E, F, D]."""
+
+
+def dense(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels) -> jax.Array:
     """Every expert computes every token, one after the other, and the shares, mostly 0, say what counts of it.
 
     That is E / K times the products that are needed, and no shape that depends on where tokens go.
 
     Args:
-        x: [B, T, D]. gate, up: [E, D, F]. down: [E, F, D].
+        x: [B, T, D].
         shares: [B, T, K] in x's dtype, of the experts `chosen`, [B, T, K] int32, in a token's result.
     Returns: [B, T, D] in x's dtype.
     """
-    of_each = jax.nn.one_hot(chosen, gate.shape[0], dtype=shares.dtype) * shares[..., None]
+    of_each = jax.nn.one_hot(chosen, len(kernels.gate), dtype=shares.dtype) * shares[..., None]
     of_each = jnp.sum(of_each, axis=2)
 
     @jax.checkpoint
@@ -100,7 +111,7 @@ def dense(
         return total + _product(h * share[..., None], down).astype(jnp.float32), None
 
     start = constrain(jnp.zeros(x.shape, jnp.float32), "batch", None, None)
-    experts = gate, up, down, jnp.moveaxis(of_each, -1, 0)
+    experts = *kernels, jnp.moveaxis(of_each, -1, 0)
     return jax.lax.scan(add, start, experts)[0].astype(x.dtype)
 
 
@@ -113,36 +124,25 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def grouped(
-    product: GroupedProduct,
-    x: jax.Array,
-    shares: jax.Array,
-    chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    product: GroupedProduct, x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
 ) -> jax.Array:
     """Each expert computes the tokens that chose it. As `dense`, but for the order of sums.
 
     Every device sorts its own tokens. With a mesh axis that splits the experts' width, it has a part of the width,
     and the sums are added up.
+
+    Args: kernels: in x's dtype.
     """
-    function = functools.partial(_sorted, product, ())
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not splitting_axes(mesh):
-        return function(x, shares, chosen, gate, up, down)
-    rows = PartitionSpec(partition_spec(("batch",), x.shape[:1], mesh)[0])
-    wide = partition_spec((None, None, "mlp"), gate.shape, mesh)
-    axis = wide[2]
-    function = functools.partial(_sorted, product, axis)
-    split = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, wide, wide, PartitionSpec(None, axis, None)),
-        out_specs=rows,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,
+        return _sorted(product, None, x, shares, chosen, kernels)
+    rows = partition_spec(("batch",), x.shape[:1], mesh)
+    wide = partition_spec((None, None, "mlp"), kernels.gate.shape, mesh)
+    of_kernels = Kernels(wide, wide, PartitionSpec(None, wide[2], None))
+    function = functools.partial(_sorted, product, wide[2])
+    return split_over_devices(function, mesh, (rows, rows, rows, of_kernels), rows)(
+        x, shares, chosen, kernels
     )
-    return split(x, shares, chosen, gate, up, down)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
@@ -152,17 +152,16 @@ def _sorted(
     x: jax.Array,
     shares: jax.Array,
     chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    kernels: Kernels,
 ) -> jax.Array:
-    """Those of one device. Args: width_axis: mesh axes that split F, to sum over; empty: none."""
+    """Those of one device. Args: width_axis: mesh axes that split F, to sum over; None: nothing does."""
     per_token, width = chosen.shape[-1], x.shape[-1]
-    slots, sizes = _slots(chosen.reshape(-1), gate.shape[0], TILES.rows)
+    num_experts = len(kernels.gate)
+    slots, sizes = _slots(chosen.reshape(-1), num_experts, TILES.rows)
     each = jnp.repeat(x.reshape(-1, width), per_token, axis=0)
-    rows = jnp.zeros((num_slots(slots.size, gate.shape[0]), width), x.dtype).at[slots].set(each, **ONCE)
-    h = jax.nn.silu(product(rows, gate, sizes)) * product(rows, up, sizes)
-    y = product(h, down, sizes).at[slots].get(**ONCE)
+    rows = jnp.zeros((num_slots(slots.size, num_experts), width), x.dtype).at[slots].set(each, **ONCE)
+    h = jax.nn.silu(product(rows, kernels.gate, sizes)) * product(rows, kernels.up, sizes)
+    y = product(h, kernels.down, sizes).at[slots].get(**ONCE)
     y = y.reshape(*chosen.shape, width).astype(jnp.float32)
     total = jnp.sum(y * shares[..., None].astype(jnp.float32), axis=-2)
     if width_axis:

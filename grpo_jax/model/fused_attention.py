@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax.config import ConfigError
-from grpo_jax.model.sharding import partition_spec, splitting_axes
+from grpo_jax.model.sharding import partition_spec, split_over_devices, splitting_axes
 
 KEPT = "attention"
 """Name, for `jax.checkpoint`, of attention's output and of what else a kernel's backward pass needs."""
@@ -180,21 +180,13 @@ def fused_attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not splitting_axes(mesh):
         return function(q, k, v, sequences)
-    # The compiler cannot look into kernels, so every device is given its own rows and heads.
     spec = lambda x, head_axis: partition_spec(("batch", None, head_axis, None), x.shape, mesh)
     heads, kv_heads = spec(q, "heads"), spec(k, "kv_heads")
     if heads != kv_heads:  # if some heads are copied to every device, all of them are
         heads = kv_heads = PartitionSpec(kv_heads[0])
     rows = PartitionSpec(heads[0])
-    split = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, sequences)),
-        out_specs=heads,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,
-    )
-    return split(q, k, v, sequences)
+    in_specs = heads, kv_heads, kv_heads, jax.tree.map(lambda _: rows, sequences)
+    return split_over_devices(function, mesh, in_specs, heads)(q, k, v, sequences)
 
 
 def _cudnn(

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -137,6 +137,19 @@ def _warn_once(what: str, axis: str, size: int, mesh_axes: str, shards: int) -> 
         "sharding: %s is copied, not split: its dimension %s of %d does not divide by mesh axis %s of %d",
         what, axis, size, mesh_axes, shards,
     )  # fmt: skip
+
+
+def split_over_devices(
+    function: Callable[..., Any], mesh: AbstractMesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Gives every device its own parts of the arguments, along all axes that are not split already.
+
+    For kernels, which the compiler cannot look into.
+    """
+    names = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+    )
 
 
 def tree_shardings(logical_axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -73,12 +73,13 @@ def read_model_config(config: Config, kind: DeviceKind | None = None) -> ModelCo
         model = parse_hf_config(content, config.model)
         limit = max_position(content)
     _check_lengths(config, limit, model.can_extrapolate)
-    kernels = _kernels(config, model, kind or local_device_kind())
+    kind = kind or local_device_kind()
+    _check_push(config, kind)
+    kernels = _kernels(config, model, kind)
     return with_adapters(dataclasses.replace(model, **kernels), config.lora)
 
 
 def _kernels(config: Config, model: ModelConfig, kind: DeviceKind) -> dict[str, Any]:
-    _check_push(config, kind)
     attention = choose_kernel(config.model.attention, model.dtype, model.head_dim, kind, any(model.windows))
     return dict(attention=attention, experts=choose_experts(config.model.experts, model, kind))
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import tiny_config
 
 from grpo_jax.config import ConfigError, MeshSection
-from grpo_jax.model.experts import _slots, choose_experts, dense, grouped, num_slots
+from grpo_jax.model.experts import Kernels, _slots, choose_experts, dense, grouped, num_slots
 from grpo_jax.model.fused_attention import DEVICE_KINDS
 from grpo_jax.model.grouped_product import TILES, Tiles, grouped_product
 from grpo_jax.model.sharding import make_mesh
@@ -50,27 +50,26 @@ def test_slots():
 
 
 def inputs(rows=8, length=40, experts=6):
-    """x, shares, chosen, gate, up, down of wide enough experts; nobody chooses the last one."""
+    """x, shares, chosen, kernels of wide enough experts; nobody chooses the last one."""
     keys = jax.random.split(jax.random.key(0), 5)
     scores = jax.random.normal(keys[0], (rows, length, experts)).at[..., -1].set(-100.0)
     shares, chosen = jax.lax.top_k(jax.nn.softmax(scores), 2)
     x = jax.random.normal(keys[1], (rows, length, 64))
     gate, up = (0.2 * jax.random.normal(key, (experts, 64, 128)) for key in keys[2:4])
-    return x, shares, chosen, gate, up, 0.2 * jax.random.normal(keys[4], (experts, 128, 64))
+    down = 0.2 * jax.random.normal(keys[4], (experts, 128, 64))
+    return x, shares, chosen, Kernels(gate, up, down)
 
 
-def results(function, x, shares, chosen, *weights):
+def results(function, x, shares, chosen, kernels):
     """[the sum that experts give, and its gradients by all but what is chosen]."""
     cotangent = jnp.asarray(random(*x.shape, seed=3))
 
     @jax.jit
-    def run(x, shares, weights):
-        y, back = jax.vjp(
-            lambda x, shares, weights: function(x, shares, chosen, *weights), x, shares, weights
-        )
+    def run(x, shares, kernels):
+        y, back = jax.vjp(lambda x, shares, kernels: function(x, shares, chosen, kernels), x, shares, kernels)
         return [y, *jax.tree.leaves(back(cotangent))]
 
-    return run(x, shares, weights)
+    return run(x, shares, kernels)
 
 
 def check_equal(found, expected):

@@ -1,4 +1,4 @@
-"""What devices cannot compute."""
+"""What the devices of a run cannot compute of its configuration."""
 
 import pytest
 from config_helpers import gsm8k
