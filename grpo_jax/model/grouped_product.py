@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +65,9 @@ def _rows_times(
     x: jax.Array, kernels: jax.Array, sizes: jax.Array, turned: bool, tiles: Tiles, interpret: bool
 ) -> jax.Array:
     """Args: turned: whether kernels are [E, O, I]."""
+    from jax.experimental import pallas as pl  # here: no other model needs it at its start
+    from jax.experimental.pallas import triton
+
     num_inputs, num_outputs = kernels.shape[:0:-1] if turned else kernels.shape[1:]
     columns = _divisor(tiles.outputs, num_outputs)
     depth = _divisor(tiles.depth, num_inputs)
@@ -106,6 +107,9 @@ def _rows_times(
 
 def _outer_sums(x: jax.Array, dy: jax.Array, sizes: jax.Array, tiles: Tiles, interpret: bool) -> jax.Array:
     """The gradient of the kernels, [E, I, O]: of each group the sum of its rows' outer products."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
     num_inputs, num_outputs = x.shape[1], dy.shape[1]
     rows, columns = _divisor(tiles.rows, num_inputs), _divisor(tiles.outputs, num_outputs)
     depth = min(tiles.depth, tiles.rows)
